@@ -1,0 +1,77 @@
+"""Checks of single arguments, shared by every public constructor.
+
+Each returns the value in its canonical type or raises `InputError` with the argument's name.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from fluidsched.errors import InputError
+
+__all__ = ["check_choice", "check_count", "check_real"]
+
+
+def check_real(
+    argument: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+    allow_inf: bool = False,
+    remedy: str = "",
+) -> float:
+    """Return `value` as a float within [minimum, maximum] and > above; NaN never passes."""
+    required = "be a finite number" if not allow_inf else "be a number (not NaN)"
+    if above > -math.inf:
+        required += f" above {above:g}"
+    if minimum > -math.inf:
+        required += f" of at least {minimum:g}"
+    if maximum < math.inf:
+        required += f", at most {maximum:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(argument, value, required, remedy)
+    number = float(value)
+    if (
+        math.isnan(number)
+        or (math.isinf(number) and not allow_inf)
+        or number < minimum
+        or number <= above
+        or number > maximum
+    ):
+        raise InputError(argument, value, required, remedy)
+    return number
+
+
+def check_count(
+    argument: str, value: Any, *, minimum: int = 0, maximum: int | None = None, remedy: str = ""
+) -> int:
+    """Return `value` as an int within [minimum, maximum]; integral floats are accepted, bools are not."""
+    required = f"be a whole number of at least {minimum:,}"
+    if maximum is not None:
+        required += f", at most {maximum:,}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(argument, value, required, remedy)
+    number = float(value)
+    if not math.isfinite(number) or number != math.floor(number):
+        raise InputError(argument, value, required, remedy)
+    count = int(value)
+    if count < minimum or (maximum is not None and count > maximum):
+        raise InputError(argument, value, required, remedy)
+    return count
+
+
+def check_choice(argument: str, value: Any, choices: Sequence[str], remedy: str = "") -> str:
+    """Return `value` if it is one of `choices`; the error suggests the nearest ones."""
+    if isinstance(value, str) and value in choices:
+        return value
+    near = get_close_matches(str(value), choices, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    raise InputError(
+        argument, value, "be one of " + ", ".join(repr(c) for c in choices), " ".join(filter(None, [hint, remedy]))
+    )

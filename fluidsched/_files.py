@@ -1,0 +1,137 @@
+"""Files written whole or not at all, strict JSON, and fingerprints of inputs.
+
+A file appears under its name only when complete: the text goes to a temporary file in the same directory,
+is flushed to the disk, and is renamed over the target. JSON is strict in both directions: no NaN or infinity
+goes out (`to_jsonable` spells infinity as the string "inf"), none comes in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluidsched.errors import InputError
+
+__all__ = ["dumps", "fingerprint", "loads", "read_text", "to_jsonable", "whole_file", "write_whole"]
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is renamed to `path`, on any exception removed."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(str(target), "a missing directory", "lie in an existing directory", "Create it first.")
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write `content` (text as UTF-8) to `path` whole or not at all, and return the path."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def read_text(argument: str, path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file; a missing, unreadable or undecodable file is an `InputError` naming it."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(argument, str(path), "name an existing file", "Check the path.") from None
+    except OSError as error:
+        raise InputError(argument, f"{path} ({error.strerror})", "name a readable file") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}", "bytes that are not UTF-8", "be UTF-8 text") from None
+
+
+def to_jsonable(value: Any) -> Any:
+    """Turn dataclasses, NumPy arrays and scalars, mappings and sequences into plain JSON values.
+
+    Infinity becomes the string "inf" (or "-inf") and NaN becomes null, so that the text is valid JSON.
+    """
+    if isinstance(value, np.ndarray):
+        return [to_jsonable(v) for v in value.tolist()]
+    if isinstance(value, np.generic):
+        return to_jsonable(value.item())
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if math.isinf(value):
+            return "inf" if value > 0 else "-inf"
+        return value
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): to_jsonable(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_jsonable(v) for v in value]
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON")
+
+
+def dumps(value: Any, *, indent: int | None = 2) -> str:
+    """Strict JSON text of `to_jsonable(value)`, keys in the order given, with a final newline."""
+    return json.dumps(to_jsonable(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def loads(argument: str, text: str) -> Any:
+    """Parse strict JSON; syntax errors, NaN, infinities and repeated keys are `InputError`s with their place."""
+
+    def refuse_constant(word: str) -> Any:
+        raise InputError(argument, word, "hold finite numbers only", 'Write infinity as the string "inf".')
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in result:
+                raise InputError(argument, f"key {key!r} twice", "give each key once")
+            result[key] = item
+        return result
+
+    try:
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{argument}, line {error.lineno}", error.msg, "be valid JSON") from None
+    except RecursionError:
+        raise InputError(argument, "JSON nested too deeply", "be a fluidsched JSON file") from None
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`: equal inputs, equal fingerprints, on any machine.
+
+    Examples
+    --------
+    >>> fingerprint({"b": 1, "a": 2.0}) == fingerprint({"a": 2.0, "b": 1})
+    True
+    """
+    if isinstance(value, bytes):
+        data = value
+    else:
+        text = json.dumps(to_jsonable(value), sort_keys=True, allow_nan=False, separators=(",", ":"))
+        data = text.encode()
+    return "sha256:" + hashlib.sha256(data).hexdigest()
