@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from fluidsched.errors import InputError
 
-__all__ = ["check_choice", "check_count", "check_real"]
+__all__ = ["check_choice", "check_count", "check_fields", "check_real"]
 
 
 def check_real(
@@ -60,7 +60,7 @@ def check_count(
     number = float(value)
     if not math.isfinite(number) or number != math.floor(number):
         raise InputError(argument, value, required, remedy)
-    count = int(value)
+    count = value if isinstance(value, int) else int(number)
     if count < minimum or (maximum is not None and count > maximum):
         raise InputError(argument, value, required, remedy)
     return count
@@ -73,5 +73,28 @@ def check_choice(argument: str, value: Any, choices: Sequence[str], remedy: str 
     near = get_close_matches(str(value), choices, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     raise InputError(
-        argument, value, "be one of " + ", ".join(repr(c) for c in choices), " ".join(filter(None, [hint, remedy]))
+        argument,
+        value,
+        "be one of " + ", ".join(repr(c) for c in choices),
+        " ".join(filter(None, [hint, remedy])),
     )
+
+
+def check_fields(argument: str, data: Any, schema: str | None, names: Sequence[str]) -> tuple[Any, ...]:
+    """Return the values of exactly the fields `names` of a mapping read from JSON, in that order.
+
+    With `schema` the mapping must also hold "schema" with that value. A missing or unknown field, another
+    schema, or something that is no mapping is an `InputError` naming it.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(argument, data, "be a mapping (a JSON object)")
+    expected = list(names) if schema is None else ["schema", *names]
+    if schema is not None and data.get("schema") != schema:
+        raise InputError(f"{argument}.schema", data.get("schema"), f"be {schema!r}")
+    missing = [name for name in expected if name not in data]
+    if missing:
+        raise InputError(f"{argument}.{missing[0]}", "nothing", "be given")
+    unknown = [str(name) for name in data if name not in expected]
+    if unknown:
+        raise InputError(f"{argument}.{unknown[0]}", data[unknown[0]], "be left out: no such field is known")
+    return tuple(data[name] for name in names)

@@ -1,0 +1,8 @@
+"""What serves the requests: KV memory, limits, and how long an iteration takes."""
+
+from __future__ import annotations
+
+from fluidsched.server.iteration import BatchSummary, IterationTime
+from fluidsched.server.server import Server
+
+__all__ = ["BatchSummary", "IterationTime", "Server"]

@@ -1,0 +1,172 @@
+"""One inference server: the memory it has for KV, its limits on a batch, and the time an iteration takes.
+
+With paged KV of `block_size` b tokens the server has ⌊C/b⌋ blocks, and a request with m tokens of KV holds
+⌈m/b⌉ of them; without, both are counted in single tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fluidsched import _files
+from fluidsched._checks import check_count, check_fields, check_real
+from fluidsched.errors import InputError
+from fluidsched.server.iteration import IterationTime
+
+__all__ = ["Server"]
+
+SCHEMA = "fluidsched.server/1"
+
+
+@dataclass(frozen=True, repr=False)
+class Server:
+    """KV capacity, iteration time and limits of one server.
+
+    Parameters
+    ----------
+    kv_capacity : int or float
+        KV tokens that fit in memory, C. `math.inf` for no limit.
+    iteration_time : IterationTime
+        Duration of an iteration, s.
+    max_batch_size : int, optional
+        Most requests in one iteration. None: unlimited.
+    token_budget : int, optional
+        Most tokens (prefilled and decoded) in one iteration. None: unlimited.
+    block_size : int, optional
+        Tokens per KV block. None: KV is counted in single tokens.
+    name, source : str, optional
+        A label for reports, and where the numbers come from.
+
+    Raises
+    ------
+    InputError
+        If a limit is not positive, or `kv_capacity` does not hold one block.
+
+    Examples
+    --------
+    >>> server = Server(137_000, IterationTime.paper(d0=0.01, d1=3.3e-7), block_size=16)
+    >>> server.kv_blocks
+    8562
+    >>> server.block_rounded([1, 16, 17]).tolist()
+    [16.0, 16.0, 32.0]
+    """
+
+    kv_capacity: float
+    iteration_time: IterationTime
+    max_batch_size: int | None = None
+    token_budget: int | None = None
+    block_size: int | None = None
+    _: KW_ONLY
+    name: str = "server"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "kv_capacity", check_real("kv_capacity", self.kv_capacity, above=0.0, allow_inf=True))
+        if not isinstance(self.iteration_time, IterationTime):
+            raise InputError(
+                "iteration_time",
+                self.iteration_time,
+                "be an IterationTime",
+                "Make one with IterationTime.affine, .paper, .two_piece, .pieces or .function.",
+            )
+        for limit in ("max_batch_size", "token_budget", "block_size"):
+            value = getattr(self, limit)
+            if value is not None:
+                set_field(self, limit, check_count(limit, value, minimum=1))
+        if self.block_size is not None and self.kv_capacity < self.block_size:
+            raise InputError(
+                "kv_capacity", self.kv_capacity, f"hold at least one block of {self.block_size:,} tokens"
+            )
+        for text in ("name", "source"):
+            if not isinstance(getattr(self, text), str):
+                raise InputError(text, getattr(self, text), "be a string")
+
+    @property
+    def kv_blocks(self) -> int | None:
+        """⌊C/b⌋; None without `block_size` or with unlimited memory."""
+        if self.block_size is None or math.isinf(self.kv_capacity):
+            return None
+        return math.floor(self.kv_capacity / self.block_size)
+
+    @property
+    def usable_kv_capacity(self) -> float:
+        """KV tokens that can be held at once: `kv_capacity`, or whole blocks of it."""
+        if self.kv_blocks is None or self.block_size is None:
+            return self.kv_capacity
+        return float(self.kv_blocks * self.block_size)
+
+    def block_rounded(self, tokens: ArrayLike) -> NDArray[np.float64]:
+        """Tokens of memory a request with this many KV tokens takes: rounded up to whole blocks."""
+        held = np.asarray(tokens, dtype=np.float64)
+        if self.block_size is None:
+            return held
+        return np.asarray(np.ceil(held / self.block_size) * self.block_size, dtype=np.float64)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that defines the server, names included."""
+        return _files.fingerprint(self.to_dict())
+
+    def __repr__(self) -> str:
+        parts = [f"kv_capacity={self.kv_capacity:,.0f} tokens"]
+        for limit, unit in (
+            ("max_batch_size", "requests"),
+            ("token_budget", "tokens"),
+            ("block_size", "tokens"),
+        ):
+            value = getattr(self, limit)
+            if value is not None:
+                parts.append(f"{limit}={value:,} {unit}")
+        source = f"\n  source: {self.source}" if self.source else ""
+        return f"Server({self.name!r}, {', '.join(parts)}\n  {self.iteration_time!r}{source})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first."""
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "source": self.source,
+            "kv_capacity": _files.to_jsonable(self.kv_capacity),
+            "max_batch_size": self.max_batch_size,
+            "token_budget": self.token_budget,
+            "block_size": self.block_size,
+            "iteration_time": self.iteration_time.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], argument: str = "server") -> Server:
+        """Read what `to_dict` wrote; anything else is an `InputError` naming the field."""
+        names = (
+            "name",
+            "source",
+            "kv_capacity",
+            "max_batch_size",
+            "token_budget",
+            "block_size",
+            "iteration_time",
+        )
+        values = dict(zip(names, check_fields(argument, data, SCHEMA, names), strict=True))
+        if values["kv_capacity"] == "inf":
+            values["kv_capacity"] = math.inf
+        iteration_time = IterationTime.from_dict(values.pop("iteration_time"), f"{argument}.iteration_time")
+        return cls(iteration_time=iteration_time, **values)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the JSON text, and write it to `path` (whole or not at all) if one is given."""
+        text = _files.dumps(self.to_dict())
+        if path is not None:
+            _files.write_whole(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Server:
+        """Read the file `to_json` wrote."""
+        return cls.from_dict(_files.loads(str(path), _files.read_text("server", path)))
