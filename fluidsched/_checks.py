@@ -60,7 +60,7 @@ def check_count(
     number = float(value)
     if not math.isfinite(number) or number != math.floor(number):
         raise InputError(argument, value, required, remedy)
-    count = value if isinstance(value, int) else int(number)
+    count: int = int(value)  # type: ignore[call-overload]  # every Real here has __int__ or __trunc__
     if count < minimum or (maximum is not None and count > maximum):
         raise InputError(argument, value, required, remedy)
     return count
