@@ -1,0 +1,168 @@
+r"""Rules of the engines people run, as policy tables: what every compiled table is compared with.
+
+All three decide at the end of every iteration and look at no type: one row ``*`` matches every request.
+C is the server's KV capacity in tokens, B its largest batch in requests.
+"""
+
+from __future__ import annotations
+
+import fluidsched
+from fluidsched._checks import check_count
+from fluidsched.errors import InputError
+from fluidsched.policy.table import Lookahead, PolicyTable, TableType
+
+__all__ = ["orca", "sarathi", "vllm"]
+
+
+def _provenance() -> dict[str, object]:
+    return {"inputs": {}, "version": fluidsched.__version__, "seed": None}
+
+
+def vllm(
+    name: str = "vllm",
+    *,
+    token_budget: int | None = 2048,
+    max_in_service: int | None = None,
+    watermark: float = 0.0,
+    whole_prompt_admission: bool = True,
+    chunk_tokens: int | None = None,
+    prefill_interval: int | None = None,
+) -> PolicyTable:
+    """Return the rule of vLLM's v1 scheduler with its stock settings.
+
+    Each iteration has one budget of tokens. Running requests come first, in the order of their admission:
+    each takes its remaining prompt, cut to what the budget leaves, or one decode token. When KV runs short
+    the most recently admitted request is preempted: its KV is dropped, its tokens are kept, and it goes back
+    to the front of the queue to be recomputed. Only if nothing was preempted in this iteration, waiting
+    requests enter first come, first served while budget, slots and KV allow; one enters only if its prompt
+    and the tokens it has already generated fit into what is free now, although only its first chunk is
+    allocated.
+
+    Parameters
+    ----------
+    name : str
+        Name of the table.
+    token_budget : int or None
+        Tokens per iteration (``max_num_batched_tokens``). None: the server's limit.
+    max_in_service : int, optional
+        Most residents (``max_num_active_seqs``). None: the server's largest batch.
+    watermark : float
+        Fraction of the KV blocks that admission leaves free unless nothing runs.
+    whole_prompt_admission : bool
+        False: only the first chunk must fit (``scheduler_reserve_full_isl`` off).
+    chunk_tokens : int, optional
+        Most prompt tokens of one request per iteration (``long_prefill_token_threshold``).
+    prefill_interval : int, optional
+        Admit prefills every so many iterations (``prefill_schedule_interval``). It also holds the chunks of
+        running prefills, counts from the last iteration with prefill, and switches itself off while the queue
+        was not emptied at the last release.
+
+    Returns
+    -------
+    PolicyTable
+        Kind "vllm".
+
+    References
+    ----------
+    vLLM 0.33, ``vllm/v1/core/sched/scheduler.py``; Kwon et al., *Efficient Memory Management for Large
+    Language Model Serving with PagedAttention*, SOSP 2023.
+
+    Examples
+    --------
+    >>> vllm()
+    PolicyTable 'vllm': kind vllm, 1 type, token budget 2,048
+    """
+    return PolicyTable(
+        name,
+        "vllm",
+        (TableType("*"),),
+        token_budget=token_budget,
+        max_in_service=max_in_service,
+        watermark=watermark,
+        whole_prompt_admission=whole_prompt_admission,
+        chunk_tokens=chunk_tokens,
+        prefill_interval=prefill_interval,
+        provenance=_provenance(),
+    )
+
+
+def sarathi(token_budget: int = 512, name: str = "sarathi") -> PolicyTable:
+    """Return the stall-free rule of Sarathi-Serve: decodes never wait for prompts.
+
+    Each iteration takes all decodes, one token each, which count against the budget; then partly prefilled
+    requests in the order of their admission, each a chunk of what the budget leaves; then new ones, first
+    come, first served, chunk by chunk up to the budget, while KV and slots allow. Partly prefilled requests
+    count in the batch cap. On KV shortage the most recently admitted request is preempted and recomputed.
+
+    Parameters
+    ----------
+    token_budget : int
+        Tokens per iteration, decodes included (the chunk size of the paper).
+    name : str
+        Name of the table.
+
+    Returns
+    -------
+    PolicyTable
+        Kind "sarathi".
+
+    References
+    ----------
+    Agrawal et al., *Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve*, OSDI 2024.
+
+    Examples
+    --------
+    >>> sarathi().token_budget
+    512
+    """
+    return PolicyTable(
+        name, "sarathi", (TableType("*"),), token_budget=token_budget, provenance=_provenance()
+    )
+
+
+def orca(max_output_tokens: int | None = None, name: str = "orca") -> PolicyTable:
+    r"""Return the rule of Orca: scheduling per iteration, first come, first served, memory reserved ahead.
+
+    A request enters when a slot of the batch is free and KV for its prompt and the longest output it may
+    produce can be set aside: with R = `max_output_tokens`,
+
+        Σ over those in service and the newcomer of (prompt + R − 1) ≤ C.
+
+    (A request of R output tokens holds at most prompt + R − 1 tokens of KV, the last one's KV being never
+    written.) The scan of the queue stops at the first request that does not fit. Prompts run whole in one
+    iteration. Nothing is ever preempted, provided no request produces more than R tokens; what is reserved
+    and never used is the price.
+
+    Parameters
+    ----------
+    max_output_tokens : int
+        R, tokens. Required: no engine knows a request's output length, so the limit is part of the rule.
+    name : str
+        Name of the table.
+
+    Returns
+    -------
+    PolicyTable
+        Kind "orca", ``lookahead = (mode="reserve", headroom_tokens=R)``.
+
+    References
+    ----------
+    Yu et al., *Orca: A Distributed Serving System for Transformer-Based Generative Models*, OSDI 2022,
+    algorithm 1 (which reserves ``max_tokens`` slots per request).
+
+    Examples
+    --------
+    >>> orca(max_output_tokens=1000).lookahead
+    Lookahead(mode='reserve', headroom_tokens=1000.0)
+    """
+    if max_output_tokens is None:
+        raise InputError(
+            "max_output_tokens",
+            "nothing",
+            "be given, tokens",
+            "Use the longest output a request may ask for, e.g. path.output_tokens.max().",
+        )
+    limit = check_count("max_output_tokens", max_output_tokens, minimum=1)
+    return PolicyTable(
+        name, "orca", (TableType("*"),), lookahead=Lookahead("reserve", limit), provenance=_provenance()
+    )

@@ -1,0 +1,776 @@
+r"""The policy table: thresholds, gates and limits an online scheduler follows, and nothing else.
+
+A table says, per request type j, how many requests may enter at a time (the *threshold* n_j), how many must
+wait before any enters (the *gate* g_j ≤ n_j), within how many consecutive iterations the threshold counts
+(the *period* k_j), and for the server as a whole how long a block of iterations is, whether a type whose gate
+is shut is frozen, and how much may be in service. One schema holds the whole family:
+
+=============  ======================================================  ===========================
+kind           rule                                                    rows
+=============  ======================================================  ===========================
+``vllm``       running requests first, then FCFS under a token budget  one, named ``*``
+``capped``     ``vllm`` with a cap on the requests in service          one, named ``*``
+``sarathi``    decodes, then chunks of prompts up to a token budget    one, named ``*``
+``orca``       FCFS, room for the longest output reserved              one, named ``*``
+``wait``       blocks of iterations, gate = threshold, freezing        one per request type
+``gated``      at most n_j in any k_j iterations, no freezing          one per request type
+``nested-wait``  thresholds per segment of iterations done             one, named ``*``, segments
+=============  ======================================================  ===========================
+
+A threshold of 0 means that requests of the type are never admitted and never open a block: that is how an
+overloaded server's optimum refuses a type. ``None`` means the server's own limit, or that a field does not
+apply; the effective limit is the smaller of the table's and the server's. The request's type is the first row
+whose match holds.
+
+JSON is the format that round-trips. CSV is an export for reading and editing by hand; it carries neither
+certificate nor provenance, because what a hand may have changed they no longer cover.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import html
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched._checks import check_choice, check_count, check_real
+from fluidsched._files import dumps, fingerprint, loads, read_text, to_jsonable, write_whole
+from fluidsched.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["KINDS", "SCHEMA", "Lookahead", "Match", "PolicyTable", "Segment", "TableType"]
+
+SCHEMA = "fluidsched.policy/1"
+
+Kind = Literal["vllm", "capped", "sarathi", "orca", "wait", "gated", "nested-wait"]
+LookaheadMode = Literal["none", "known", "law", "reserve"]
+Order = Literal["fcfs", "shortest_first"]
+Preemption = Literal["recompute", "restart", "swap"]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+ONE_ROW_KINDS = frozenset({"vllm", "capped", "sarathi", "orca", "nested-wait"})
+FREEZING_KINDS = frozenset({"wait", "nested-wait"})
+
+
+@contextmanager
+def _inside(place: str) -> Iterator[None]:
+    """Prefix the argument of an `InputError` raised inside with its place in the table."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}.{error.argument}", error.received, error.required, error.remedy) from None
+
+
+def _check_name(argument: str, value: Any) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise InputError(argument, value, "be a non-empty, printable string")
+    return value
+
+
+def _check_flag(argument: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(argument, value, "be true or false")
+    return bool(value)
+
+
+def _check_interval(argument: str, value: Any) -> tuple[int, int | None]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InputError(argument, value, "be a pair (lowest, highest or None)")
+    lowest = check_count(f"{argument}[0]", value[0], minimum=0)
+    highest = None if value[1] is None else check_count(f"{argument}[1]", value[1], minimum=lowest)
+    return lowest, highest
+
+
+def _check_keys(argument: str, value: Any, fields: Iterable[str]) -> dict[str, Any]:
+    """Return `value` if it is an object with exactly the given fields; name the first offender."""
+    if not isinstance(value, Mapping):
+        raise InputError(argument, value, "be an object with named fields")
+    expected = list(fields)
+    dot = f"{argument}." if argument else ""
+    for name in expected:
+        if name not in value:
+            raise InputError(f"{dot}{name}", "nothing", "be present", "Write null where it does not apply.")
+    for name in value:
+        if name not in expected:
+            raise InputError(f"{dot}{name}", "an unknown field", f"be one of {', '.join(expected)}")
+    return dict(value)
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which requests a row is for: closed intervals of lengths, a label, or both.
+
+    Parameters
+    ----------
+    prompt : (int, int or None)
+        Lowest and highest prompt length, tokens; None: no upper end.
+    output : (int, int or None), optional
+        The same for the output length: the predicted one, or the true one if the table's predictor is
+        "exact". None: the output length is not looked at.
+    label : str, optional
+        Name of the request's type as the path gives it. None: not looked at.
+    """
+
+    prompt: tuple[int, int | None] = (0, None)
+    output: tuple[int, int | None] | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", _check_interval("prompt", self.prompt))
+        if self.output is not None:
+            object.__setattr__(self, "output", _check_interval("output", self.output))
+        if self.label is not None:
+            _check_name("label", self.label)
+
+    def __str__(self) -> str:
+        parts = [] if self.label is None else [f"label {self.label!r}"]
+        for word, interval in (("prompt", self.prompt), ("output", self.output)):
+            if interval is not None and interval != (0, None):
+                low, high = interval
+                parts.append(f"{word} {low:,}–{high:,}" if high is not None else f"{word} ≥ {low:,}")
+        return ", ".join(parts) or "any"
+
+
+@dataclass(frozen=True)
+class TableType:
+    """One row of a table: a request type and what the policy does with it.
+
+    Parameters
+    ----------
+    name : str
+        Name of the type, unique in the table; ``*`` for the single row of an engine-like table.
+    match : Match
+        Which requests are of this type.
+    arrival_rate, admitted_rate : float, optional
+        Offered rate λ_j and the fluid decision a_j ≤ λ_j, requests/s; None where unknown.
+    threshold : int, optional
+        n_j, requests admitted at a time (0: never any). None: no threshold.
+    gate : int
+        Requests that must be waiting before any is admitted, at most `threshold`; 0: no gate.
+    period : int, optional
+        k_j, iterations; at most `threshold` requests enter in any so many consecutive iterations.
+    max_hold_s : float, optional
+        Seconds after which an unserved request counts as a met gate. None: never.
+    priority : int, optional
+        Smaller first across types; None: after every row that has one, in order of arrival.
+    """
+
+    name: str
+    match: Match = Match()
+    arrival_rate: float | None = None
+    admitted_rate: float | None = None
+    threshold: int | None = None
+    gate: int = 0
+    period: int | None = None
+    max_hold_s: float | None = None
+    priority: int | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        _check_name("name", self.name)
+        if not isinstance(self.match, Match):
+            raise InputError("match", self.match, "be a Match")
+        if self.arrival_rate is not None:
+            put(self, "arrival_rate", check_real("arrival_rate", self.arrival_rate, minimum=0.0))
+        if self.admitted_rate is not None:
+            put(self, "admitted_rate", check_real("admitted_rate", self.admitted_rate, minimum=0.0))
+            if self.arrival_rate is not None and self.admitted_rate > self.arrival_rate * (1 + 1e-9):
+                raise InputError(
+                    "admitted_rate", self.admitted_rate, f"be at most arrival_rate, {self.arrival_rate:g}"
+                )
+        if self.threshold is not None:
+            put(self, "threshold", check_count("threshold", self.threshold))
+        put(self, "gate", check_count("gate", self.gate, maximum=self.threshold))
+        if self.period is not None:
+            put(self, "period", check_count("period", self.period, minimum=1))
+        if self.max_hold_s is not None:
+            put(self, "max_hold_s", check_real("max_hold_s", self.max_hold_s, above=0.0))
+        if self.priority is not None:
+            put(self, "priority", check_count("priority", self.priority, minimum=-(2**31), maximum=2**31))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of a ``nested-wait`` table: positions up to `boundary`, at most `threshold` served at each.
+
+    Parameters
+    ----------
+    boundary : int
+        r_k, the last position of the segment (iterations done); strictly increasing over the segments.
+    threshold : int
+        n_k, requests served at each position, and needed at the segment's entry before it runs.
+    buffer : float
+        Requests the memory bound allows for in the segment's entry queue beyond n_k; 0 for the first.
+    """
+
+    boundary: int
+    threshold: int
+    buffer: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "boundary", check_count("boundary", self.boundary))
+        object.__setattr__(self, "threshold", check_count("threshold", self.threshold, minimum=1))
+        object.__setattr__(self, "buffer", check_real("buffer", self.buffer, minimum=0.0))
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """Look-ahead admission: the KV of residents and newcomer must fit at every future iteration.
+
+    Parameters
+    ----------
+    mode : {"none", "known", "law", "reserve"}
+        "known": true or predicted lengths; "law": the conditional law of the remaining length;
+        "reserve": every request is taken to produce `headroom_tokens` tokens; "none": no look-ahead.
+    headroom_tokens : float
+        "known", "law": tokens of the capacity kept free. "reserve": output tokens reserved per request, so
+        that its KV counts as prompt + headroom_tokens − 1. 0 with "none".
+    """
+
+    mode: LookaheadMode = "none"
+    headroom_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, get_args(LookaheadMode))
+        least = 1.0 if self.mode == "reserve" else 0.0
+        most = 0.0 if self.mode == "none" else np.inf
+        headroom = check_real("headroom_tokens", self.headroom_tokens, minimum=least, maximum=most)
+        object.__setattr__(self, "headroom_tokens", headroom)
+
+
+@dataclass(frozen=True, repr=False)
+class PolicyTable:
+    """What a scheduler does, as numbers: schema "fluidsched.policy/1", validated when made and when read.
+
+    Parameters
+    ----------
+    name : str
+        Unique in a run.
+    kind : str
+        One of `KINDS`; the module's docstring says what each means.
+    types : sequence of TableType
+        One row per request type, or the one row ``*``. Shape letter J.
+    segments : sequence of Segment
+        Only with kind "nested-wait".
+    block_iterations : int, optional
+        k, iterations per decision; kinds "wait" and "nested-wait" only.
+    freeze : bool
+        Whether types whose gate is shut pause with their KV kept; true for "wait" and "nested-wait".
+    max_in_service : int, optional
+        Most residents, partly prefilled ones included. None: the server's limit.
+    token_budget : int, optional
+        Most tokens processed per iteration. None: the server's limit. Always None for "wait", whose cohorts
+        prefill whole.
+    chunk_tokens : int, optional
+        Most prompt tokens of one request per iteration.
+    prefill_interval : int, optional
+        Admit prefills only every so many iterations.
+    kv_limit_tokens : float, optional
+        Tokens of KV that admission may fill. None: the server's capacity.
+    watermark : float
+        Fraction of the KV blocks that admission leaves free unless nothing runs, in [0, 1).
+    whole_prompt_admission : bool
+        Whether admission needs room for the whole prompt and the tokens already generated, or only for the
+        first chunk.
+    lookahead : Lookahead
+        Room that admission needs for the future of those in service.
+    order : {"fcfs", "shortest_first"}
+        Order of the waiting requests within a priority.
+    predictor : {"exact", None}
+        "exact": output lengths are read from the path itself; None: from its predicted lengths.
+    preemption : {"recompute", "restart", "swap"}
+        What happens to a request whose KV no longer fits.
+    certificate : mapping
+        Bounds the table comes with, name → {value, unit, formula, guarantee, …}; empty for baselines.
+    provenance : mapping
+        inputs (fingerprints), version, seed.
+
+    Raises
+    ------
+    InputError
+        Naming the field that is wrong and what it must be.
+
+    Examples
+    --------
+    >>> table = PolicyTable("mine", "vllm", [TableType("*")], token_budget=2048)
+    >>> table
+    PolicyTable 'mine': kind vllm, 1 type, token budget 2,048
+    >>> PolicyTable.from_dict(table.to_dict()) == table
+    True
+    """
+
+    name: str
+    kind: str
+    types: tuple[TableType, ...]
+    segments: tuple[Segment, ...] = ()
+    block_iterations: int | None = None
+    freeze: bool = False
+    max_in_service: int | None = None
+    token_budget: int | None = None
+    chunk_tokens: int | None = None
+    prefill_interval: int | None = None
+    kv_limit_tokens: float | None = None
+    watermark: float = 0.0
+    whole_prompt_admission: bool = True
+    lookahead: Lookahead = Lookahead()
+    order: str = "fcfs"
+    predictor: str | None = None
+    preemption: str = "recompute"
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        _check_name("name", self.name)
+        check_choice("kind", self.kind, KINDS)
+        for argument, row_type in (("types", TableType), ("segments", Segment)):
+            rows = getattr(self, argument)
+            if not isinstance(rows, (tuple, list)) or not all(isinstance(row, row_type) for row in rows):
+                raise InputError(argument, rows, f"be a sequence of {row_type.__name__}")
+            put(self, argument, tuple(rows))
+        for argument in (
+            "block_iterations", "max_in_service", "token_budget", "chunk_tokens", "prefill_interval",
+        ):  # fmt: skip
+            if getattr(self, argument) is not None:
+                put(self, argument, check_count(argument, getattr(self, argument), minimum=1))
+        for argument in ("freeze", "whole_prompt_admission"):
+            put(self, argument, _check_flag(argument, getattr(self, argument)))
+        if self.kv_limit_tokens is not None:
+            put(self, "kv_limit_tokens", check_real("kv_limit_tokens", self.kv_limit_tokens, above=0.0))
+        put(self, "watermark", check_real("watermark", self.watermark, minimum=0.0))
+        if self.watermark >= 1.0:
+            raise InputError("watermark", self.watermark, "be a fraction in [0, 1)")
+        if not isinstance(self.lookahead, Lookahead):
+            raise InputError("lookahead", self.lookahead, "be a Lookahead")
+        check_choice("order", self.order, get_args(Order))
+        if self.predictor is not None:
+            check_choice("predictor", self.predictor, ("exact",))
+        check_choice("preemption", self.preemption, get_args(Preemption))
+        for argument in ("certificate", "provenance"):
+            value = getattr(self, argument)
+            if not isinstance(value, Mapping):
+                raise InputError(argument, value, "be an object with named fields")
+            try:
+                put(self, argument, to_jsonable(value))  # JSON values only, so that equality survives a file
+            except TypeError as error:
+                raise InputError(argument, str(error), "hold JSON values only") from None
+        self._check_rows()
+        self._check_kind()
+
+    def _check_rows(self) -> None:
+        if not self.types:
+            raise InputError("types", "no row", "have at least one row")
+        seen: set[str] = set()
+        for j, row in enumerate(self.types):
+            if row.name in seen:
+                raise InputError(f"types[{j}].name", row.name, "be unique in the table")
+            seen.add(row.name)
+        last = -1
+        for i, segment in enumerate(self.segments):
+            if segment.boundary <= last:
+                raise InputError(
+                    f"segments[{i}].boundary", segment.boundary, f"be above the one before, {last}"
+                )
+            last = segment.boundary
+
+    def _check_kind(self) -> None:
+        """Fields that the kind fixes: a table that says two different things is refused."""
+
+        def require(argument: str, holds: bool, required: str) -> None:
+            if not holds:
+                value: Any = self
+                for part in argument.replace("[", ".").replace("]", "").split("."):
+                    value = value[int(part)] if part.isdigit() else getattr(value, part)
+                raise InputError(argument, value, f"{required} in a table of kind {self.kind!r}")
+
+        require("freeze", self.freeze == (self.kind in FREEZING_KINDS), "be true only for WAIT policies, as")
+        require(
+            "block_iterations",
+            (self.block_iterations is not None) == (self.kind in FREEZING_KINDS),
+            "be given for WAIT policies and for no other",
+        )
+        require("segments", bool(self.segments) == (self.kind == "nested-wait"), "be non-empty exactly")
+        if self.kind in ONE_ROW_KINDS:
+            require("types", len(self.types) == 1 and self.types[0].name == "*", "have one row, named '*',")
+        for j, row in enumerate(self.types):
+            place = f"types[{j}]"
+            if self.kind in ("wait", "gated"):
+                require(f"{place}.threshold", row.threshold is not None, "be given")
+            elif self.kind == "nested-wait":
+                require(f"{place}.threshold", row.threshold == self.segments[0].threshold, "be segment 1's")
+            else:
+                require(f"{place}.threshold", row.threshold is None, "be null")
+            if self.kind == "wait":
+                low = min(1, row.threshold or 0)
+                require(f"{place}.gate", row.gate >= low, "be at least 1 (0 where threshold is)")
+            elif self.kind == "nested-wait":
+                require(f"{place}.gate", row.gate == row.threshold, "equal threshold")
+            elif self.kind != "gated":
+                require(f"{place}.gate", row.gate == 0, "be 0")
+            given = row.period is not None
+            require(f"{place}.period", given == (self.kind == "gated"), "be given for 'gated' only, not")
+        if self.kind in FREEZING_KINDS:
+            require("token_budget", self.token_budget is None, "be null: cohorts prefill whole")
+            require("lookahead", self.lookahead.mode == "none", "have mode 'none'")
+        if self.kind == "orca":
+            require("lookahead", self.lookahead.mode == "reserve", "have mode 'reserve'")
+
+    # ------------------------------------------------------------------ what it says
+
+    @property
+    def type_names(self) -> tuple[str, ...]:
+        """Names of the rows, in order. Shape (J,)."""
+        return tuple(row.name for row in self.types)
+
+    @property
+    def thresholds(self) -> NDArray[np.int64]:
+        """Thresholds n_j, requests. Shape (J,); `InputError` where a row has none."""
+        for row in self.types:
+            if row.threshold is None:
+                raise InputError("thresholds", f"type {row.name!r} without one", "be given in every row")
+        values = np.array([row.threshold for row in self.types], dtype=np.int64)
+        values.flags.writeable = False
+        return values
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the table: equal tables, equal fingerprints."""
+        return fingerprint(self.to_dict())
+
+    def renamed(self, name: str) -> PolicyTable:
+        """Return the same table under another name."""
+        return dataclasses.replace(self, name=name)
+
+    def classify(self, path: ArrivalPath) -> NDArray[np.int64]:
+        """Return the row of every request of a path: the first whose match holds.
+
+        Parameters
+        ----------
+        path : ArrivalPath
+            N requests.
+
+        Returns
+        -------
+        int64 array, shape (N,)
+            Indices into `types`.
+
+        Raises
+        ------
+        InputError
+            If a request matches no row (the request is named), or if rows look at labels or output lengths
+            that the path does not carry.
+        """
+        count = len(path)
+        rows = np.full(count, -1, dtype=np.int64)
+        output: NDArray[np.int64] | None = path.predicted_output_tokens
+        if self.predictor == "exact":
+            output = path.output_tokens
+        open_requests = np.arange(count)
+        for j, row in enumerate(self.types):
+            if not open_requests.size:
+                break
+            match = row.match
+            hit = _within(path.prompt_tokens[open_requests], match.prompt)
+            if match.output is not None:
+                if output is None:
+                    raise InputError(
+                        "predicted_output_tokens",
+                        "a path without them",
+                        f"be given: type {row.name!r} of table {self.name!r} is recognised by output length",
+                        'Give the path predictions, or the table predictor="exact".',
+                    )
+                hit &= _within(output[open_requests], match.output)
+            if match.label is not None:
+                if path.type is None:
+                    raise InputError(
+                        "type",
+                        "a path without types",
+                        f"name each request's type: table {self.name!r} recognises {row.name!r} by label",
+                        "Give the path types, or make the workload from the path with to_workload().",
+                    )
+                code = path.type_names.index(match.label) if match.label in path.type_names else -1
+                hit &= path.type[open_requests] == code if code >= 0 else False
+            rows[open_requests[hit]] = j
+            open_requests = open_requests[~hit]
+        if open_requests.size:
+            i = int(open_requests[0])
+            label = path.label(i)
+            raise InputError(
+                f"request {i}",
+                f"prompt {int(path.prompt_tokens[i]):,}, output {int(path.output_tokens[i]):,} tokens"
+                + (f", type {label!r}" if label is not None else ""),
+                f"match a type of table {self.name!r} ({', '.join(self.type_names[:8])}"
+                + (", …)" if len(self.types) > 8 else ")"),
+                "Compile the table for the workload the path comes from.",
+            )
+        return rows
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain JSON values, every field of the schema present."""
+        plain: dict[str, Any] = to_jsonable(self)
+        return {"schema": SCHEMA, **plain}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PolicyTable:
+        """Make a table from `to_dict`'s form; anything missing, unknown or out of range is named."""
+        if not isinstance(data, Mapping):
+            raise InputError("policy table", data, "be an object with named fields")
+        version = data.get("schema", "nothing")
+        if version != SCHEMA:
+            raise InputError(
+                "schema",
+                version,
+                f"be {SCHEMA!r}",
+                "Another version of fluidsched wrote this table, or none did.",
+            )
+        values = _check_keys("", data, ["schema", *_names(cls)])
+        del values["schema"]
+        for argument in ("types", "segments"):
+            if not isinstance(values[argument], (list, tuple)):
+                raise InputError(argument, values[argument], "be a list")
+        types = []
+        for j, raw in enumerate(values["types"]):
+            place = f"types[{j}]"
+            row = _check_keys(place, raw, _names(TableType))
+            match = _check_keys(f"{place}.match", row["match"], _names(Match))
+            with _inside(f"{place}.match"):
+                row["match"] = Match(**match)
+            with _inside(place):
+                types.append(TableType(**row))
+        segments = []
+        for i, raw in enumerate(values["segments"]):
+            segment = _check_keys(f"segments[{i}]", raw, _names(Segment))
+            with _inside(f"segments[{i}]"):
+                segments.append(Segment(**segment))
+        ahead = _check_keys("lookahead", values["lookahead"], _names(Lookahead))
+        with _inside("lookahead"):
+            values["lookahead"] = Lookahead(**ahead)
+        return cls(**{**values, "types": tuple(types), "segments": tuple(segments)})
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the table as JSON text; with `path`, write it there too (whole or not at all)."""
+        text = dumps(self.to_dict())
+        if path is not None:
+            write_whole(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> PolicyTable:
+        """Read a table from a JSON file; the error names the file's field that is wrong."""
+        return cls.from_dict(loads(str(path), read_text("policy table", path)))
+
+    # ------------------------------------------------------------------ CSV
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the table as CSV, one row per type, then per segment; with `path`, write it there too.
+
+        Certificate and provenance stay behind: edited by hand, the table would no longer be what they cover.
+        """
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, _CSV_COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        shared = {name: getattr(self, name) for name in _CSV_GLOBALS if hasattr(self, name)}
+        shared |= {
+            "schema": SCHEMA,
+            "policy": self.name,
+            "lookahead_mode": self.lookahead.mode,
+            "lookahead_headroom_tokens": self.lookahead.headroom_tokens,
+        }
+        for row in self.types:
+            output = row.match.output or (None, None)
+            cells = {name: getattr(row, name) for name in _CSV_TYPE_FIELDS}
+            cells |= {
+                "row": "type",
+                "label": row.match.label,
+                "prompt_min": row.match.prompt[0],
+                "prompt_max": row.match.prompt[1],
+                "output_min": output[0],
+                "output_max": output[1],
+            }
+            writer.writerow({name: _to_cell(value) for name, value in (cells | shared).items()})
+        for segment in self.segments:
+            cells = {"row": "segment", **dataclasses.asdict(segment)}
+            writer.writerow({name: _to_cell(value) for name, value in (cells | shared).items()})
+        text = stream.getvalue()
+        if path is not None:
+            write_whole(path, text)
+        return text
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike[str]) -> PolicyTable:
+        """Read a table from `to_csv`'s form, with the same validation; the certificate is empty."""
+        reader = csv.DictReader(io.StringIO(read_text("policy table", path), newline=""), strict=True)
+        try:
+            lines = [(reader.line_num, line) for line in reader]
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}", str(error), "be valid CSV") from None
+        header = list(reader.fieldnames or [])
+        if sorted(header) != sorted(_CSV_COLUMNS):
+            wrong = sorted(set(_CSV_COLUMNS).symmetric_difference(header)) or header
+            raise InputError(
+                f"{path}, line 1",
+                f"column {wrong[0]!r} missing, unknown or twice",
+                "be the header to_csv writes",
+            )
+        if not lines:
+            raise InputError(str(path), "no row", "have at least one row of a type")
+        types: list[dict[str, Any]] = []
+        segments: list[dict[str, Any]] = []
+        first = lines[0][1]
+        for number, line in lines:
+            place = f"{path}, line {number}"
+            if None in line or None in line.values():
+                raise InputError(place, "a row of another length", f"have {len(_CSV_COLUMNS)} cells")
+            for name in _CSV_GLOBALS:
+                if line[name] != first[name]:
+                    raise InputError(
+                        f"{place}, {name}", line[name], f"repeat the first row's {first[name]!r}"
+                    )
+            values = {name: _from_cell(name, cell) for name, cell in line.items()}
+            if values["row"] == "type":
+                row = {name: values[name] for name in _CSV_TYPE_FIELDS}
+                output = [values["output_min"], values["output_max"]]
+                row["match"] = {
+                    "prompt": [values["prompt_min"], values["prompt_max"]],
+                    "output": None if output == [None, None] else output,
+                    "label": values["label"],
+                }
+                types.append(row)
+            elif values["row"] == "segment":
+                segments.append({name: values[name] for name in _names(Segment)})
+            else:
+                raise InputError(f"{place}, row", values["row"] or "nothing", "be 'type' or 'segment'")
+        shared = {name: _from_cell(name, first[name]) for name in _CSV_GLOBALS}
+        data = {name: shared[name] for name in _names(cls) if name in shared}
+        data |= {
+            "schema": shared["schema"],
+            "name": shared["policy"],
+            "types": types,
+            "segments": segments,
+            "lookahead": {
+                "mode": shared["lookahead_mode"],
+                "headroom_tokens": shared["lookahead_headroom_tokens"],
+            },
+            "certificate": {},
+            "provenance": {},
+        }
+        return cls.from_dict(data)
+
+    # ------------------------------------------------------------------ to look at
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per type: match, rates (requests/s), threshold, gate, period, hold, priority."""
+        import pandas as pd
+
+        columns = ["type", "match", *(name for name in _CSV_TYPE_FIELDS if name != "name")]
+        rows = [
+            [row.name, str(row.match), *(getattr(row, name) for name in _CSV_TYPE_FIELDS if name != "name")]
+            for row in self.types
+        ]
+        return pd.DataFrame(rows, columns=columns).set_index("type")
+
+    def _headline(self) -> str:
+        count = len(self.types)
+        parts = [f"kind {self.kind}", f"{count} type{'s' if count > 1 else ''}"]
+        if self.segments:
+            parts.append(f"{len(self.segments)} segments")
+        if self.block_iterations is not None:
+            parts.append(f"blocks of {self.block_iterations:,} iterations")
+        if self.max_in_service is not None:
+            parts.append(f"at most {self.max_in_service:,} in service")
+        if self.token_budget is not None:
+            parts.append(f"token budget {self.token_budget:,}")
+        if self.lookahead.mode != "none":
+            parts.append(f"look-ahead {self.lookahead.mode} {self.lookahead.headroom_tokens:,.0f} tokens")
+        return f"PolicyTable {self.name!r}: {', '.join(parts)}"
+
+    def __repr__(self) -> str:
+        lines = [self._headline()]
+        if self.kind in ("wait", "gated"):
+            width = max(4, *(len(name) for name in self.type_names))
+            lines.append(
+                f"  {'type':<{width}} {'req/s':>9} {'threshold':>9} {'gate':>6} {'period':>7}  match"
+            )
+            for row in self.types:
+                rate = "" if row.admitted_rate is None else f"{row.admitted_rate:.4g}"
+                period = "" if row.period is None else f"{row.period:,}"
+                numbers = f"{rate:>9} {row.threshold:>9,} {row.gate:>6,} {period:>7}"
+                lines.append(f"  {row.name:<{width}} {numbers}  {row.match}")
+        for k, segment in enumerate(self.segments, start=1):
+            lines.append(
+                f"  segment {k}: up to {segment.boundary:,} iterations done, "
+                f"threshold {segment.threshold:,}, buffer {segment.buffer:,.1f}"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self._headline())}</p>{self.to_frame().to_html()}"
+
+
+def _within(lengths: NDArray[np.int64], interval: tuple[int, int | None]) -> NDArray[np.bool_]:
+    low, high = interval
+    return lengths >= low if high is None else (lengths >= low) & (lengths <= high)
+
+
+_CSV_TYPE_FIELDS = [name for name in _names(TableType) if name != "match"]
+_NOT_IN_CSV_AS_THEY_ARE = {"name", "types", "segments", "lookahead", "certificate", "provenance"}
+_CSV_GLOBALS = ["schema", "policy"]
+_CSV_GLOBALS += [name for name in _names(PolicyTable) if name not in _NOT_IN_CSV_AS_THEY_ARE]
+_CSV_GLOBALS += ["lookahead_mode", "lookahead_headroom_tokens"]
+_CSV_COLUMNS = ["row", "name", "label", "prompt_min", "prompt_max", "output_min", "output_max"]
+_CSV_COLUMNS += [*_CSV_TYPE_FIELDS[1:], "boundary", "buffer", *_CSV_GLOBALS]
+_CSV_TEXT = {
+    "row",
+    "name",
+    "label",
+    "schema",
+    "policy",
+    "kind",
+    "order",
+    "predictor",
+    "preemption",
+    "lookahead_mode",
+}
+_CSV_FLAGS = {"freeze", "whole_prompt_admission"}
+
+
+def _to_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value if isinstance(value, str) else repr(value)
+
+
+def _from_cell(column: str, cell: str) -> Any:
+    """Undo `_to_cell`; what is no number or flag is handed on as text, for the validation to name."""
+    if cell == "":
+        return None
+    if column in _CSV_FLAGS:
+        return {"true": True, "false": False}.get(cell.lower(), cell)
+    if column in _CSV_TEXT:
+        return cell
+    for convert in (int, float):
+        try:
+            return convert(cell)
+        except ValueError:
+            continue
+    return cell
