@@ -282,12 +282,11 @@ class IterationTime:
         if self.coefficients is None:
             return f"IterationTime.function({self._function!r})"
         rows = [
-            "; ".join(f"{n} {v:.4g}" for n, v in zip(COEFFICIENTS, row, strict=True))
+            ", ".join(f"{name}={value:.4g}" for name, value in zip(COEFFICIENTS, row, strict=True))
             for row in self.coefficients
         ]
-        if len(rows) == 1:
-            return f"IterationTime({rows[0]})  [s, s/token, s/token²]"
-        return "IterationTime(max of\n  " + "\n  ".join(rows) + ")  [s, s/token, s/token²]"
+        shown = rows[0] if len(rows) == 1 else "max of\n    " + "\n    ".join(rows)
+        return f"IterationTime({shown})  [s, s/token, s/token²]"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: the schema and one mapping of named coefficients per piece."""
