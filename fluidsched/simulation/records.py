@@ -10,7 +10,7 @@ Three sets of numbers, kept apart:
 - *counters* (`iterations`, `batch_token_sum`, `batch_size_sum`, `preempted`, `wasted_tokens`, `peak_kv`):
   over the whole run, counting the iterations that ended by `end_s`;
 - *integrals over time* (the fields `*_s` with a measure of time: `busy_s`, `kv_token_s`, `resident_s`,
-  `waiting_s`): over the measured window [warmup, end_s], the part of an iteration cut off by the horizon included.
+  `waiting_s`): over the measured window [warmup, end_s], with the part of an iteration cut by the horizon.
 
 Between instants the state is constant in this sense: during an iteration every request served in it holds
 the KV it has after the iteration's write (prompt + k - 1 tokens in its iteration k, unchunked), every other
@@ -44,14 +44,14 @@ class EngineRun:
     Parameters
     ----------
     admitted_s, first_token_s, finish_s : (N,) float arrays
-        First admission, end of the iteration that produced the first token, end of the last iteration; NaN if never.
+        First admission, end of the iteration that produced the first token, end of the last one; NaN if
+        never.
     preemptions : (N,) int64 array
         How often the request lost its place.
     status : (N,) int8 array
         Index into `STATUSES`.
     end_s : float
-        The horizon; or, for a run until empty, the end of the last iteration (stuck: the last instant at which
-        anything changed). 0 for an empty path.
+        The horizon; or, for a run until empty, its last decision instant. 0 for an empty path.
     verdict : {"finished", "horizon", "stuck"}
     starved_types : tuple of str
         Names of the table's rows with requests in the system when the run got stuck, in the table's order.
@@ -71,8 +71,8 @@ class EngineRun:
         KV tokens held at `end_s` (by what an iteration cut off by the horizon had found). Every token pushed
         through the model is accounted for: batch_token_sum = Σ finished (p + o - 1) + wasted_tokens + kv_end.
     occupancy : (K, 4) float array or None
-        Columns time (s), KV tokens, residents, waiting: the state right after an iteration's end (finishers gone)
-        or at a decision of the idle server, at the first such instant at or after each point of an even grid.
+        Columns time (s), KV tokens, residents, waiting: the state at decision instants (finishers gone,
+        arrivals in, nothing decided yet), at the first one at or after each point of an even grid.
     """
 
     admitted_s: NDArray[np.float64]
@@ -112,8 +112,9 @@ class EngineRun:
     def __repr__(self) -> str:
         tail = f": {', '.join(self.starved_types)}" if self.starved_types else ""
         return (
-            f"<EngineRun {self.verdict}{tail} at {self.end_s:.6g} s: {self.count('finished'):,} of {len(self):,} "
-            f"requests finished, {self.iterations:,} iterations, {self.preempted:,} preemptions>"
+            f"<EngineRun {self.verdict}{tail} at {self.end_s:.6g} s: {self.count('finished'):,} of "
+            f"{len(self):,} requests finished, {self.iterations:,} iterations, "
+            f"{self.preempted:,} preemptions>"
         )
 
 

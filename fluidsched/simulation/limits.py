@@ -1,0 +1,188 @@
+"""What a table and a server allow together, and what must hold before a run starts.
+
+A limit that the table leaves null is the server's; otherwise the smaller of the two binds. Memory is counted
+in *units*: KV tokens, or blocks of b tokens where the server has a block size,
+
+    units(m) = m   or   ⌈m/b⌉,        capacity = ⌊C⌋   or   ⌊C/b⌋.
+
+Both engines take their limits and their checks from here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched.errors import InputError
+from fluidsched.policy.table import PolicyTable
+from fluidsched.server import Server
+
+if TYPE_CHECKING:
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["UNLIMITED", "Limits", "check_run", "effective_limits", "never_fits"]
+
+UNLIMITED = 2**62
+"""Stands for a limit that does not bind, in integer arithmetic."""
+
+KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Effective limits of a table on a server; `UNLIMITED` where nothing binds.
+
+    Attributes
+    ----------
+    capacity : int
+        Memory, units.
+    admission : int
+        Memory that admission may fill while anybody is resident, units:
+        ⌊min(capacity - watermark·capacity, kv_limit)⌋, kv_limit counted in whole units.
+    block : int
+        Tokens per unit.
+    slots : int
+        Most residents; with `orca` also at most the token budget, so that every decode has its token.
+    budget : int
+        Most tokens in an iteration.
+    chunk : int
+        Most prompt tokens of one request in an iteration.
+    reserve : int
+        R of `orca`: output tokens set aside per request; 0 with other kinds.
+    """
+
+    capacity: int
+    admission: int
+    block: int
+    slots: int
+    budget: int
+    chunk: int
+    reserve: int
+
+    def units(self, tokens: int) -> int:
+        """Memory that this many KV tokens of one request take."""
+        return -(-tokens // self.block)
+
+
+def effective_limits(server: Server, table: PolicyTable) -> Limits:
+    """Return the smaller of each limit of `table` and `server`."""
+    block = server.block_size or 1
+    capacity = UNLIMITED if math.isinf(server.kv_capacity) else math.floor(server.kv_capacity) // block
+    admission = capacity
+    if capacity < UNLIMITED:
+        admission = math.floor(capacity - table.watermark * capacity)
+    if table.kv_limit_tokens is not None:
+        admission = min(admission, math.floor(table.kv_limit_tokens) // block)
+    budget = _smaller(table.token_budget, server.token_budget)
+    slots = _smaller(table.max_in_service, server.max_batch_size)
+    reserve = 0
+    if table.kind == "orca":
+        slots = min(slots, budget)
+        reserve = math.ceil(table.lookahead.headroom_tokens)
+    return Limits(capacity, admission, block, slots, budget, table.chunk_tokens or UNLIMITED, reserve)
+
+
+def _smaller(first: int | None, second: int | None) -> int:
+    return min(UNLIMITED if first is None else first, UNLIMITED if second is None else second)
+
+
+def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray[np.bool_]:
+    """Return which requests can never be served, shape (N,); the engines give them status `rejected`.
+
+    A request never fits if its KV at its last token, prompt + output - 1 tokens, exceeds the capacity. `orca`
+    sets R output tokens aside and prefills prompts whole, so there prompt + R - 1 must fit, and the prompt
+    must be within the token budget.
+    """
+    limits = effective_limits(server, table)
+    prompt, output = path.prompt_tokens, path.output_tokens
+    if table.kind == "orca":
+        output = np.full_like(output, limits.reserve)
+    too_long = -(-(prompt + output - 1) // limits.block) > limits.capacity
+    if table.kind == "orca":
+        too_long |= prompt > limits.budget
+    return np.asarray(too_long, dtype=np.bool_)
+
+
+def check_run(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray[np.int64]:
+    """Check that the table can be run on this path and server; return every request's row, shape (N,).
+
+    Raises
+    ------
+    InputError
+        For a rule the engines do not have, a field the table's kind does not use, a request no row matches
+        or longer than `orca` reserves for, or a `wait` cohort above the server's token budget.
+    """
+    _check_table(table)
+    rows = table.classify(path)
+    if table.kind == "orca":
+        _check_reserve(path, table)
+    if table.kind == "wait" and server.token_budget is not None:
+        _check_cohort(path, rows, server.token_budget, table)
+    return rows
+
+
+def _check_table(table: PolicyTable) -> None:
+    place = f"table {table.name!r}: "
+    if table.kind not in KINDS:
+        raise InputError(f"{place}kind", table.kind, f"be one of {', '.join(KINDS)}, the rules simulated")
+    if table.preemption == "swap":
+        raise InputError(
+            f"{place}preemption",
+            table.preemption,
+            "be 'recompute' or 'restart'",
+            "Swapping is not simulated.",
+        )
+    if table.order != "fcfs":
+        raise InputError(f"{place}order", table.order, "be 'fcfs'", "Other orders are not simulated.")
+    if table.kind != "orca" and table.lookahead.mode != "none":
+        raise InputError(
+            f"{place}lookahead", table.lookahead.mode, "have mode 'none' unless the kind is 'orca'"
+        )
+    unused: list[tuple[str, float | None]] = []
+    if table.kind in ("orca", "wait"):
+        unused += [("chunk_tokens", table.chunk_tokens), ("prefill_interval", table.prefill_interval)]
+    if table.kind == "wait":
+        unused += [("kv_limit_tokens", table.kv_limit_tokens), ("watermark", table.watermark or None)]
+    for name, value in unused:
+        if value is not None:
+            raise InputError(f"{place}{name}", value, f"not be set: a {table.kind!r} table does not use it")
+
+
+def _check_reserve(path: ArrivalPath, table: PolicyTable) -> None:
+    reserve = math.ceil(table.lookahead.headroom_tokens)
+    longer = np.flatnonzero(path.output_tokens > reserve)
+    if longer.size:
+        i = int(longer[0])
+        raise InputError(
+            f"request {i}",
+            f"{int(path.output_tokens[i]):,} output tokens",
+            f"produce at most the {reserve:,} tokens that table {table.name!r} reserves per request",
+            f"Reserve {int(path.output_tokens.max()):,}.",
+        )
+
+
+def _check_cohort(path: ArrivalPath, rows: NDArray[np.int64], budget: int, table: PolicyTable) -> None:
+    """Refuse a server whose token budget is below the largest first iteration a block can have.
+
+    All types at once, each with `threshold` newcomers of its longest prompt in this path, and the decodes of
+    the earlier blocks: at most threshold per block, ⌈o_max/k⌉ - 1 blocks.
+    """
+    assert table.block_iterations is not None
+    largest = 0
+    for j, row in enumerate(table.types):
+        mine = rows == j
+        if mine.any() and row.threshold:
+            blocks = -(-int(path.output_tokens[mine].max()) // table.block_iterations)
+            largest += row.threshold * (int(path.prompt_tokens[mine].max()) + blocks - 1)
+    if largest > budget:
+        raise InputError(
+            "server.token_budget",
+            budget,
+            f"be at least the {largest:,} tokens of the largest cohort of table {table.name!r}, "
+            "whose prompts run whole in one iteration",
+            "Use a server without a token budget, or a table compiled for this one.",
+        )

@@ -1,0 +1,765 @@
+r"""The reference simulator: what a policy table means, step by step, in plain Python.
+
+The server runs one iteration at a time. Before each, at a *decision instant*, the table's rule preempts,
+admits and fixes the batch; the iteration then lasts
+
+    T(n_pf, n_dec, k_dec, q_pf)     (`IterationTime`: prompt tokens, decodes, KV they read, prefill attention)
+
+and takes effect at its end. This module *is* the definition; the compiled kernel equals it request by
+request. What follows numbers every rule; where a choice was open it is made here.
+
+Time
+  1. Decision instants: the end of an iteration; while idle, an arrival or a timer (rule 23). Arrivals up to
+     and at the instant have joined the queue. Requests that never fit (`limits.never_fits`) are `rejected`
+     and never join it.
+  2. A run with a horizon H takes no decision at or after H. An iteration that would end after H is cut:
+     nothing of it takes effect, but its decision (admissions, preemptions) stands and time integrals count it
+     up to H. One that ends at H takes effect. An idle server waits for H, so the verdict is always "horizon".
+  3. A run without a horizon ends "finished" when nobody is waiting, resident or to come; "stuck" when the
+     server is idle, somebody is waiting or resident, and neither an arrival nor a timer is to come. It ends
+     at its last decision instant.
+
+Requests
+  4. A request has `computed` KV tokens, `produced` output tokens, and a `target`. Waiting: computed = 0. On
+     admission target = prompt + produced. While computed < target it *prefills*: a chunk of n tokens raises
+     computed by n, and the chunk that reaches target emits one token. After that it *decodes*: computed and
+     produced rise by one. So a resident holds prompt + produced - 1 tokens once its prompt is done. It leaves
+     at the end of the iteration in which produced = output.
+  5. n_pf counts tokens of chunks, recomputed ones too; n_dec decodes; k_dec is the sum over decodes of
+     computed after the iteration (p + k - 1 in iteration k); q_pf = Σ chunk·(computed before + chunk/2).
+  6. Residents are ordered by (latest) admission, in the order in which one decision admits them.
+
+Memory
+  7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed + n)
+     for it at once; other residents keep units(computed).
+  8. Preemption takes the most recently admitted resident: its memory is freed, its computed tokens are wasted
+     (rule 4's computed before this iteration; tokens already scheduled for it in this decision are withdrawn
+     and go back to the budget), and it waits. `recompute` keeps produced; `restart` sets it to 0 and forgets
+     the first-token time. A request may be preempted in the same decision that admitted it only under `wait`.
+  9. Preempted requests wait in one stack, last preempted first, ahead of all others and whatever their type;
+     under `wait` at the front of their own type's queue.
+
+Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
+ 10. The budget of the iteration is min(table, server). Residents first, in order (rule 6); `sarathi`: all
+     that decode, then all that prefill, each in order. Each takes 1 token (decode) or min(target - computed,
+     budget left, chunk_tokens). When the budget is used up the scan ends.
+ 11. If its tokens do not fit in memory, residents are preempted until they do (rule 8). If it was itself the
+     one preempted, the scan goes on with the next that is still resident.
+ 12. If anybody was preempted in this decision, nobody is admitted. If moreover the batch is empty, the
+     decision is taken again at once (this happens when a decode gives way while prefills are held, rule 16).
+ 13. Otherwise waiting requests are admitted while budget and slots are left: first the preempted stack, then
+     by (priority, arrival, index); rows without priority come after all that have one. The scan ends at the
+     first request that does not fit. An admitted request takes its first chunk, min(target, budget left,
+     chunk_tokens).
+ 14. A request fits if memory in use + units(target), or units(first chunk) without `whole_prompt_admission`,
+     is at most the admission limit; the limit is the whole capacity if there is no resident, else
+     ⌊min(capacity - watermark·capacity, kv_limit)⌋. Memory in use is that of rule 7 in this iteration.
+ 15. Slots: residents ≤ min(max_in_service, max_batch_size), partly prefilled ones included.
+ 16. `prefill_interval` N: an iteration is *held* if fewer than N - 1 iterations have run since the last one
+     that prefilled a token, some resident decodes, and the last decision that was not held left nobody
+     waiting. In a held iteration residents that prefill get nothing and nobody is admitted. Before the first
+     prefill, and with N = 1, nothing is held. A decision that is not held notes, when its batch is fixed,
+     whether anybody waits.
+
+`gated` adds
+ 17. At a decision a row may admit newcomers (never preempted before) if at least `gate` of them wait in it
+     when the decision begins, or the longest-waiting of them has waited max_hold_s. It then admits at most
+     threshold - (newcomers it admitted in the last period - 1 iterations run, and in this one). A row that
+     may not admit, or no longer may, is skipped in rule 13. Preempted requests are exempt and not counted.
+ 18. If the batch would be empty, the windows of all rows are cleared and rule 13 is tried once more; if it is
+     still empty the server idles.
+
+`orca`
+ 19. Every resident decodes. The scan of rule 13 (preempted stack always empty) admits while the slots, at
+     most min(max_in_service, max_batch_size, budget), last; a request fits if Σ over residents and it of
+     units(prompt + R - 1) is at most the limit of rule 14, and its whole prompt fits in the budget left after
+     the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
+
+`wait`
+ 20. With no block running: J = the rows with threshold > 0 in which at least `gate` wait (preempted ones
+     count), or in which the hold has expired (rule 23). The rows of J, by (priority, row), each admit
+     min(threshold, waiting, slots left), from the front of their queue. All residents of the rows of J are
+     selected (at most `threshold` of them are ever at one stage, because one block admits at most that many
+     and a row's residents all move together). If nobody is selected the server idles. Otherwise a block
+     starts.
+ 21. Each iteration of a block serves every selected request still resident: its whole prompt (target) first,
+     then a token each. Before it, while the memory of all residents, the served ones after their tokens,
+     exceeds the capacity, the most recently admitted resident, selected or not, is preempted. A request
+     preempted in a block is not admitted again before the next.
+ 22. A block ends after block_iterations iterations or when no selected request is left. If preemption leaves
+     nobody to serve in a block's first iteration, the server idles until the next instant (anything else
+     would repeat itself); in a later iteration, the next decision is taken at once.
+ 23. Hold: a row with max_hold_s h has expired at t if t ≥ s + h for one of its requests, waiting or (under
+     `wait`) resident, where s is the end of the last iteration that served it, or its arrival. Under `gated`
+     only newcomers count. An idle server wakes at the smallest s + h later than now, over the rows with
+     threshold > 0.
+
+Records
+ 24. admitted_s is the first admission; first_token_s the end of the iteration that produced token 1 (under
+     `restart` of the last start). The counters and integrals are those of `EngineRun`.
+ 25. Occupancy rows are taken at decision instants, after arrivals join and before the decision, at the first
+     instant at or after each point of a grid of step horizon/points, or (without a horizon) last
+     arrival/points; when 2·points rows exist every second one is dropped and the step doubles. After a row at
+     t the next grid point is the smallest multiple of the step above t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fluidsched._checks import check_count, check_real
+from fluidsched.errors import SimulationError
+from fluidsched.policy.table import PolicyTable
+from fluidsched.server import Server
+from fluidsched.server.iteration import BatchSummary
+from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
+from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Verdict
+
+if TYPE_CHECKING:
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["run_reference"]
+
+Observer = Callable[[IterationSummary], Any]
+
+
+class _Request:
+    """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23."""
+
+    __slots__ = (
+        "admitted_s", "arrival_s", "computed", "finish_s", "first_token_s", "index", "key", "output",
+        "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "target", "waiting_since",
+    )  # fmt: skip
+
+    def __init__(self, index: int, row: int, priority: float, arrival_s: float, prompt: int, output: int):
+        self.index = index
+        self.row = row
+        self.key = (priority, arrival_s, index)
+        self.arrival_s = self.served_s = self.waiting_since = arrival_s
+        self.prompt = prompt
+        self.output = output
+        self.computed = self.produced = self.target = self.scheduled = self.preemptions = 0
+        self.admitted_s = self.first_token_s = self.finish_s = math.nan
+
+
+class _System:
+    """The whole state of a run, and the mechanism every rule shares: queue, memory, preemption.
+
+    Attributes
+    ----------
+    now : float
+        The current decision instant, s.
+    queues : list of deque
+        Waiting requests per row of the table, first in line first.
+    preempted : list
+        Preempted requests in stack order, the next in line last (not used by `wait`).
+    residents : list
+        Requests holding KV, in order of admission.
+    used : int
+        Memory in use, units, this decision's allocations included.
+    held : int
+        KV tokens held by residents between iterations.
+    batch : list
+        Requests scheduled by this decision, in order; those withdrawn have `scheduled` 0.
+    budget : int
+        Tokens left in the iteration being planned.
+    admitted, evicted : list
+        Requests admitted and preempted by this decision, in order.
+    since_prefill, queue_left : int, bool
+        Iterations since the last that prefilled; whether the last decision not held left anybody waiting
+        (rule 16).
+    windows : list of deque
+        `gated`: (iteration, newcomers admitted) per row, the last `period` iterations.
+    block_left, selected : int, set of int
+        `wait`: iterations left in the block, 0 if none runs; rows it serves are those of its selected
+        requests.
+    iterations, wasted_tokens, preemption_count : int
+        Counters of the run.
+    """
+
+    def __init__(self, server: Server, table: PolicyTable, warmup: float):
+        self.table = table
+        self.limits = effective_limits(server, table)
+        self.rows = table.types
+        self.warmup = warmup
+        self.now = 0.0
+        self.queues: list[deque[_Request]] = [deque() for _ in table.types]
+        self.preempted: list[_Request] = []
+        self.residents: list[_Request] = []
+        self.used = 0
+        self.held = 0
+        self.batch: list[_Request] = []
+        self.budget = 0
+        self.admitted: list[_Request] = []
+        self.evicted: list[_Request] = []
+        self.since_prefill = UNLIMITED
+        self.queue_left = False
+        self.windows: list[deque[tuple[int, int]]] = [deque() for _ in table.types]
+        self.block_left = 0
+        self.selected: set[int] = set()
+        self.iterations = 0
+        self.wasted_tokens = 0
+        self.preemption_count = 0
+        self.waiting_s = 0.0
+
+    def waiting_count(self) -> int:
+        return len(self.preempted) + sum(map(len, self.queues))
+
+    def schedule(self, request: _Request, tokens: int) -> None:
+        """Give `request` this many tokens of the iteration and allocate their memory (rule 7)."""
+        self.used += self.growth(request, tokens)
+        request.scheduled = tokens
+        self.budget -= tokens
+        self.batch.append(request)
+
+    def growth(self, request: _Request, tokens: int) -> int:
+        """Units that `tokens` more tokens of a resident take."""
+        if self.limits.block == 1:
+            return tokens
+        return self.limits.units(request.computed + tokens) - self.limits.units(request.computed)
+
+    def admit(self, request: _Request) -> None:
+        request.target = request.prompt + request.produced
+        if math.isnan(request.admitted_s):
+            request.admitted_s = self.now
+        self.waiting_s += max(0.0, self.now - max(request.waiting_since, self.warmup))
+        self.residents.append(request)
+        self.admitted.append(request)
+
+    def preempt(self) -> _Request:
+        """Rule 8: the most recently admitted resident loses its place; the caller puts it in its queue."""
+        victim = self.residents.pop()
+        self.used -= self.limits.units(victim.computed + victim.scheduled)
+        self.held -= victim.computed
+        self.budget += victim.scheduled
+        self.wasted_tokens += victim.computed
+        self.preemption_count += 1
+        victim.computed = victim.scheduled = victim.target = 0
+        victim.preemptions += 1
+        victim.waiting_since = self.now
+        if self.table.preemption == "restart":
+            victim.produced = 0
+            victim.first_token_s = math.nan
+        self.evicted.append(victim)
+        return victim
+
+    def hold_expired(self, requests: Iterable[_Request], row: int) -> bool:
+        hold = self.rows[row].max_hold_s
+        return hold is not None and any(self.now >= request.served_s + hold for request in requests)
+
+
+# ------------------------------------------------------------------ the rules: each fixes system.batch
+
+
+def _serve_residents(system: _System, order: list[_Request], held: bool) -> None:
+    """Rules 10 and 11: tokens for residents, preempting the most recently admitted on shortage."""
+    chunk_tokens = system.limits.chunk
+    capacity = system.limits.capacity
+    for request in order:
+        if system.budget == 0:
+            break
+        if request.target == 0:  # preempted in this decision
+            continue
+        missing = request.target - request.computed
+        if missing <= 0:
+            tokens = 1
+        elif held:
+            continue
+        else:
+            tokens = min(missing, system.budget, chunk_tokens)
+        while system.used + system.growth(request, tokens) > capacity:
+            victim = system.preempt()
+            system.preempted.append(victim)
+            if victim is request:
+                break
+        else:
+            system.schedule(request, tokens)
+
+
+def _next_waiting(system: _System, may_admit: list[int]) -> _Request | None:
+    """Rule 13: the stack, then the smallest (priority, arrival, index) among the rows that may admit."""
+    if system.preempted:
+        return system.preempted[-1]
+    heads = [queue[0] for queue, left in zip(system.queues, may_admit, strict=True) if queue and left > 0]
+    return min(heads, key=lambda request: request.key, default=None)
+
+
+def _fits(system: _System, request: _Request, in_use: int, units: int) -> bool:
+    """Rule 14."""
+    limit = system.limits.admission if system.residents else system.limits.capacity
+    return in_use + units <= limit
+
+
+def _admit_waiting(system: _System, may_admit: list[int]) -> None:
+    """Rules 13 to 15; lowers `may_admit` of a row by every newcomer it admits."""
+    limits = system.limits
+    while system.budget > 0 and len(system.residents) < limits.slots:
+        request = _next_waiting(system, may_admit)
+        if request is None:
+            return
+        target = request.prompt + request.produced
+        chunk = min(target, system.budget, limits.chunk)
+        needed = target if system.table.whole_prompt_admission else chunk
+        if not _fits(system, request, system.used, limits.units(needed)):
+            return
+        if system.preempted:
+            system.preempted.pop()
+        else:
+            system.queues[request.row].popleft()
+            may_admit[request.row] -= 1
+        system.admit(request)
+        system.schedule(request, chunk)
+
+
+def _prefills_held(system: _System) -> bool:
+    """Rule 16."""
+    interval = system.table.prefill_interval
+    return (
+        interval is not None
+        and system.since_prefill < interval - 1
+        and not system.queue_left
+        and any(request.computed >= request.target for request in system.residents)
+    )
+
+
+def _token_budget_rule(system: _System, may_admit: list[int]) -> None:
+    """`vllm`, `capped`, `sarathi`, and `gated` but for its windows (rules 10 to 16)."""
+    while True:
+        preempted_before = len(system.evicted)
+        system.budget = system.limits.budget
+        order = list(system.residents)
+        if system.table.kind == "sarathi":
+            order.sort(key=lambda request: request.computed < request.target)
+        held = _prefills_held(system)
+        _serve_residents(system, order, held)
+        system.batch = [request for request in system.batch if request.scheduled]
+        anybody_preempted = len(system.evicted) > preempted_before
+        if not held:
+            if not anybody_preempted:
+                _admit_waiting(system, may_admit)
+            system.queue_left = system.waiting_count() > 0
+        if system.batch or not anybody_preempted:
+            return
+
+
+def _decide_engine(system: _System) -> None:
+    _token_budget_rule(system, [UNLIMITED] * len(system.rows))
+
+
+def _decide_gated(system: _System) -> None:
+    """Rules 17 and 18."""
+    _token_budget_rule(system, _allowances(system))
+    if not system.batch:
+        for window in system.windows:
+            window.clear()
+        _admit_waiting(system, _allowances(system))
+        system.queue_left = system.waiting_count() > 0
+    for j, window in enumerate(system.windows):
+        newcomers = sum(request.row == j and request.preemptions == 0 for request in system.admitted)
+        if newcomers:
+            window.append((system.iterations, newcomers))
+
+
+def _allowances(system: _System) -> list[int]:
+    """Rule 17: how many newcomers each row may admit in this decision."""
+    allowances = []
+    for j, (row, queue, window) in enumerate(zip(system.rows, system.queues, system.windows, strict=True)):
+        assert row.threshold is not None
+        assert row.period is not None
+        while window and window[0][0] <= system.iterations - row.period:
+            window.popleft()
+        is_open = len(queue) >= row.gate or system.hold_expired(list(queue)[:1], j)
+        allowances.append(row.threshold - sum(count for _, count in window) if is_open else 0)
+    return allowances
+
+
+def _decide_orca(system: _System) -> None:
+    """Rule 19."""
+    limits = system.limits
+    system.budget = limits.budget
+    for request in system.residents:
+        system.schedule(request, 1)
+    reserved = sum(limits.units(request.prompt + limits.reserve - 1) for request in system.residents)
+    (queue,) = system.queues
+    while queue and len(system.residents) < limits.slots:
+        request = queue[0]
+        needed = limits.units(request.prompt + limits.reserve - 1)
+        if request.prompt > system.budget or not _fits(system, request, reserved, needed):
+            return
+        queue.popleft()
+        system.admit(request)
+        system.schedule(request, request.prompt)
+        reserved += needed
+
+
+def _decide_wait(system: _System) -> None:
+    """Rules 20 to 22."""
+    if system.block_left == 0 or not _serve_block(system):
+        assert system.table.block_iterations is not None
+        system.block_left = system.table.block_iterations
+        system.selected = _open_rows(system)
+        _admit_cohorts(system)
+        if not _serve_block(system):
+            system.block_left = 0
+
+
+def _open_rows(system: _System) -> set[int]:
+    """Rule 20's J."""
+    rows = set()
+    for j, (row, queue) in enumerate(zip(system.rows, system.queues, strict=True)):
+        mine = [*queue, *(request for request in system.residents if request.row == j)]
+        if row.threshold and (len(queue) >= row.gate or system.hold_expired(mine, j)):
+            rows.add(j)
+    return rows
+
+
+def _admit_cohorts(system: _System) -> None:
+    for j in sorted(system.selected, key=lambda j: (_priority(system.table, j), j)):
+        threshold = system.rows[j].threshold
+        assert threshold is not None
+        free_slots = system.limits.slots - len(system.residents)
+        for _ in range(min(threshold, len(system.queues[j]), free_slots)):
+            system.admit(system.queues[j].popleft())
+
+
+def _serve_block(system: _System) -> bool:
+    """Rule 21: one iteration of the block for every selected resident; False if nobody is left to serve."""
+    tokens = {
+        request: max(1, request.target - request.computed)
+        for request in system.residents
+        if request.row in system.selected
+    }
+    growth = sum(system.growth(request, count) for request, count in tokens.items())
+    while tokens and system.used + growth > system.limits.capacity:
+        newest = system.residents[-1]
+        if newest in tokens:
+            growth -= system.growth(newest, tokens.pop(newest))
+        system.preempt()
+        system.queues[newest.row].appendleft(newest)
+    for request, count in tokens.items():
+        system.schedule(request, count)
+    system.block_left -= 1
+    return bool(tokens)
+
+
+_RULES: dict[str, Callable[[_System], None]] = {
+    "vllm": _decide_engine,
+    "capped": _decide_engine,
+    "sarathi": _decide_engine,
+    "gated": _decide_gated,
+    "orca": _decide_orca,
+    "wait": _decide_wait,
+}
+
+
+# ------------------------------------------------------------------ time
+
+
+def run_reference(
+    path: ArrivalPath,
+    server: Server,
+    table: PolicyTable,
+    *,
+    horizon: float | None,
+    warmup: float = 0.0,
+    occupancy_points: int = 0,
+    on_iteration: Observer | None = None,
+) -> EngineRun:
+    """Run one table on one path, one iteration at a time.
+
+    Parameters
+    ----------
+    path : ArrivalPath
+        N requests. Those that arrive after the horizon stay `unfinished`.
+    server : Server
+        Its iteration time may be any function of the batch.
+    table : PolicyTable
+        Kind "vllm", "capped", "sarathi", "orca", "gated" or "wait".
+    horizon : float or None
+        End of the run, s; None: until empty or stuck.
+    warmup : float
+        Start of the measured window, s: only the time integrals look at it.
+    occupancy_points : int
+        Points of the occupancy series; 0: none.
+    on_iteration : callable, optional
+        Called with the `IterationSummary` of every iteration when its batch is fixed.
+
+    Returns
+    -------
+    EngineRun
+
+    Raises
+    ------
+    InputError
+        See `limits.check_run`.
+    SimulationError
+        If a user's iteration-time function returns anything but a positive, finite time.
+
+    Examples
+    --------
+    >>> from fluidsched import ArrivalPath, IterationTime, Server, baselines
+    >>> path = ArrivalPath.from_arrays([0.0, 0.5], [4, 2], [2, 1])
+    >>> server = Server(10, IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+    >>> run = run_reference(path, server, baselines.vllm(), horizon=None)
+    >>> run.finish_s.tolist(), run.kv_token_s
+    ([2.0, 2.0], 11.0)
+    """
+    rows = check_run(path, server, table)
+    if horizon is not None:
+        horizon = check_real("horizon", horizon, above=0.0)
+    warmup = check_real("warmup", warmup, minimum=0.0)
+    points = check_count("occupancy_points", occupancy_points)
+    rejected = never_fits(path, server, table)
+    requests = [
+        _Request(i, j, _priority(table, j), arrival_s, prompt, output)
+        for i, (j, arrival_s, prompt, output) in enumerate(
+            zip(
+                rows.tolist(),
+                path.arrival_s.tolist(),
+                path.prompt_tokens.tolist(),
+                path.output_tokens.tolist(),
+                strict=True,
+            )
+        )
+    ]
+    arrivals = deque(request for request in requests if not rejected[request.index])
+    system = _System(server, table, warmup)
+    clock = _Clock(server, horizon, warmup, on_iteration)
+    last_arrival = requests[-1].arrival_s if requests else 0.0
+    occupancy = _Occupancy(points, last_arrival if horizon is None else horizon)
+    decide = _RULES[table.kind]
+    while True:
+        while arrivals and arrivals[0].arrival_s <= system.now:
+            request = arrivals.popleft()
+            system.queues[request.row].append(request)
+        if horizon is not None and system.now >= horizon:
+            verdict: Verdict = "horizon"
+            break
+        occupancy.sample(system)
+        system.batch, system.admitted, system.evicted = [], [], []
+        decide(system)
+        if system.batch:
+            clock.run_iteration(system)
+        elif not clock.idle(system, arrivals):
+            verdict = "stuck" if system.residents or system.waiting_count() else "finished"
+            break
+    return _records(requests, rejected.tolist(), system, clock, verdict, occupancy)
+
+
+def _priority(table: PolicyTable, j: int) -> float:
+    priority = table.types[j].priority
+    return math.inf if priority is None else float(priority)
+
+
+class _Clock:
+    """Moves time through an iteration or an idle spell, and keeps the integrals of the measured window."""
+
+    def __init__(self, server: Server, horizon: float | None, warmup: float, on_iteration: Observer | None):
+        self.server = server
+        coefficients = server.iteration_time.coefficients
+        self.pieces: list[list[float]] | None = None if coefficients is None else coefficients.tolist()
+        self.horizon = math.inf if horizon is None else horizon
+        self.warmup = warmup
+        self.on_iteration = on_iteration
+        self.busy_s = self.kv_token_s = self.resident_s = 0.0
+        self.batch_size_sum = self.batch_token_sum = self.peak_kv = 0
+
+    def run_iteration(self, system: _System) -> None:
+        """One iteration with the batch decided, and its effects unless the horizon cuts it (rules 2 to 5)."""
+        summary = self._summarise(system)
+        self._pass_time(system, summary.end_s, summary.held_tokens, busy=True)
+        if summary.end_s > self.horizon:
+            system.now = self.horizon
+            return
+        system.now = summary.end_s
+        self.batch_size_sum += len(system.batch)
+        self.batch_token_sum += summary.prefill_tokens + summary.decode_tokens
+        self.peak_kv = max(self.peak_kv, summary.held_tokens)
+        system.iterations += 1
+        system.since_prefill = 0 if summary.prefill else system.since_prefill + 1
+        _take_effect(system)
+
+    def _summarise(self, system: _System) -> IterationSummary:
+        prefill_attention = 0.0
+        kv_tokens = 0
+        prefill: list[tuple[int, int]] = []
+        decode: list[int] = []
+        for request in system.batch:
+            if request.computed < request.target:
+                chunk = request.scheduled
+                prefill.append((request.index, chunk))
+                prefill_attention += chunk * (request.computed + chunk / 2)
+            else:
+                decode.append(request.index)
+                kv_tokens += request.computed + 1
+        prefill_tokens = sum(chunk for _, chunk in prefill)
+        chunks = tuple(chunk for _, chunk in prefill)
+        duration = self._duration(
+            BatchSummary(prefill_tokens, len(decode), kv_tokens, prefill_attention, chunks)
+        )
+        summary = IterationSummary(
+            index=system.iterations,
+            start_s=system.now,
+            end_s=system.now + duration,
+            prefill=tuple(prefill),
+            decode=tuple(decode),
+            admitted=tuple(request.index for request in system.admitted),
+            preempted=tuple(request.index for request in system.evicted),
+            prefill_tokens=prefill_tokens,
+            decode_tokens=len(decode),
+            kv_tokens=kv_tokens,
+            prefill_attention=prefill_attention,
+            held_tokens=system.held + prefill_tokens + len(decode),
+            residents=len(system.residents),
+            waiting=system.waiting_count(),
+        )
+        if self.on_iteration is not None:
+            self.on_iteration(summary)
+        return summary
+
+    def _duration(self, batch: BatchSummary) -> float:
+        if self.pieces is not None:
+            return max(
+                c0
+                + c_pf * batch.prefill_tokens
+                + c_dec * batch.decode_tokens
+                + c_kv * batch.kv_tokens
+                + c_attn * batch.prefill_attention
+                for c0, c_pf, c_dec, c_kv, c_attn in self.pieces
+            )
+        function = self.server.iteration_time.function
+        assert function is not None
+        duration = float(function(batch))
+        if not (0.0 < duration < math.inf):
+            raise SimulationError(f"the iteration-time function returned {duration!r} s for {batch}")
+        return duration
+
+    def idle(self, system: _System, arrivals: deque[_Request]) -> bool:
+        """Move to the next arrival, timer or the horizon; False if nothing can ever change (rule 3)."""
+        instants = [*_timers(system)]
+        if arrivals:
+            instants.append(arrivals[0].arrival_s)
+        if self.horizon < math.inf:
+            instants.append(self.horizon)
+        if not instants:
+            return False
+        wake = min(min(instants), self.horizon)
+        self._pass_time(system, wake, system.held, busy=False)
+        system.now = wake
+        return True
+
+    def _pass_time(self, system: _System, until: float, kv_tokens: int, *, busy: bool) -> None:
+        duration = min(until, self.horizon) - max(system.now, self.warmup)
+        if duration > 0.0:
+            self.kv_token_s += duration * kv_tokens
+            self.resident_s += duration * len(system.residents)
+            if busy:
+                self.busy_s += duration
+
+
+def _take_effect(system: _System) -> None:
+    """Rule 4 at the end of an iteration: progress, tokens, departures."""
+    finished = False
+    for request in system.batch:
+        tokens = request.scheduled
+        request.scheduled = 0
+        request.computed += tokens
+        request.served_s = system.now
+        system.held += tokens
+        if request.computed < request.target:
+            continue
+        request.produced += 1
+        if request.produced == 1:
+            request.first_token_s = system.now
+        if request.produced == request.output:
+            request.finish_s = system.now
+            system.held -= request.computed
+            system.used -= system.limits.units(request.computed)
+            finished = True
+    if finished:
+        system.residents = [request for request in system.residents if request.produced < request.output]
+
+
+def _timers(system: _System) -> list[float]:
+    """Rule 23: the instants later than now at which a hold expires."""
+    instants = []
+    for j, row in enumerate(system.rows):
+        if row.max_hold_s is None or not row.threshold:
+            continue
+        requests = list(system.queues[j])
+        if system.table.kind == "wait":
+            requests += [request for request in system.residents if request.row == j]
+        instants += [request.served_s + row.max_hold_s for request in requests]
+    return [instant for instant in instants if instant > system.now]
+
+
+# ------------------------------------------------------------------ records
+
+
+class _Occupancy:
+    """Rule 25: a series of at most 2·points rows."""
+
+    def __init__(self, points: int, span: float):
+        self.points = points
+        self.step = span / points if points and span > 0.0 else math.inf
+        self.next_s = 0.0 if points else math.inf
+        self.rows: list[tuple[float, int, int, int]] = []
+
+    def sample(self, system: _System) -> None:
+        if system.now < self.next_s:
+            return
+        self.rows.append((system.now, system.held, len(system.residents), system.waiting_count()))
+        if len(self.rows) == 2 * self.points:
+            self.rows = self.rows[::2]
+            self.step *= 2.0
+        self.next_s = math.inf if math.isinf(self.step) else (system.now // self.step + 1) * self.step
+
+    def array(self) -> np.ndarray | None:
+        return np.array(self.rows, dtype=np.float64).reshape(-1, 4) if self.points else None
+
+
+def _records(
+    requests: list[_Request],
+    rejected: list[bool],
+    system: _System,
+    clock: _Clock,
+    verdict: Verdict,
+    occupancy: _Occupancy,
+) -> EngineRun:
+    waiting = [*system.preempted, *(request for queue in system.queues for request in queue)]
+    for request in waiting:
+        system.waiting_s += max(0.0, system.now - max(request.waiting_since, system.warmup))
+    starved: set[int] = set()
+    if verdict == "stuck":
+        starved = {request.row for request in [*waiting, *system.residents]}
+    status = [
+        "rejected" if refused else "unfinished" if math.isnan(request.finish_s) else "finished"
+        for request, refused in zip(requests, rejected, strict=True)
+    ]
+    return EngineRun(
+        admitted_s=np.array([request.admitted_s for request in requests], dtype=np.float64),
+        first_token_s=np.array([request.first_token_s for request in requests], dtype=np.float64),
+        finish_s=np.array([request.finish_s for request in requests], dtype=np.float64),
+        preemptions=np.array([request.preemptions for request in requests], dtype=np.int64),
+        status=np.array([STATUSES.index(word) for word in status], dtype=np.int8),
+        end_s=system.now,
+        verdict=verdict,
+        starved_types=tuple(system.rows[j].name for j in sorted(starved)),
+        iterations=system.iterations,
+        batch_size_sum=clock.batch_size_sum,
+        batch_token_sum=clock.batch_token_sum,
+        busy_s=clock.busy_s,
+        kv_token_s=clock.kv_token_s,
+        resident_s=clock.resident_s,
+        waiting_s=system.waiting_s,
+        preempted=system.preemption_count,
+        wasted_tokens=system.wasted_tokens,
+        peak_kv=clock.peak_kv,
+        kv_end=system.held,
+        occupancy=occupancy.array(),
+    )
