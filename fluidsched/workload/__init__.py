@@ -1,0 +1,13 @@
+"""What is asked of the server: request types, workloads, arrival paths, traces.
+
+A `Workload` is a mixture of `RequestType`s, each with an arrival rate and a joint law of prompt and output
+length; `Workload.sample` draws an `ArrivalPath` from it, `read_trace` reads one from a file, and
+`ArrivalPath.to_workload` goes back from a path to a workload. Length laws are made by `fluidsched.lengths`,
+arrival processes by `fluidsched.arrivals`, workloads of public traces by `fluidsched.workloads`.
+"""
+
+from fluidsched.workload.model import RequestType, Workload
+from fluidsched.workload.path import ArrivalPath
+from fluidsched.workload.traces import read_trace
+
+__all__ = ["ArrivalPath", "RequestType", "Workload", "read_trace"]

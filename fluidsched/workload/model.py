@@ -1,0 +1,571 @@
+"""Request types and workloads: the demand side of the fluid model.
+
+Type j = 1..J brings λ_j requests per second; a request of the type needs p prompt tokens and o ≥ 1 output
+tokens, drawn from the type's joint law. The iteration that finishes the prompt emits output token 1, and
+iteration k = 1..o of a request holds p + k − 1 KV tokens, so over its lifetime a request takes
+
+    S = o                                     iterations                               (`iterations`)
+    τ = p + o − 1                             tokens through the model                 (`processed_tokens`)
+    W = Σ_{k=1..o} (p + k − 1) = op + o(o−1)/2   token·iterations of KV memory         (`kv_work`)
+
+and p²/2 of prefill attention. Rates and the fluid program use expectations over the joint law; bounds that
+hold with certainty use the type's largest lengths, W^max = o_max p_max + o_max (o_max − 1)/2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fluidsched import _files
+from fluidsched._checks import check_count, check_real
+from fluidsched.errors import InputError
+from fluidsched.workload import arrivals
+from fluidsched.workload.lengths import (
+    FloatArray,
+    IndependentLengths,
+    IntArray,
+    JointLaw,
+    LengthLaw,
+    check_keys,
+    fixed,
+    from_dict,
+    joint,
+    read_only,
+    token_array,
+)
+from fluidsched.workload.path import ArrivalPath, Seed, seed_sequence
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fluidsched.server import Server
+
+__all__ = ["Range", "RequestType", "Workload"]
+
+Range = tuple[int, int | None]
+"""Closed interval of token counts; None: no upper end."""
+
+SCHEMA = "fluidsched.workload/1"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RequestType:
+    """One kind of request: how often it comes and how long it is.
+
+    Parameters
+    ----------
+    name : str
+        Label, unique in its workload.
+    arrival_rate : float
+        Requests per second offered, at least 0.
+    prompt_tokens, output_tokens : int or LengthLaw
+        Lengths in tokens, independent of each other; or leave both out and give `lengths`.
+    lengths : JointLaw, optional
+        Joint law of (prompt, output), e.g. ``fs.lengths.joint(prompts, outputs, weights)``.
+    prompt_range, output_range : (int, int or None), optional
+        The closed ranges of lengths by which a request is recognised as this type, given both or neither
+        (None as upper end: no limit). `ArrivalPath.to_workload` sets them. Without them the type is
+        recognised by its name as label.
+    priority : float, optional
+        Smaller goes first, where a policy looks at it.
+
+    Attributes
+    ----------
+    law : JointLaw
+        Joint law of prompt and output length.
+
+    Examples
+    --------
+    >>> chat = RequestType("chat", arrival_rate=12.0, prompt_tokens=512, output_tokens=21)
+    >>> chat.law.moment(1, 1)
+    10752.0
+    """
+
+    name: str
+    arrival_rate: float
+    prompt_tokens: int | LengthLaw | None = None
+    output_tokens: int | LengthLaw | None = None
+    _: KW_ONLY
+    lengths: JointLaw | None = None
+    prompt_range: Range | None = None
+    output_range: Range | None = None
+    priority: float | None = None
+    law: JointLaw = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise InputError("name", self.name, "be a non-empty string")
+        store: dict[str, Any] = {}
+        store["arrival_rate"] = check_real(
+            f"arrival_rate of type {self.name!r}",
+            self.arrival_rate,
+            minimum=0,
+            remedy="Use 0 to switch a type off.",
+        )
+        marginals = (self.prompt_tokens, self.output_tokens)
+        if self.lengths is not None:
+            if marginals != (None, None):
+                raise InputError(
+                    f"lengths of type {self.name!r}",
+                    "prompt_tokens or output_tokens as well",
+                    "be given alone",
+                    "Give either a joint law or the two marginals.",
+                )
+            if not isinstance(self.lengths, JointLaw):
+                raise InputError(
+                    f"lengths of type {self.name!r}", self.lengths, "be a joint law", "Use lengths.joint."
+                )
+            store["law"] = self.lengths
+        else:
+            store["law"] = IndependentLengths(
+                *(
+                    _marginal(f"{argument} of type {self.name!r}", given)
+                    for argument, given in zip(("prompt_tokens", "output_tokens"), marginals, strict=True)
+                )
+            )
+        if (self.prompt_range is None) != (self.output_range is None):
+            raise InputError(
+                f"ranges of type {self.name!r}", "only one of them", "be given for prompt and output"
+            )
+        if self.prompt_range is not None:
+            law: JointLaw = store["law"]
+            supports = {"prompt_range": law.prompt_law, "output_range": law.output_law}
+            for argument, support in supports.items():
+                store[argument] = _check_range(
+                    f"{argument} of type {self.name!r}", getattr(self, argument), support
+                )
+        if self.priority is not None:
+            store["priority"] = check_real(f"priority of type {self.name!r}", self.priority)
+        for attribute, value in store.items():
+            object.__setattr__(self, attribute, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: only what was given."""
+        data: dict[str, Any] = {"name": self.name, "arrival_rate": self.arrival_rate}
+        for argument in ("prompt_tokens", "output_tokens"):
+            given = getattr(self, argument)
+            if given is not None:
+                data[argument] = given.to_dict() if isinstance(given, LengthLaw) else int(given)
+        if self.lengths is not None:
+            data["lengths"] = _joint_to_dict(self.lengths)
+        for argument in ("prompt_range", "output_range", "priority"):
+            given = getattr(self, argument)
+            if given is not None:
+                data[argument] = list(given) if isinstance(given, tuple) else given
+        return data
+
+    @classmethod
+    def from_dict(cls, data: object) -> RequestType:
+        """Read what `to_dict` writes; `lengths` holds weighted points or two marginal laws."""
+        optional = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range", "priority")
+        given = check_keys("", data, ("name", "arrival_rate"), optional)
+        for argument in ("prompt_tokens", "output_tokens"):
+            if given.get(argument) is not None:
+                value = given[argument]
+                given[argument] = from_dict(argument, value) if isinstance(value, Mapping) else value
+        if given.get("lengths") is not None:
+            given["lengths"] = _joint_from_dict(given["lengths"])
+        for argument in ("prompt_range", "output_range"):
+            value = given.get(argument)
+            if value is not None:
+                if not isinstance(value, (list, tuple)) or len(value) != 2:
+                    raise InputError(argument, value, "be a pair [lo, hi], hi null for no limit")
+                given[argument] = (value[0], None if value[1] in ("inf", np.inf) else value[1])
+        return cls(**given)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RequestType):
+            return NotImplemented
+        return _files.fingerprint(self.to_dict()) == _files.fingerprint(other.to_dict())
+
+    def __hash__(self) -> int:
+        return hash(_files.fingerprint(self.to_dict()))
+
+    def __repr__(self) -> str:
+        return f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s, {self.law!r})"
+
+
+def _marginal(argument: str, given: object) -> LengthLaw:
+    if isinstance(given, LengthLaw):
+        return given
+    if given is None:
+        raise InputError(
+            argument, "nothing", "be given", "Give both lengths, or `lengths=` with a joint law."
+        )
+    return fixed(check_count(argument, given, minimum=1, remedy="Or give a law from fluidsched.lengths."))
+
+
+def _check_range(argument: str, given: Any, law: LengthLaw) -> Range:
+    if not isinstance(given, Sequence) or len(given) != 2:
+        raise InputError(argument, given, "be a pair (lo, hi), hi None for no limit")
+    lo = check_count(argument, given[0], minimum=1)
+    hi = None if given[1] is None else check_count(argument, given[1], minimum=lo)
+    if law.minimum < lo or (hi is not None and law.maximum > hi):
+        raise InputError(
+            argument,
+            f"{lo}..{'' if hi is None else hi}",
+            f"hold the law's lengths, {law.minimum}..{law.maximum}",
+        )
+    return lo, hi
+
+
+def _joint_to_dict(law: JointLaw) -> dict[str, Any]:
+    if isinstance(law, IndependentLengths):
+        return {"prompt": law.prompt.to_dict(), "output": law.output.to_dict()}
+    prompts, outputs, weights = law.atoms()
+    given = getattr(law, "given_weights", weights)
+    return {"prompt_tokens": prompts, "output_tokens": outputs, "weights": given}
+
+
+def _joint_from_dict(data: object) -> JointLaw:
+    try:
+        if isinstance(data, Mapping) and "prompt" in data:
+            parts = check_keys("", data, ("prompt", "output"))
+            return IndependentLengths(*(from_dict(key, parts[key]) for key in ("prompt", "output")))
+        return joint(**check_keys("", data, ("prompt_tokens", "output_tokens"), ("weights",)))
+    except InputError as error:
+        raise InputError(f"lengths.{error.argument}", error.received, error.required, error.remedy) from None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Workload:
+    """The offered demand: J request types with their rates.
+
+    Parameters
+    ----------
+    types : sequence of RequestType
+        At least one, with unique names.
+    name, description, source : str
+        What it is, in words; `source` names the data and its licence where it comes from data.
+
+    Examples
+    --------
+    >>> workload = Workload([RequestType("chat", 4.0, 512, 128), RequestType("summarise", 0.5, 4000, 200)])
+    >>> workload.kv_work
+    array([ 73664., 819900.])
+    >>> workload.scaled(2.0).total_arrival_rate
+    9.0
+    """
+
+    types: tuple[RequestType, ...]
+    name: str = "workload"
+    description: str = ""
+    source: str = ""
+
+    def __init__(
+        self, types: Iterable[RequestType], name: str = "workload", description: str = "", source: str = ""
+    ) -> None:
+        members = tuple(types)
+        if not members:
+            raise InputError("types", "none", "hold at least one RequestType")
+        for index, member in enumerate(members):
+            if not isinstance(member, RequestType):
+                raise InputError(f"types[{index}]", member, "be a RequestType")
+            if member.name in (earlier.name for earlier in members[:index]):
+                raise InputError(f"types[{index}].name", member.name, "be unique in the workload")
+        texts = {"name": name, "description": description, "source": source}
+        for argument, text in texts.items():
+            if not isinstance(text, str):
+                raise InputError(argument, text, "be a string")
+        for attribute, value in {"types": members, **texts}.items():
+            object.__setattr__(self, attribute, value)
+
+    def __len__(self) -> int:
+        return len(self.types)
+
+    @cached_property
+    def type_names(self) -> tuple[str, ...]:
+        """Names of the types, in order."""
+        return tuple(t.name for t in self.types)
+
+    @cached_property
+    def arrival_rate(self) -> FloatArray:
+        """λ, float64[J], requests per second."""
+        return read_only(np.array([t.arrival_rate for t in self.types]))
+
+    @property
+    def total_arrival_rate(self) -> float:
+        """Σ λ_j, requests per second."""
+        return float(self.arrival_rate.sum())
+
+    def moment(self, i: int, j: int) -> FloatArray:
+        """E[p^i o^j] of each type, float64[J], tokens^(i + j)."""
+        return read_only(np.array([t.law.moment(i, j) for t in self.types]))
+
+    @cached_property
+    def mean_prompt_tokens(self) -> FloatArray:
+        """E[p], float64[J], tokens."""
+        return self.moment(1, 0)
+
+    @cached_property
+    def mean_output_tokens(self) -> FloatArray:
+        """E[o], float64[J], tokens."""
+        return self.moment(0, 1)
+
+    @property
+    def iterations(self) -> FloatArray:
+        """E[S] = E[o], float64[J], iterations a request is served in."""
+        return self.mean_output_tokens
+
+    @cached_property
+    def processed_tokens(self) -> FloatArray:
+        """E[τ] = E[p + o − 1], float64[J], tokens pushed through the model per request."""
+        return read_only(self.mean_prompt_tokens + self.mean_output_tokens - 1)
+
+    @cached_property
+    def kv_work(self) -> FloatArray:
+        """E[W] = E[op + o(o − 1)/2], float64[J], KV tokens held, summed over the iterations served."""
+        return read_only(self.moment(1, 1) + (self.moment(0, 2) - self.moment(0, 1)) / 2)
+
+    @cached_property
+    def prefill_attention(self) -> FloatArray:
+        """E[p²]/2, float64[J], tokens²: attention work of the prompt."""
+        return read_only(self.moment(2, 0) / 2)
+
+    @cached_property
+    def max_prompt_tokens(self) -> IntArray:
+        """Largest p, int64[J], tokens (certain only where the law is bounded)."""
+        return read_only(np.array([t.law.maximum_prompt for t in self.types], dtype=np.int64))
+
+    @cached_property
+    def max_output_tokens(self) -> IntArray:
+        """Largest o, int64[J], tokens (certain only where the law is bounded)."""
+        return read_only(np.array([t.law.maximum_output for t in self.types], dtype=np.int64))
+
+    @cached_property
+    def max_kv_work(self) -> FloatArray:
+        """W^max = o_max p_max + o_max (o_max − 1)/2, float64[J], from the largest p and the largest o."""
+        prompts, outputs = (
+            self.max_prompt_tokens.astype(np.float64),
+            self.max_output_tokens.astype(np.float64),
+        )
+        return read_only(outputs * prompts + outputs * (outputs - 1) / 2)
+
+    def with_rates(self, arrival_rate: ArrayLike) -> Workload:
+        """The same types with other rates, float[J], requests per second."""
+        rates = np.asarray(arrival_rate)
+        if rates.shape != (len(self),):
+            raise InputError("arrival_rate", f"shape {rates.shape}", f"have one rate per type ({len(self)})")
+        types = [
+            dataclasses.replace(t, arrival_rate=r) for t, r in zip(self.types, rates.tolist(), strict=True)
+        ]
+        return Workload(types, self.name, self.description, self.source)
+
+    def scaled(self, zeta: float) -> Workload:
+        """All rates times `zeta` ≥ 0."""
+        return self.with_rates(self.arrival_rate * check_real("zeta", zeta, minimum=0))
+
+    def at_load(self, x: float, server: Server) -> Workload:
+        """Rates scaled so that the largest load of the fluid solution on `server` is `x`.
+
+        At x = 1 the mix is on the boundary of the region the server can carry in the fluid limit.
+        """
+        from fluidsched.fluid import solve_fluid
+
+        x = check_real("x", x, above=0)
+        if self.total_arrival_rate == 0:
+            raise InputError(
+                "arrival_rate", "0 for every type", "have a positive sum", "Only a mix can be scaled."
+            )
+        return self.scaled(x * solve_fluid(self, server).critical_rate / self.total_arrival_rate)
+
+    def merged(self, types: int) -> Workload:
+        """Fewer, larger types: neighbouring bins joined, laws mixed by rate, all moments of the whole
+        conserved.
+
+        Parameters
+        ----------
+        types : int
+            One of `merge_sizes`: for 12 = 3 × 4 bins 1, 3 (the ranges of prompts), 6 or 12.
+        """
+        from fluidsched.workload.binning import merge
+
+        return merge(self, types)
+
+    @property
+    def merge_sizes(self) -> tuple[int, ...]:
+        """Numbers of types `merged` can give, ascending."""
+        from fluidsched.workload.binning import merge_sizes
+
+        return merge_sizes(self)
+
+    def classify(self, prompt_tokens: ArrayLike, output_tokens: ArrayLike) -> IntArray:
+        """Type of each request by the types' ranges: int64[N], the first type whose ranges hold it.
+
+        Raises
+        ------
+        InputError
+            A type has no ranges (it is recognised by label, not by length), or a request lies in no type's
+            ranges.
+        """
+        prompts, outputs = (
+            token_array("prompt_tokens", prompt_tokens),
+            token_array("output_tokens", output_tokens),
+        )
+        result = np.full(len(prompts), -1, dtype=np.int64)
+        for j in reversed(range(len(self))):
+            member = self.types[j]
+            if member.prompt_range is None or member.output_range is None:
+                raise InputError(
+                    f"type {member.name!r}",
+                    "no ranges",
+                    "have prompt and output ranges",
+                    "It is recognised by label only.",
+                )
+            inside = np.ones(len(prompts), dtype=bool)
+            for values, (lo, hi) in ((prompts, member.prompt_range), (outputs, member.output_range)):
+                inside &= (values >= lo) & (values <= (np.inf if hi is None else hi))
+            result[inside] = j
+        if (result < 0).any():
+            first = int(np.argmax(result < 0))
+            raise InputError(
+                f"request {first}",
+                f"prompt {prompts[first]}, output {outputs[first]}",
+                "lie in the ranges of a type",
+            )
+        return result
+
+    def sample(self, horizon: float, seed: Seed) -> ArrivalPath:
+        """Draw a path: independent Poisson arrivals per type on [0, horizon), lengths from the types' laws.
+
+        Each type has its own two random streams (times, lengths), derived from `seed` and the type's *name*.
+        So with one seed a type's requests stay the same when other types are added, removed, reordered or
+        change their rates, and a longer horizon only adds requests. Simultaneous arrivals are ordered by type
+        index.
+
+        Parameters
+        ----------
+        horizon : float
+            Window length, seconds.
+        seed : int, SeedSequence or Generator
+            The same integer or sequence gives the same path; a generator is advanced.
+
+        Examples
+        --------
+        >>> workload = Workload([RequestType("chat", 4.0, 512, 128)])
+        >>> workload.sample(horizon=100.0, seed=7)
+        ArrivalPath('workload': 397 requests in 100 s, 3.97 req/s)
+        """
+        root = seed_sequence(seed)
+        times, prompts, outputs, types = [], [], [], []
+        for index, member in enumerate(self.types):
+            key = int.from_bytes(hashlib.sha256(member.name.encode()).digest()[:8], "little")
+            time_stream, length_stream = (
+                np.random.default_rng(
+                    np.random.SeedSequence(
+                        root.entropy, spawn_key=(*root.spawn_key, key, purpose), pool_size=root.pool_size
+                    )
+                )
+                for purpose in (0, 1)
+            )
+            drawn = arrivals.poisson(member.arrival_rate, horizon, time_stream)
+            prompt, output = member.law.sample(length_stream, len(drawn))
+            times.append(drawn)
+            prompts.append(prompt)
+            outputs.append(output)
+            types.append(np.full(len(drawn), index, dtype=np.int64))
+        arrival = np.concatenate(times)
+        order = np.argsort(arrival, kind="stable")
+        return ArrivalPath(
+            arrival[order],
+            np.concatenate(prompts)[order],
+            np.concatenate(outputs)[order],
+            type=np.concatenate(types)[order],
+            type_names=self.type_names,
+            horizon=horizon,
+            name=self.name,
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per type: rate, mean and largest lengths, KV work, share of the workload's KV work."""
+        import pandas as pd
+
+        work = self.arrival_rate * self.kv_work
+        total = work.sum()
+        return pd.DataFrame(
+            {
+                "arrival_rate": self.arrival_rate,
+                "mean_prompt_tokens": self.mean_prompt_tokens,
+                "max_prompt_tokens": self.max_prompt_tokens,
+                "mean_output_tokens": self.mean_output_tokens,
+                "max_output_tokens": self.max_output_tokens,
+                "kv_work": self.kv_work,
+                "kv_work_share": work / total if total > 0 else work,
+            },
+            index=pd.Index(self.type_names, name="type"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the schema ``fluidsched.workload/1``."""
+        texts = {k: getattr(self, k) for k in ("name", "description", "source")}
+        return {"schema": SCHEMA, **texts, "types": [t.to_dict() for t in self.types]}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Workload:
+        """Read what `to_dict` writes; a field missing, unknown or out of range is an `InputError`."""
+        given = check_keys("workload", data, ("schema", "types"), ("name", "description", "source"))
+        schema = given.pop("schema")
+        if schema != SCHEMA:
+            raise InputError("schema", schema, f"be {SCHEMA!r}", "The file is of another kind or version.")
+        members = given.pop("types")
+        if not isinstance(members, (list, tuple)):
+            raise InputError("types", members, "be a list")
+        types = []
+        for index, member in enumerate(members):
+            try:
+                types.append(RequestType.from_dict(member))
+            except InputError as error:
+                place = f"types[{index}].{error.argument}".rstrip(".")
+                raise InputError(place, error.received, error.required, error.remedy) from None
+        return cls(types, **given)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The workload as JSON text, written whole to `path` if given."""
+        text = _files.dumps(self.to_dict())
+        if path is not None:
+            _files.write_whole(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Workload:
+        """Read a workload from a JSON file."""
+        return cls.from_dict(_files.loads(str(path), _files.read_text("path", path)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the workload's JSON: equal workloads, equal fingerprints."""
+        return _files.fingerprint(self.to_dict())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Workload):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        width = max(len(name) for name in self.type_names)
+        count = f"{len(self)} type{'s' if len(self) > 1 else ''}"
+        lines = [f"Workload {self.name!r}: {count}, {self.total_arrival_rate:.4g} req/s"]
+        for member, work in zip(self.types, self.kv_work.tolist(), strict=True):
+            prompt, output = member.law.moment(1, 0), member.law.moment(0, 1)
+            lines.append(
+                f"  {member.name:{width}}  {member.arrival_rate:8.4g} req/s  prompt {prompt:8.6g}  "
+                f"output {output:8.6g}  KV work {work:10.6g}"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<p>{escape(repr(self).splitlines()[0])}</p>" + str(self.to_frame()._repr_html_())  # type: ignore[operator]

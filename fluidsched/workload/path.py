@@ -1,0 +1,366 @@
+"""Arrival paths: who came when, wanting what.
+
+A path is the realised input of one run: N requests sorted by arrival time, each with its prompt and output
+length. It is drawn from a `Workload` or read from a trace, and the same path serves every policy that is
+compared. Times are seconds since the start of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fluidsched._checks import check_real
+from fluidsched._files import fingerprint, write_whole
+from fluidsched.errors import InputError
+from fluidsched.workload.lengths import FloatArray, IntArray, read_only, token_array
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fluidsched.workload.model import Workload
+
+__all__ = ["ArrivalPath", "Seed", "generator"]
+
+Seed = int | np.random.SeedSequence | np.random.Generator
+
+
+def generator(seed: Seed) -> np.random.Generator:
+    """A generator from a seed; a generator is returned as it is."""
+    if isinstance(seed, np.random.Generator):
+        return seed
+    return np.random.default_rng(seed_sequence(seed))
+
+
+def seed_sequence(seed: Seed) -> np.random.SeedSequence:
+    """A seed sequence from a seed; a generator gives 128 bits, so another sequence at each call."""
+    if isinstance(seed, np.random.SeedSequence):
+        return seed
+    if isinstance(seed, np.random.Generator):
+        return np.random.SeedSequence(seed.integers(0, 2**32, size=4, dtype=np.uint32).tolist())
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError("seed", seed, "be a whole number of at least 0, a SeedSequence or a Generator")
+    return np.random.SeedSequence(int(seed))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ArrivalPath:
+    """N requests in order of arrival.
+
+    Parameters
+    ----------
+    arrival_s : float64[N]
+        Arrival times, seconds since the start of the run, non-decreasing, at least 0. Equal times keep their
+        order.
+    prompt_tokens, output_tokens : int64[N]
+        Lengths, each at least 1 token.
+    type : int64[N], optional
+        Index into `type_names`, when requests carry a label.
+    type_names : tuple of str
+        Labels; empty when requests carry none.
+    predicted_output_tokens : int64[N], optional
+        What a scheduler believes the output length to be.
+    horizon : float, optional
+        End of the window the path was drawn for, seconds; None for a replayed trace, which ends when it is
+        empty.
+    name : str
+        Where the path comes from.
+
+    Examples
+    --------
+    >>> ArrivalPath.from_arrays([0.0, 0.5, 2.0], [100, 900, 40], [10, 50, 7], name="three")
+    ArrivalPath('three': 3 requests in 2 s, 1.5 req/s)
+    """
+
+    arrival_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    type: IntArray | None = None
+    type_names: tuple[str, ...] = ()
+    predicted_output_tokens: IntArray | None = None
+    horizon: float | None = None
+    name: str = "path"
+
+    def __post_init__(self) -> None:
+        arrivals = _time_array(self.arrival_s)
+        store: dict[str, Any] = {"arrival_s": arrivals}
+        for field in ("prompt_tokens", "output_tokens", "predicted_output_tokens"):
+            given = getattr(self, field)
+            if given is not None:
+                store[field] = token_array(field, given)
+        names = tuple(self.type_names)
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise InputError("type_names", name, "hold non-empty strings")
+        if len(set(names)) != len(names):
+            raise InputError("type_names", ", ".join(names), "be unique")
+        store["type_names"] = names
+        if self.type is not None:
+            store["type"] = _index_array(self.type, len(names))
+        for field, array in store.items():
+            if isinstance(array, np.ndarray):
+                if len(array) != len(arrivals):
+                    raise InputError(
+                        field, f"{len(array)} values", f"have one per request ({len(arrivals)} in arrival_s)"
+                    )
+                read_only(array)
+        if self.horizon is not None:
+            last = float(arrivals[-1]) if len(arrivals) else 0.0
+            remedy = "It is the end of the window, not before the last arrival."
+            store["horizon"] = check_real("horizon", self.horizon, above=0, minimum=last, remedy=remedy)
+        for field, value in store.items():
+            object.__setattr__(self, field, value)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrival_s: ArrayLike,
+        prompt_tokens: ArrayLike,
+        output_tokens: ArrayLike,
+        type: ArrayLike | None = None,
+        predicted_output_tokens: ArrayLike | None = None,
+        *,
+        type_names: Sequence[str] = (),
+        horizon: float | None = None,
+        name: str = "path",
+    ) -> ArrivalPath:
+        """Build a path from any array-likes (copied); see the class for shapes and units.
+
+        Raises
+        ------
+        InputError
+            Times that are not finite, negative or decreasing; lengths that are not whole numbers of at least
+            1; types outside `type_names`; columns of different lengths. The message names the first offender.
+        """
+        return cls(
+            arrival_s,  # type: ignore[arg-type]  # __post_init__ converts
+            prompt_tokens,  # type: ignore[arg-type]
+            output_tokens,  # type: ignore[arg-type]
+            type,  # type: ignore[arg-type]
+            tuple(type_names),
+            predicted_output_tokens,  # type: ignore[arg-type]
+            horizon,
+            name,
+        )
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def duration(self) -> float:
+        """Seconds observed: the horizon of a sampled path, last minus first arrival of a replayed one."""
+        if self.horizon is not None:
+            return self.horizon
+        return float(self.arrival_s[-1] - self.arrival_s[0]) if len(self) else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Requests per second, N / `duration`; infinite when all come at once."""
+        if len(self) == 0:
+            return 0.0
+        return len(self) / self.duration if self.duration > 0 else math.inf
+
+    def label(self, index: int) -> str | None:
+        """Type name of a request; None when the path carries no types."""
+        return None if self.type is None else self.type_names[self.type[index]]
+
+    def to_workload(self, types: int = 12, name: str | None = None) -> Workload:
+        """Workload of this path: `types` bins of (prompt, output), each with its empirical joint law.
+
+        See `fluidsched.workload.binning` for the bins. Each type's rate is its number of requests over
+        `duration`, so the total rate and every moment of the path are conserved.
+
+        Parameters
+        ----------
+        types : int
+            Number of bins k = a·b: `a` ranges of prompts times `b` ranges of outputs each, a ≤ b as equal as
+            possible.
+        name : str, optional
+            Name of the workload; the path's by default.
+
+        Raises
+        ------
+        InputError
+            The path has no duration, or too few distinct lengths for so many bins.
+
+        Examples
+        --------
+        >>> path = ArrivalPath.from_arrays([0, 1, 2, 4], [10, 10, 900, 900], [5, 80, 5, 80])
+        >>> path.to_workload(types=4).type_names
+        ('p1-10/o1-5', 'p1-10/o6+', 'p11+/o1-5', 'p11+/o6+')
+        """
+        from fluidsched.workload.binning import bin_path
+
+        return bin_path(self, types, self.name if name is None else name)
+
+    def labelled(self, workload: Workload) -> ArrivalPath:
+        """This path with the type of each request, found from the ranges of the types of `workload`."""
+        return dataclasses.replace(
+            self,
+            type=workload.classify(self.prompt_tokens, self.output_tokens),
+            type_names=workload.type_names,
+        )
+
+    def thinned(self, fraction_per_type: ArrayLike, seed: Seed) -> ArrivalPath:
+        """Keep each request of type j with probability f_j, independently.
+
+        One uniform number is drawn per request and the request is kept if it is below f_j, so with the same
+        seed a larger fraction keeps a superset.
+
+        Parameters
+        ----------
+        fraction_per_type : float or float[J]
+            f_j in [0, 1], one per entry of `type_names`, or one number for all requests.
+        seed : int, SeedSequence or Generator
+            Source of randomness.
+
+        Examples
+        --------
+        >>> path = ArrivalPath.from_arrays([0, 1, 2], [9, 9, 9], [5, 5, 5], [0, 1, 0], type_names=("a", "b"))
+        >>> len(path.thinned([1.0, 0.0], seed=1))
+        2
+        """
+        fractions = np.asarray(fraction_per_type, dtype=np.float64)
+        if not np.all((fractions >= 0) & (fractions <= 1)):
+            raise InputError("fraction_per_type", fraction_per_type, "lie between 0 and 1")
+        if fractions.ndim:
+            if self.type is None:
+                remedy = "Label the path first: path.labelled(workload)."
+                raise InputError(
+                    "fraction_per_type",
+                    f"{fractions.size} values",
+                    "be one number for a path without types",
+                    remedy,
+                )
+            if fractions.shape != (len(self.type_names),):
+                raise InputError(
+                    "fraction_per_type",
+                    f"shape {fractions.shape}",
+                    f"have one value per type ({len(self.type_names)})",
+                )
+            fractions = fractions[self.type]
+        kept = generator(seed).random(len(self)) < fractions
+        columns = ("arrival_s", "prompt_tokens", "output_tokens", "type", "predicted_output_tokens")
+        selected = {c: getattr(self, c)[kept] for c in columns if getattr(self, c) is not None}
+        return dataclasses.replace(self, **selected)
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of the exported table, in order; types by name."""
+        columns: dict[str, NDArray[Any]] = {
+            "arrival_s": self.arrival_s,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+        }
+        if self.predicted_output_tokens is not None:
+            columns["predicted_output_tokens"] = self.predicted_output_tokens
+        if self.type is not None:
+            columns["type"] = np.asarray(self.type_names, dtype=object)[self.type]
+        return columns
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per request, with the columns of `to_csv`."""
+        import pandas as pd
+
+        return pd.DataFrame(self._columns())
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The path as CSV text, written whole to `path` if given.
+
+        `read_trace` reads it back with the same times to the last bit, lengths and type labels. The horizon
+        and the name are not part of the file: a path read back is a replayed one.
+        """
+        import csv
+
+        columns = self._columns()
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+        if path is not None:
+            write_whole(path, text.getvalue())
+        return text.getvalue()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything but the name: equal requests, equal fingerprints."""
+        arrays = [
+            self.arrival_s,
+            self.prompt_tokens,
+            self.output_tokens,
+            self.type,
+            self.predicted_output_tokens,
+        ]
+        return fingerprint(
+            {
+                "columns": [
+                    None if a is None else fingerprint(a.astype(a.dtype.newbyteorder("<")).tobytes())
+                    for a in arrays
+                ],
+                "type_names": self.type_names,
+                "horizon": self.horizon,
+            }
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ArrivalPath):
+            return NotImplemented
+        return self.name == other.name and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.fingerprint))
+
+    def __repr__(self) -> str:
+        rate = "all at once" if math.isinf(self.rate) else f"{self.rate:.4g} req/s"
+        return f"ArrivalPath({self.name!r}: {len(self):,} requests in {self.duration:,.6g} s, {rate})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<p>{escape(repr(self))}</p>" + str(self.to_frame()._repr_html_())  # type: ignore[operator]
+
+
+def _time_array(times: ArrayLike) -> FloatArray:
+    try:
+        array = np.array(times, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError("arrival_s", times, "be numbers (seconds)") from None
+    if array.ndim != 1:
+        raise InputError("arrival_s", f"an array of shape {array.shape}", "be one-dimensional")
+    bad = ~(np.isfinite(array) & (array >= 0))
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise InputError(
+            f"arrival_s[{index}]", array[index].item(), "be finite and at least 0 (seconds from the start)"
+        )
+    falls = np.diff(array) < 0
+    if falls.any():
+        index = int(np.argmax(falls)) + 1
+        raise InputError(
+            f"arrival_s[{index}]",
+            f"{array[index].item():g} after {array[index - 1].item():g}",
+            "not be before the arrival it follows",
+            "Sort the requests by arrival time.",
+        )
+    return array
+
+
+def _index_array(types: ArrayLike, count: int) -> IntArray:
+    array = np.asarray(types)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise InputError(
+            "type", f"an array of {array.dtype}, shape {array.shape}", "be whole numbers, one per request"
+        )
+    bad = (array < 0) | (array >= count)
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise InputError(f"type[{index}]", array[index].item(), f"index one of the {count} type_names")
+    return array.astype(np.int64)
