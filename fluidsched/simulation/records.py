@@ -4,11 +4,12 @@ Letters: N requests of the path, K rows of the occupancy series. Times are secon
 NaN where the thing did not happen. Both engines (the reference simulator and the compiled kernel) return an
 `EngineRun`; everything that measures reads only this.
 
-Three sets of numbers, kept apart:
+Four sets of numbers, kept apart:
 
 - *per request*: over the whole run;
 - *counters* (`iterations`, `batch_token_sum`, `batch_size_sum`, `preempted`, `wasted_tokens`, `peak_kv`):
   over the whole run, counting the iterations that ended by `end_s`;
+- *in the window*: `emitted_tokens`, output tokens of the iterations that ended in (warmup, end_s];
 - *integrals over time* (the fields `*_s` with a measure of time: `busy_s`, `kv_token_s`, `resident_s`,
   `waiting_s`): over the measured window [warmup, end_s], with the part of an iteration cut by the horizon.
 
@@ -61,6 +62,8 @@ class EngineRun:
         Time in the window during which an iteration ran.
     kv_token_s, resident_s, waiting_s : float
         Integrals over the window of KV tokens held, of the number of residents, of the number waiting.
+    emitted_tokens : int
+        Output tokens produced in the window, those that a later restart loses included.
     preempted : int
         Number of preemptions.
     wasted_tokens : int
@@ -90,6 +93,7 @@ class EngineRun:
     kv_token_s: float
     resident_s: float
     waiting_s: float
+    emitted_tokens: int
     preempted: int
     wasted_tokens: int
     peak_kv: int

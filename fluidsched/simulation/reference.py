@@ -567,7 +567,7 @@ class _Clock:
         self.warmup = warmup
         self.on_iteration = on_iteration
         self.busy_s = self.kv_token_s = self.resident_s = 0.0
-        self.batch_size_sum = self.batch_token_sum = self.peak_kv = 0
+        self.batch_size_sum = self.batch_token_sum = self.emitted_tokens = self.peak_kv = 0
 
     def run_iteration(self, system: _System) -> None:
         """One iteration with the batch decided, and its effects unless the horizon cuts it (rules 2 to 5)."""
@@ -582,7 +582,9 @@ class _Clock:
         self.peak_kv = max(self.peak_kv, summary.held_tokens)
         system.iterations += 1
         system.since_prefill = 0 if summary.prefill else system.since_prefill + 1
-        _take_effect(system)
+        emitted = _take_effect(system)
+        if system.now > self.warmup:
+            self.emitted_tokens += emitted
 
     def _summarise(self, system: _System) -> IterationSummary:
         prefill_attention = 0.0
@@ -662,8 +664,9 @@ class _Clock:
                 self.busy_s += duration
 
 
-def _take_effect(system: _System) -> None:
-    """Rule 4 at the end of an iteration: progress, tokens, departures."""
+def _take_effect(system: _System) -> int:
+    """Rule 4 at the end of an iteration: progress, tokens, departures; returns the output tokens emitted."""
+    emitted = 0
     finished = False
     for request in system.batch:
         tokens = request.scheduled
@@ -673,6 +676,7 @@ def _take_effect(system: _System) -> None:
         system.held += tokens
         if request.computed < request.target:
             continue
+        emitted += 1
         request.produced += 1
         if request.produced == 1:
             request.first_token_s = system.now
@@ -683,6 +687,7 @@ def _take_effect(system: _System) -> None:
             finished = True
     if finished:
         system.residents = [request for request in system.residents if request.produced < request.output]
+    return emitted
 
 
 def _timers(system: _System) -> list[float]:
@@ -757,6 +762,7 @@ def _records(
         kv_token_s=clock.kv_token_s,
         resident_s=clock.resident_s,
         waiting_s=system.waiting_s,
+        emitted_tokens=clock.emitted_tokens,
         preempted=system.preemption_count,
         wasted_tokens=system.wasted_tokens,
         peak_kv=clock.peak_kv,
