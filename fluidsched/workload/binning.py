@@ -1,9 +1,12 @@
 """Types from a path: bins of (prompt, output) that keep the path's moments exactly.
 
 The N requests are split twice: into `a` groups by prompt length, then each group into `b` bins by its own
-output lengths, k = a·b. Boundaries are quantiles of *counts*: groups and bins hold as nearly equal numbers of
-requests as ties allow. Equal counts give types of nearly equal rate, hence thresholds of nearly equal size,
-which is where rounding them to integers wastes least, and no type rests on a handful of observations.
+output lengths, k = a·b. Boundaries are quantiles of *counts*: groups and bins hold as nearly equal numbers
+of requests as ties allow. So types have nearly equal rates, hence thresholds of nearly equal size, which is
+where rounding them to integers wastes least, and no type rests on a handful of observations. (Measured on
+the two Azure hours, A100 and Llama-2-7B, 12 types: block tables with memory in expectation plus 2.33
+standard deviations reach about 0.93 and 0.86 of the fluid boundary with equal counts, 0.83 and 0.53 with
+equal KV work per bin.)
 
 A bin is a box [p_lo, p_hi] × [o_lo, o_hi] of closed ranges. The boxes partition [1, ∞) × [1, ∞): the first
 range starts at 1, each next one where the last ended, the last is open. So every request, also one never
