@@ -1,7 +1,13 @@
-"""Simulation: from a policy table and arrival paths to records and measures."""
+"""Simulation: policy tables on arrival paths, their records and measures.
+
+`simulate` is the one verb. `reference` is the definition of every rule in plain Python; `records` is what an
+engine leaves behind, `measures` what is read off it, `laws` what must hold in every run.
+"""
 
 from __future__ import annotations
 
 from fluidsched.simulation.records import STATUSES, EngineRun
+from fluidsched.simulation.result import SimulationResult
+from fluidsched.simulation.run import simulate
 
-__all__ = ["STATUSES", "EngineRun"]
+__all__ = ["STATUSES", "EngineRun", "SimulationResult", "simulate"]

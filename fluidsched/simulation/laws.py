@@ -1,0 +1,157 @@
+r"""Laws every run keeps, whatever the policy: what `check=True` verifies.
+
+With [w, e] the measured window and, of request i, arrival A_i, admission D_i, first token F_i, finish E_i:
+
+- *time order*: A ≤ D < F ≤ E ≤ e, F = E exactly when o = 1;
+- *requests are conserved*: each has one status, which its times agree with; a "finished" run leaves none;
+- *tokens are conserved*: Σ tokens of all batches = Σ_{finished} (p + o - 1) + wasted + held at the end;
+- *Little's law for requests*: ∫ (residents + waiting) dt = Σ_i |[A_i, E_i] ∩ [w, e]|, E_i = e if unfinished;
+- *Little's law for KV*: ∫ KV dt = Σ_i ∫ (KV held by i) dt.
+
+The first four are read off an `EngineRun`. The last, and the limits on every batch, need the batches: an
+`Audit` rebuilds each request's KV from what the reference engine shows of its iterations, by its own
+accounts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fluidsched.errors import SimulationError
+from fluidsched.simulation.limits import effective_limits
+from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary
+
+if TYPE_CHECKING:
+    from fluidsched.policy.table import PolicyTable
+    from fluidsched.server import Server
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["TOLERANCE", "Audit", "check_laws"]
+
+TOLERANCE = 1e-9
+"""Relative tolerance where sums of floats are compared."""
+
+
+def _hold(law: str, holds: bool | np.bool_, found: str) -> None:
+    if not holds:
+        raise SimulationError(f"a run broke a law it must keep: {law}; found {found}")
+
+
+def _close(first: float, second: float, scale: float) -> bool:
+    return math.isclose(first, second, rel_tol=TOLERANCE, abs_tol=TOLERANCE * max(scale, 1e-300))
+
+
+def check_laws(path: ArrivalPath, server: Server, run: EngineRun, *, warmup: float) -> None:
+    """Verify the laws that a run's own records can show.
+
+    Raises
+    ------
+    SimulationError
+        Naming the law and what was found.
+    """
+    finished = run.status == STATUSES.index("finished")
+    rejected = run.status == STATUSES.index("rejected")
+    arrival, admitted, first, finish = path.arrival_s, run.admitted_s, run.first_token_s, run.finish_s
+    _hold("finished = has a finish time", np.array_equal(finished, ~np.isnan(finish)), repr(run))
+    _hold("rejected requests are never admitted", np.isnan(admitted[rejected]).all(), repr(run))
+    started = ~np.isnan(first)
+    if run.verdict == "finished":
+        _hold("a finished run leaves nobody", (finished | rejected).all(), repr(run))
+    _hold("arrival ≤ admission", not (admitted < arrival).any(), "an earlier admission")
+    _hold("admission < first token", (admitted[started] < first[started]).all(), "an earlier first token")
+    _hold("first token ≤ finish", not (finish < first).any(), "an earlier finish")
+    single = (path.output_tokens == 1)[finished]
+    _hold(
+        "first token = finish exactly with one output token",
+        np.array_equal(single, first[finished] == finish[finished]),
+        "otherwise",
+    )
+    for times in (admitted, first, finish):
+        _hold("nothing happens after the end", not (times > run.end_s).any(), "a later time")
+
+    processed = int((path.prompt_tokens + path.output_tokens - 1)[finished].sum())
+    accounted = processed + run.wasted_tokens + run.kv_end
+    _hold(
+        "tokens are conserved", run.batch_token_sum == accounted, f"{run.batch_token_sum:,} and {accounted:,}"
+    )
+    _hold("preemptions add up", run.preempted == run.preemptions.sum(), str(run.preempted))
+    _hold("KV within capacity", run.peak_kv <= server.kv_capacity, f"{run.peak_kv:,} tokens")
+
+    end = np.where(finished, finish, run.end_s)
+    in_system = (np.minimum(end, run.end_s) - np.maximum(arrival, warmup))[~rejected]
+    sojourns = float(np.maximum(in_system, 0.0).sum())
+    spent = run.resident_s + run.waiting_s
+    _hold(
+        "Little's law for requests",
+        _close(spent, sojourns, len(path) * run.end_s),
+        f"{spent!r} and {sojourns!r} request·s",
+    )
+    window = max(run.end_s - warmup, 0.0)
+    _hold("busy time within the window", run.busy_s <= window * (1 + TOLERANCE), f"{run.busy_s!r} s")
+
+
+class Audit:
+    """Independent accounts of a reference run: give `observe` as `on_iteration`, then call `check`."""
+
+    def __init__(
+        self, path: ArrivalPath, server: Server, table: PolicyTable, *, horizon: float | None, warmup: float
+    ):
+        self.limits = effective_limits(server, table)
+        self.horizon = math.inf if horizon is None else horizon
+        self.warmup = warmup
+        self.held: dict[int, int] = {}
+        self.kv_s = dict.fromkeys(range(len(path)), 0.0)
+        self.last_s = 0.0
+        self.final_kv = (path.prompt_tokens + path.output_tokens - 1).tolist()
+
+    def observe(self, batch: IterationSummary) -> None:
+        """Check one batch against the limits and add its KV to the accounts."""
+        self._pass(batch.start_s)
+        for i in {*batch.preempted, *batch.admitted}:
+            times_in = (i in self.held) + batch.admitted.count(i) - batch.preempted.count(i)
+            _hold("admissions and preemptions alternate", times_in in (0, 1), repr(batch))
+            self.held.pop(i, None)
+            if times_in:
+                self.held[i] = 0
+        before = dict(self.held)
+        for i, chunk in batch.prefill:
+            self.held[i] += chunk
+        for i in batch.decode:
+            self.held[i] += 1
+        limits = self.limits
+        tokens = batch.prefill_tokens + batch.decode_tokens
+        memory = sum(map(limits.units, self.held.values()))
+        served = [*batch.decode, *(i for i, _ in batch.prefill)]
+        shown = repr(batch)
+        _hold("residents are served at most once", len(set(served)) == len(served), shown)
+        _hold("batch within the token budget", tokens <= limits.budget, shown)
+        _hold("residents within the slots", len(self.held) == batch.residents <= limits.slots, shown)
+        _hold("memory within capacity", memory <= limits.capacity, f"{memory:,} units in {shown}")
+        _hold("KV held is what was computed", sum(self.held.values()) == batch.held_tokens, shown)
+        self._pass(batch.end_s)
+        if batch.end_s > self.horizon:
+            self.held = before
+            return
+        self.held = {i: tokens for i, tokens in self.held.items() if tokens < self.final_kv[i]}
+
+    def _pass(self, until: float) -> None:
+        until = min(until, self.horizon)
+        duration = until - max(self.last_s, self.warmup)
+        if duration > 0.0:
+            for i, tokens in self.held.items():
+                self.kv_s[i] += tokens * duration
+        self.last_s = until
+
+    def check(self, run: EngineRun) -> None:
+        """Compare the accounts with the run's."""
+        self._pass(run.end_s)
+        total = math.fsum(self.kv_s.values())
+        _hold(
+            "Little's law for KV",
+            _close(total, run.kv_token_s, total),
+            f"{run.kv_token_s!r} and {total!r} token·s",
+        )
+        _hold("KV at the end", sum(self.held.values()) == run.kv_end, f"{run.kv_end:,} tokens")

@@ -1,0 +1,516 @@
+"""What happened: every policy's runs on the common paths, their measures, and how to look at them.
+
+Letters: R replications, N_r requests of path r. The measures are those of `fluidsched.simulation.measures`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched._checks import check_choice, check_count, check_fields, check_real
+from fluidsched._files import dumps, loads, read_text, write_whole
+from fluidsched.errors import InputError
+from fluidsched.server import Server
+from fluidsched.simulation.measures import UNITS, check_slo, interval, latencies, measure_run
+from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fluidsched.policy.table import PolicyTable
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["PolicyOutcome", "SimulationResult", "aligned", "plus_minus"]
+
+SCHEMA = "fluidsched.simulation/1"
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PolicyOutcome:
+    """One policy's outcome: what survives without the request records.
+
+    Attributes
+    ----------
+    name : str
+    values : dict of str to (R,) float array
+        Measure → its value in each replication; NaN where undefined.
+    lower_bounds : dict of str to (R,) bool array
+        Measure → whether the value is a lower bound only.
+    verdicts : tuple of str
+        How each replication ended: "finished", "horizon" or "stuck".
+    starved_types : tuple of str
+        Types left in a stuck replication, in the table's order.
+    """
+
+    name: str
+    values: Mapping[str, FloatArray]
+    lower_bounds: Mapping[str, NDArray[np.bool_]]
+    verdicts: tuple[str, ...]
+    starved_types: tuple[str, ...]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SimulationResult:
+    """Runs of several policies on the same R arrival paths.
+
+    Made by `simulate`; read back from JSON it has the measures of every replication but no request records,
+    so `requests`, `latencies`, `occupancy` and measures under other SLOs then raise `InputError`.
+
+    Attributes
+    ----------
+    outcomes : tuple of PolicyOutcome
+        One per policy, in the order given.
+    replications : int
+        R.
+    horizon : float or None
+        End of every run, s; None: run until empty.
+    warmup : float
+        Start of the measured window, s.
+    seed : int or None
+        Seed of the paths; None for a replayed path, or where it was not a plain number.
+    engine : str
+        "kernel" or "reference".
+    workload : str
+        Name of the workload or path.
+    server : Server or None
+        None where the iteration time is a function and the result was read from a file.
+    slo : dict of str to float
+        SLOs of `goodput`, s; empty where none were stated.
+    tables : tuple of PolicyTable
+        The policies; empty when read from a file.
+    paths : tuple of ArrivalPath
+        The R common paths; empty when read from a file.
+    """
+
+    outcomes: tuple[PolicyOutcome, ...]
+    replications: int
+    horizon: float | None
+    warmup: float
+    seed: int | None
+    engine: str
+    workload: str
+    server: Server | None
+    slo: Mapping[str, float]
+    tables: tuple[PolicyTable, ...] = ()
+    paths: tuple[ArrivalPath, ...] = ()
+    engine_runs: tuple[tuple[EngineRun, ...], ...] = ()
+
+    @classmethod
+    def collect(
+        cls,
+        tables: Sequence[PolicyTable],
+        paths: Sequence[ArrivalPath],
+        engine_runs: Sequence[Sequence[EngineRun]],
+        *,
+        horizon: float | None,
+        warmup: float,
+        seed: int | None,
+        engine: str,
+        workload: str,
+        server: Server,
+        slo: Mapping[str, float] | None = None,
+    ) -> SimulationResult:
+        """Measure every run: `engine_runs[k][r]` is table k on path r."""
+        slo = check_slo(slo)
+        outcomes = []
+        for table, runs in zip(tables, engine_runs, strict=True):
+            measured = [
+                measure_run(path, run, warmup=warmup, kv_capacity=server.kv_capacity, slo=slo)
+                for path, run in zip(paths, runs, strict=True)
+            ]
+            names = measured[0][0]
+            starved = {name for run in runs for name in run.starved_types}
+            outcomes.append(
+                PolicyOutcome(
+                    table.name,
+                    {m: np.array([values[m] for values, _ in measured]) for m in names},
+                    {m: np.array([m in bounds for _, bounds in measured]) for m in names},
+                    tuple(run.verdict for run in runs),
+                    tuple(name for name in table.type_names if name in starved),
+                )
+            )
+        return cls(
+            tuple(outcomes),
+            len(paths),
+            horizon,
+            warmup,
+            seed,
+            engine,
+            workload,
+            server,
+            slo,
+            tuple(tables),
+            tuple(paths),
+            tuple(map(tuple, engine_runs)),
+        )
+
+    # ------------------------------------------------------------------ by policy
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies, in the order given."""
+        return tuple(outcome.name for outcome in self.outcomes)
+
+    def outcome(self, policy: str) -> PolicyOutcome:
+        """The outcome of one policy."""
+        check_choice("policy", policy, self.policies)
+        return self.outcomes[self.policies.index(policy)]
+
+    def measures(self, policy: str) -> dict[str, FloatArray]:
+        """Measure → its value in each replication, shape (R,)."""
+        return dict(self.outcome(policy).values)
+
+    def verdict(self, policy: str) -> str:
+        """How the runs ended: "finished", "horizon", or "stuck" with the starved types and how often."""
+        outcome = self.outcome(policy)
+        stuck = outcome.verdicts.count("stuck")
+        if not stuck:
+            return outcome.verdicts[0]
+        times = f", {stuck} of {self.replications} replications" if stuck < self.replications else ""
+        return f"stuck ({', '.join(outcome.starved_types)}{times})"
+
+    def run(self, policy: str, replication: int = 0) -> EngineRun:
+        """The engine's record of one run."""
+        self._need_records()
+        self.outcome(policy)
+        check_count("replication", replication, maximum=self.replications - 1)
+        return self.engine_runs[self.policies.index(policy)][replication]
+
+    def requests(self, policy: str, replication: int = 0) -> pd.DataFrame:
+        """One row per request of one run.
+
+        Columns ``arrival_s prompt_tokens output_tokens type admitted_s first_token_s finish_s preemptions
+        status``; times in seconds, NaN where the thing did not happen. ``type`` is the path's label, or the
+        name of the table's row where the path has none.
+        """
+        import pandas as pd
+
+        run = self.run(policy, replication)
+        path = self.paths[replication]
+        if path.type is not None:
+            types = np.asarray(path.type_names, dtype=object)[path.type]
+        else:
+            table = self.tables[self.policies.index(policy)]
+            types = np.asarray(table.type_names, dtype=object)[table.classify(path)]
+        return pd.DataFrame(
+            {
+                "arrival_s": path.arrival_s,
+                "prompt_tokens": path.prompt_tokens,
+                "output_tokens": path.output_tokens,
+                "type": types,
+                "admitted_s": run.admitted_s,
+                "first_token_s": run.first_token_s,
+                "finish_s": run.finish_s,
+                "preemptions": run.preemptions,
+                "status": np.asarray(STATUSES, dtype=object)[run.status],
+            }
+        )
+
+    def latencies(self, policy: str, measure: str) -> tuple[FloatArray, int]:
+        """A latency of every measured request, all replications pooled, s; and how many are censored."""
+        pooled, censored = [], 0
+        for replication, path in enumerate(self.paths or (None,)):
+            run = self.run(policy, replication)
+            assert path is not None
+            observed, at_least = latencies(path, run, self.warmup, measure)
+            pooled.append(observed)
+            censored += len(at_least)
+        return np.concatenate(pooled), censored
+
+    def occupancy(self, policy: str, replication: int = 0) -> FloatArray:
+        """The decimated series of one run, shape (K, 4): time (s), KV tokens, residents, waiting."""
+        series = self.run(policy, replication).occupancy
+        assert series is not None
+        return series
+
+    def _need_records(self) -> None:
+        if not self.engine_runs:
+            raise InputError(
+                "result",
+                "a result read from a file",
+                "hold its request records",
+                "Simulate again to have them.",
+            )
+
+    # ------------------------------------------------------------------ all policies
+
+    def summary(self) -> pd.DataFrame:
+        """Tidy frame: policy, measure, unit, estimate, low, high, replications, lower_bound.
+
+        `low` and `high` are the ends of the 95 % interval across replications, NaN with one. `lower_bound`
+        says that requests without the event at the end made the estimate a lower bound.
+        """
+        import pandas as pd
+
+        rows = []
+        for outcome in self.outcomes:
+            for name, values in outcome.values.items():
+                estimate, low, high = interval(values)
+                rows.append(
+                    {
+                        "policy": outcome.name,
+                        "measure": name,
+                        "unit": UNITS[name],
+                        "estimate": estimate,
+                        "low": low,
+                        "high": high,
+                        "replications": self.replications,
+                        "lower_bound": bool(outcome.lower_bounds[name].any()),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The same as `summary`."""
+        return self.summary()
+
+    def with_slo(self, slo: Mapping[str, float]) -> SimulationResult:
+        """The same runs measured under these SLOs: latency name → limit per request, s."""
+        self._need_records()
+        assert self.server is not None
+        return SimulationResult.collect(
+            self.tables,
+            self.paths,
+            self.engine_runs,
+            horizon=self.horizon,
+            warmup=self.warmup,
+            seed=self.seed,
+            engine=self.engine,
+            workload=self.workload,
+            server=self.server,
+            slo=slo,
+        )
+
+    def to_serve_summary(self) -> list[dict[str, Any]]:
+        """One row per policy in the field names of ``vllm bench serve``, means over replications.
+
+        Times in ms, rates per second. `duration` is the measured window. Per-token gaps are not recorded, so
+        there are no ``itl`` fields; ``request_goodput`` needs SLOs.
+        """
+        rows = []
+        for outcome in self.outcomes:
+            mean = {name: interval(values)[0] for name, values in outcome.values.items()}
+            row: dict[str, Any] = {"policy": outcome.name, "completed": mean["completed"]}
+            row["failed"] = mean["rejected"]
+            row["unfinished"] = mean["unfinished"]
+            row["duration"] = (
+                mean["completed"] / mean["request_throughput"] if mean["completed"] > 0 else math.nan
+            )
+            for name in ("request_throughput", "output_throughput", "total_token_throughput"):
+                row[name] = mean[name]
+            row["request_goodput"] = mean.get("goodput", math.nan)
+            for word, ours in (("mean", "mean"), ("median", "p50"), ("p90", "p90"), ("p99", "p99")):
+                for latency in ("ttft", "tpot", "e2e"):
+                    field = f"{word}_{'e2el' if latency == 'e2e' else latency}_ms"
+                    row[field] = 1000.0 * mean[f"{ours}_{latency}"]
+            rows.append(row)
+        return rows
+
+    # ------------------------------------------------------------------ files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Measures of every replication and how they were made, as plain JSON values; no request records."""
+        function = self.server is not None and self.server.iteration_time.coefficients is None
+        return {
+            "schema": SCHEMA,
+            "workload": self.workload,
+            "server": None if self.server is None or function else self.server.to_dict(),
+            "engine": self.engine,
+            "replications": self.replications,
+            "horizon_s": self.horizon,
+            "warmup_s": self.warmup,
+            "seed": self.seed,
+            "slo_s": dict(self.slo),
+            "policies": [
+                {
+                    "name": outcome.name,
+                    "verdicts": list(outcome.verdicts),
+                    "starved_types": list(outcome.starved_types),
+                    "measures": {
+                        name: {
+                            "unit": UNITS[name],
+                            "values": [None if math.isnan(value) else value for value in values.tolist()],
+                            "lower_bounds": outcome.lower_bounds[name].tolist(),
+                        }
+                        for name, values in outcome.values.items()
+                    },
+                }
+                for outcome in self.outcomes
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], argument: str = "result") -> SimulationResult:
+        """Read what `to_dict` wrote; anything else is an `InputError` naming the field."""
+        fields = (
+            "workload",
+            "server",
+            "engine",
+            "replications",
+            "horizon_s",
+            "warmup_s",
+            "seed",
+            "slo_s",
+            "policies",
+        )
+        values = dict(zip(fields, check_fields(argument, data, SCHEMA, fields), strict=True))
+        replications = check_count(f"{argument}.replications", values["replications"], minimum=1)
+        if not isinstance(values["policies"], list) or not values["policies"]:
+            raise InputError(f"{argument}.policies", values["policies"], "be a non-empty list")
+        for name in ("workload", "engine"):
+            if not isinstance(values[name], str):
+                raise InputError(f"{argument}.{name}", values[name], "be a string")
+        if not isinstance(values["slo_s"], Mapping):
+            raise InputError(f"{argument}.slo_s", values["slo_s"], "be an object of limits")
+        horizon, seed = values["horizon_s"], values["seed"]
+        return cls(
+            tuple(
+                _read_outcome(f"{argument}.policies[{k}]", policy, replications)
+                for k, policy in enumerate(values["policies"])
+            ),
+            replications,
+            None if horizon is None else check_real(f"{argument}.horizon_s", horizon, above=0.0),
+            check_real(f"{argument}.warmup_s", values["warmup_s"], minimum=0.0),
+            None if seed is None else check_count(f"{argument}.seed", seed),
+            values["engine"],
+            values["workload"],
+            None if values["server"] is None else Server.from_dict(values["server"], f"{argument}.server"),
+            check_slo(values["slo_s"]),
+        )
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the JSON text, and write it to `path` (whole or not at all) if one is given."""
+        text = dumps(self.to_dict())
+        if path is not None:
+            write_whole(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> SimulationResult:
+        """Read the file `to_json` wrote."""
+        return cls.from_dict(loads(str(path), read_text("result", path)))
+
+    # ------------------------------------------------------------------ to look at
+
+    def _headline(self) -> str:
+        until = "until empty" if self.horizon is None else f"over {self.horizon:,.6g} s"
+        count = f"{self.replications} replication{'s' if self.replications > 1 else ''}"
+        return (
+            f"{self.workload} {until}, measured from {self.warmup:,.6g} s on, {count}, {self.engine} engine"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        rows = []
+        for outcome in self.outcomes:
+            cells = [outcome.name]
+            for measure, _, factor, _ in _SHOWN:
+                estimate, low, high = interval(outcome.values[measure])
+                is_bound = bool(outcome.lower_bounds[measure].any())
+                cells.append(plus_minus(factor * estimate, factor * (high - low) / 2, is_bound))
+            rows.append([*cells, self.verdict(outcome.name)])
+        return rows
+
+    def __repr__(self) -> str:
+        header = [
+            "policy",
+            *(f"{label} [{unit}]" if unit else label for _, label, _, unit in _SHOWN),
+            "ended",
+        ]
+        return f"{self._headline()}\n{aligned([header, *self._rows()])}\n{FOOTNOTE}"
+
+    def _repr_html_(self) -> str:
+        wide = self.summary().pivot(index="measure", columns="policy", values="estimate")
+        wide = wide.reindex(index=[m for m in UNITS if m in wide.index], columns=list(self.policies))
+        return f"<p>{html.escape(self._headline())}</p>{wide.to_html()}"
+
+
+FOOTNOTE = (
+    "± half width of the 95 % interval across replications; ≥ lower bound, requests still without the event"
+)
+
+_SHOWN = (
+    ("request_throughput", "throughput", 1.0, "req/s"),
+    ("output_throughput", "output", 1.0, "tokens/s"),
+    ("mean_ttft", "mean TTFT", 1.0, "s"),
+    ("p99_ttft", "p99 TTFT", 1.0, "s"),
+    ("mean_tpot", "mean TPOT", 1e3, "ms"),
+    ("kv_utilization", "KV used", 100.0, "%"),
+    ("preemptions", "preemptions", 1.0, ""),
+)
+"""Columns of the printed table: measure, heading, factor, unit."""
+
+
+def plus_minus(estimate: float, half_width: float, lower_bound: bool = False) -> str:
+    """Print an estimate with as many digits as its half width makes meaningful.
+
+    Examples
+    --------
+    >>> plus_minus(5.53214, 0.0213), plus_minus(12.0, math.nan, True), plus_minus(math.nan, math.nan)
+    ('5.532 ± 0.021', '≥ 12', '–')
+    """
+    if math.isnan(estimate):
+        return "–"
+    mark = "≥ " if lower_bound else ""
+    if math.isnan(half_width):
+        return f"{mark}{estimate:,.4g}" if abs(estimate) < 1e4 else f"{mark}{estimate:,.0f}"
+    reference = half_width or abs(estimate)
+    digits = 1 - math.floor(math.log10(reference)) if reference > 0.0 else 0
+    digits = min(max(digits, 0), 6)
+    return f"{mark}{estimate:,.{digits}f} ± {half_width:,.{digits}f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of cells, the first one the header, as text columns: names left, numbers right."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    last = len(widths) - 1
+    lines = [
+        "  ".join(
+            cell.ljust(width) if c in (0, last) else cell.rjust(width)
+            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _read_outcome(place: str, data: Any, replications: int) -> PolicyOutcome:
+    names = ("name", "verdicts", "starved_types", "measures")
+    name, verdicts, starved, measures = check_fields(place, data, None, names)
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{place}.name", name, "be a non-empty string")
+    if not isinstance(verdicts, list) or len(verdicts) != replications:
+        raise InputError(f"{place}.verdicts", verdicts, f"have {replications} words, one per replication")
+    for r, word in enumerate(verdicts):
+        check_choice(f"{place}.verdicts[{r}]", word, VERDICTS)
+    if not isinstance(starved, list) or not all(isinstance(word, str) for word in starved):
+        raise InputError(f"{place}.starved_types", starved, "be a list of names")
+    if not isinstance(measures, Mapping):
+        raise InputError(f"{place}.measures", measures, "be an object with one entry per measure")
+    values: dict[str, FloatArray] = {}
+    lower_bounds: dict[str, NDArray[np.bool_]] = {}
+    for measure, entry in measures.items():
+        where = f"{place}.measures.{measure}"
+        check_choice(where, measure, tuple(UNITS))
+        _, numbers, bounds = check_fields(where, entry, None, ("unit", "values", "lower_bounds"))
+        for field, items in (("values", numbers), ("lower_bounds", bounds)):
+            if not isinstance(items, list) or len(items) != replications:
+                raise InputError(f"{where}.{field}", items, f"have {replications} entries")
+        if not all(isinstance(flag, bool) for flag in bounds):
+            raise InputError(f"{where}.lower_bounds", bounds, "hold true or false")
+        values[measure] = np.array(
+            [math.nan if v is None else check_real(f"{where}.values[{r}]", v) for r, v in enumerate(numbers)]
+        )
+        lower_bounds[measure] = np.array(bounds, dtype=np.bool_)
+    for measure, *_ in _SHOWN:
+        if measure not in values:
+            raise InputError(f"{place}.measures.{measure}", "nothing", "be present")
+    return PolicyOutcome(name, values, lower_bounds, tuple(verdicts), tuple(starved))
