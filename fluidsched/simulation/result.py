@@ -401,7 +401,9 @@ class SimulationResult:
 
     # ------------------------------------------------------------------ to look at
 
-    def _headline(self) -> str:
+    @property
+    def title(self) -> str:
+        """What was simulated, in a line."""
         until = "until empty" if self.horizon is None else f"over {self.horizon:,.6g} s"
         count = f"{self.replications} replication{'s' if self.replications > 1 else ''}"
         return (
@@ -425,12 +427,12 @@ class SimulationResult:
             *(f"{label} [{unit}]" if unit else label for _, label, _, unit in _SHOWN),
             "ended",
         ]
-        return f"{self._headline()}\n{aligned([header, *self._rows()])}\n{FOOTNOTE}"
+        return f"{self.title}\n{aligned([header, *self._rows()])}\n{FOOTNOTE}"
 
     def _repr_html_(self) -> str:
         wide = self.summary().pivot(index="measure", columns="policy", values="estimate")
         wide = wide.reindex(index=[m for m in UNITS if m in wide.index], columns=list(self.policies))
-        return f"<p>{html.escape(self._headline())}</p>{wide.to_html()}"
+        return f"<p>{html.escape(self.title)}</p>{wide.to_html()}"
 
 
 FOOTNOTE = (
