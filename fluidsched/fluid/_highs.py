@@ -1,0 +1,160 @@
+"""HiGHS as the simplex solver of small dense programs that are solved again and again.
+
+One object holds one program max c·x, A x ≤ b, l ≤ x ≤ h; only l and h change between solves, so the dual
+simplex starts from the last optimal basis. What comes back is the optimal *basis*, not the numbers: the
+caller computes these from its own unscaled data, free of the solver's tolerances.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from typing import Literal, NamedTuple
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched.errors import SolverError
+
+__all__ = ["Basis", "Simplex", "SolveStatus", "new_highs"]
+
+SolveStatus = Literal["optimal", "infeasible", "unbounded", "limit", "failed"]
+
+#: HiGHS's words in ours; anything else is "failed".
+_STATUS: dict[highspy.HighsModelStatus, SolveStatus] = {
+    highspy.HighsModelStatus.kOptimal: "optimal",
+    highspy.HighsModelStatus.kInfeasible: "infeasible",
+    highspy.HighsModelStatus.kUnbounded: "unbounded",
+    highspy.HighsModelStatus.kUnboundedOrInfeasible: "infeasible",
+    highspy.HighsModelStatus.kTimeLimit: "limit",
+    highspy.HighsModelStatus.kIterationLimit: "limit",
+}
+
+_OPTIONS: dict[str, bool | int | float | str] = {
+    "output_flag": False,
+    "threads": 1,
+    "solver": "simplex",
+    "presolve": "off",  # would drop columns with tiny demand, and the basis
+    "primal_feasibility_tolerance": 1e-10,
+    "dual_feasibility_tolerance": 1e-10,
+    "small_matrix_value": 1e-12,
+    "time_limit": 600.0,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class Basis(NamedTuple):
+    """An optimal basis.
+
+    Attributes
+    ----------
+    basic : ndarray of int
+        Basic columns.
+    tight : ndarray of int
+        Nonbasic rows, as many as basic columns.
+    at_upper : ndarray of bool, shape (columns,)
+        Nonbasic columns at their upper bound.
+    iterations : int
+        Simplex iterations this solve took.
+    """
+
+    basic: NDArray[np.intp]
+    tight: NDArray[np.intp]
+    at_upper: NDArray[np.bool_]
+    iterations: int
+
+
+def _construct() -> highspy.Highs:
+    return highspy.Highs()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _silence_banner() -> None:
+    """Construct the process's first Highs, which writes a banner to file descriptor 1, in silence."""
+    sys.stdout.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        saved = os.dup(1)
+    except OSError:  # no standard output at all: nothing to protect
+        os.close(null)
+        _construct()
+        return
+    try:
+        os.dup2(null, 1)
+        _construct()
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(null)
+
+
+def new_highs() -> highspy.Highs:
+    """Return a silent Highs with our options."""
+    _silence_banner()
+    highs = _construct()
+    for option, value in _OPTIONS.items():
+        if highs.setOptionValue(option, value) != highspy.HighsStatus.kOk:
+            raise SolverError(f"HiGHS {highs.version()} refused its option {option} = {value!r}")
+    return highs
+
+
+class Simplex:
+    """A program max c·x, A x ≤ b, l ≤ x ≤ h, solved again for other bounds l, h."""
+
+    def __init__(
+        self, cost: NDArray[np.float64], matrix: NDArray[np.float64], row_upper: NDArray[np.float64]
+    ) -> None:
+        rows, columns = matrix.shape
+        self._index = np.arange(columns, dtype=np.int32)
+        self._highs = new_highs()
+        program = highspy.HighsLp()
+        program.num_col_, program.num_row_ = columns, rows
+        program.col_cost_ = cost
+        program.col_lower_ = np.zeros(columns)
+        program.col_upper_ = np.zeros(columns)
+        program.row_lower_ = np.full(rows, -np.inf)
+        program.row_upper_ = row_upper
+        program.sense_ = highspy.ObjSense.kMaximize
+        keep = matrix.T != 0.0
+        program.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+        program.a_matrix_.start_ = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int32)
+        program.a_matrix_.index_ = np.nonzero(keep)[1].astype(np.int32)
+        program.a_matrix_.value_ = matrix.T[keep]
+        # kWarning: entries below small_matrix_value were dropped.
+        if self._highs.passModel(program) == highspy.HighsStatus.kError:
+            raise SolverError("HiGHS refused the program")
+
+    def solve(
+        self, lower: NDArray[np.float64], upper: NDArray[np.float64], *, cold: bool = False
+    ) -> tuple[SolveStatus, Basis]:
+        """Solve with these column bounds, from the last basis unless `cold`."""
+        highs = self._highs
+        highs.changeColsBounds(len(self._index), self._index, lower, upper)
+        if cold:
+            highs.clearSolver()
+        status = self._run()
+        if status in ("failed", "limit") and not cold:
+            _log.info("HiGHS ended with %s from a warm start; solving from scratch", status)
+            highs.clearSolver()
+            status = self._run()
+        basis = highs.getBasis()
+        columns = np.fromiter(map(int, basis.col_status), np.int8)
+        rows = np.fromiter(map(int, basis.row_status), np.int8)
+        return status, Basis(
+            np.flatnonzero(columns == int(highspy.HighsBasisStatus.kBasic)),
+            np.flatnonzero(rows != int(highspy.HighsBasisStatus.kBasic)),
+            columns == int(highspy.HighsBasisStatus.kUpper),
+            int(highs.getInfo().simplex_iteration_count),
+        )
+
+    def _run(self) -> SolveStatus:
+        outcome = self._highs.run()
+        if outcome == highspy.HighsStatus.kError:
+            # Someone else in this process started HiGHS's threads first, with another number: use theirs.
+            self._highs.setOptionValue("threads", 0)
+            self._highs.run()
+        return _STATUS.get(self._highs.getModelStatus(), "failed")

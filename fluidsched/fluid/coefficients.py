@@ -1,0 +1,106 @@
+"""What one request of each type takes from the server, in expectation over the type's lengths.
+
+A request with p prompt and o output tokens is served in o iterations and holds p + k − 1 KV tokens in
+iteration k. For every affine piece of the iteration time its *busy work* is the time it adds over its
+lifetime,
+
+    w = c_pf·p + c_dec·(o − 1) + c_kv·(W − p) + c_attn·p²/2,      W = Σ_{k=1..o} (p + k − 1).
+
+With KV in blocks of b tokens a request holding m tokens takes b⌈m/b⌉ of memory. Since Σ_{m=1..n} b⌈m/b⌉ =
+n²/2 + nb/2 + g(n)/2 with g(n) = r(b − r), r = n mod b, the rounded KV work has the expectation
+
+    W_b = W + o(b − 1)/2 + ( g(p + o − 1) − g(p − 1) )/2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched.server import IterationTime
+from fluidsched.workload import Workload
+from fluidsched.workload.lengths import IndependentLengths, JointLaw, LengthLaw
+
+__all__ = ["block_kv_work", "busy_work"]
+
+
+def busy_work(workload: Workload, iteration_time: IterationTime) -> NDArray[np.float64]:
+    """Return w of every piece and type: seconds a request adds to its iterations, beyond their base.
+
+    Parameters
+    ----------
+    workload : Workload
+        J types.
+    iteration_time : IterationTime
+        I affine pieces.
+
+    Returns
+    -------
+    ndarray of shape (I, J)
+        Seconds per request.
+
+    Raises
+    ------
+    InputError
+        If the iteration time is a function.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> workload = fs.Workload([fs.RequestType("chat", 1.0, prompt_tokens=10, output_tokens=3)])
+    >>> busy_work(workload, fs.IterationTime.affine(1.0, 2.0, 3.0, 5.0, 7.0)).tolist()
+    [[491.0]]
+    """
+    coefficients = iteration_time.require_coefficients("the fluid program")
+    prompt = workload.mean_prompt_tokens
+    counts = np.stack(
+        [prompt, workload.mean_output_tokens - 1.0, workload.kv_work - prompt, workload.prefill_attention]
+    )
+    return np.asarray(coefficients[:, 1:] @ counts, dtype=np.float64)
+
+
+def block_kv_work(workload: Workload, block_size: int | None) -> NDArray[np.float64]:
+    """Return E[W] with every request's KV rounded up to whole blocks, token·iterations, shape (J,).
+
+    Parameters
+    ----------
+    workload : Workload
+        J types.
+    block_size : int or None
+        Tokens per block; None or 1 gives `workload.kv_work`.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> workload = fs.Workload([fs.RequestType("chat", 1.0, prompt_tokens=15, output_tokens=3)])
+    >>> block_kv_work(workload, 16).tolist()  # holds 15, 16, 17 tokens: 16 + 16 + 32
+    [64.0]
+    """
+    if block_size is None or block_size == 1:
+        return workload.kv_work
+    remainder = np.array([_remainder(member.law, block_size) for member in workload.types])
+    rounded = workload.kv_work + workload.mean_output_tokens * ((block_size - 1) / 2) + remainder
+    return np.asarray(rounded, dtype=np.float64)
+
+
+def _remainder(law: JointLaw, block_size: int) -> float:
+    """E[ g(p + o − 1) − g(p − 1) ] / 2, from the residues of p and o alone when these are independent."""
+    if isinstance(law, IndependentLengths):
+        prompt, prompt_weight = _residues(law.prompt, block_size)
+        output, output_weight = _residues(law.output, block_size)
+        last = _excess(prompt[:, None] + output - 1, block_size)
+        first = _excess(prompt - 1, block_size)
+        return float(prompt_weight @ (last @ output_weight - first)) / 2
+    prompts, outputs, weights = law.atoms()
+    difference = _excess(prompts + outputs - 1, block_size) - _excess(prompts - 1, block_size)
+    return float(weights @ difference) / 2
+
+
+def _residues(law: LengthLaw, block_size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    residues, inverse = np.unique(law.values % block_size, return_inverse=True)
+    return residues, np.asarray(np.bincount(inverse, law.weights), dtype=np.float64)
+
+
+def _excess(tokens: NDArray[np.int64], block_size: int) -> NDArray[np.float64]:
+    residue = (tokens % block_size).astype(np.float64)
+    return residue * (block_size - residue)

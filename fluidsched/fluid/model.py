@@ -1,0 +1,236 @@
+"""The one-pool fluid program as labelled arrays.
+
+In equilibrium type j is admitted at a_j requests per second and the server runs u iterations per second.
+With the busy work w_j^(i), KV work W_j, iterations S_j and processed tokens τ_j of a request, the program
+is
+
+    max   Σ_j r_j a_j
+    s.t.  Σ_j w_j^(i) a_j + c_i u ≤ 1          for every affine piece i of the iteration time      (time)
+          Σ_j W_j a_j     − C u   ≤ 0          KV memory                                           (kv)
+          Σ_j S_j a_j     − B u   ≤ 0          requests in a batch                                 (batch)
+          Σ_j τ_j a_j     − N u   ≤ 0          tokens in an iteration                              (tokens)
+          u ≥ 1/T_max                          mean iteration time
+          f_j λ_j ≤ a_j ≤ λ_j                  fairness floors, demand
+
+`FluidModel` holds one row per constraint: its name, its coefficients on the rates and on u, and its limit.
+A row exists only where the server has that limit. KV work is rounded to blocks where the server pages its
+memory, and C is then the capacity in whole blocks.
+
+Source: the Charnes–Cooper form of the equilibrium of Ao, Luo, Simchi-Levi, Wang (arXiv 2504.11320).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fluidsched._checks import check_choice, check_real
+from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.fluid.closed_forms import resource_load
+from fluidsched.fluid.coefficients import block_kv_work, busy_work
+from fluidsched.server import Server
+from fluidsched.workload import Workload
+
+__all__ = ["TOLERANCE", "FluidModel", "Objective", "build_model"]
+
+Objective = Literal["requests", "output_tokens", "total_tokens", "rewards"]
+
+#: Relative tolerance within which a constraint counts as met, or as binding.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class FluidModel:
+    """The program's data, but for the offered rates.
+
+    Attributes
+    ----------
+    workload : Workload
+        The types; their own rates are those of the first solve.
+    server : Server
+        Where the limits come from.
+    objective : str
+        What is maximised: "requests", "output_tokens", "total_tokens" (per second) or "rewards".
+    reward : ndarray of shape (J,)
+        r_j per request.
+    row_names : tuple of str
+        "time" (or "time[0]", "time[1]", … with several pieces), "kv", "batch", "tokens".
+    matrix : ndarray of shape (R, J)
+        Use of each row by one admitted request per second.
+    rate_coefficient : ndarray of shape (R,)
+        Coefficient of u: the base of the piece, s, or minus the capacity.
+    limit : ndarray of shape (R,)
+        Right-hand sides: 1 for time, 0 otherwise.
+    kv_work : ndarray of shape (J,)
+        W_j, rounded to blocks, token·iterations; also where memory is unlimited.
+    fairness_floor : ndarray of shape (J,)
+        f_j, the fraction of each type's demand that must be admitted.
+    max_iteration_time : float
+        T_max, s; inf for none.
+    """
+
+    workload: Workload
+    server: Server
+    objective: Objective
+    reward: NDArray[np.float64]
+    row_names: tuple[str, ...]
+    matrix: NDArray[np.float64]
+    rate_coefficient: NDArray[np.float64]
+    limit: NDArray[np.float64]
+    kv_work: NDArray[np.float64]
+    fairness_floor: NDArray[np.float64]
+    max_iteration_time: float
+
+    @cached_property
+    def pieces(self) -> int:
+        """Number of time rows, which come first."""
+        return int(np.count_nonzero(self.limit))
+
+    @cached_property
+    def base(self) -> NDArray[np.float64]:
+        """Bases c_i of the pieces, s."""
+        return self.rate_coefficient[: self.pieces]
+
+    @cached_property
+    def resources(self) -> tuple[str, ...]:
+        """What can run out: "time", then "kv", "batch", "tokens" and "iteration_time" where limited."""
+        latency = ("iteration_time",) if math.isfinite(self.max_iteration_time) else ()
+        return ("time", *self.row_names[self.pieces :], *latency)
+
+    def load(self, rate: ArrayLike) -> NDArray[np.float64]:
+        """Return the load of every resource at these admitted or offered rates.
+
+        Parameters
+        ----------
+        rate : array_like of shape (..., J)
+            Requests per second.
+
+        Returns
+        -------
+        ndarray of shape (..., len(resources))
+            1/(the largest factor on all rates that the resource together with time allows); 0 without demand.
+        """
+        use = np.asarray(rate, dtype=np.float64) @ self.matrix.T
+        busy = use[..., : self.pieces]
+        loads = [resource_load(self.base, busy)]
+        for row in range(self.pieces, len(self.row_names)):
+            loads.append(resource_load(self.base, busy, use[..., row] / -self.rate_coefficient[row]))
+        if math.isfinite(self.max_iteration_time):
+            loads.append((busy / (1.0 - self.base / self.max_iteration_time)).max(axis=-1))
+        return np.stack(loads, axis=-1)
+
+    def iteration_rate(self, admitted_rate: NDArray[np.float64]) -> float:
+        """Return the largest u the time rows allow: the server never idles between iterations."""
+        positive = self.base > 0.0
+        busy = self.matrix[: self.pieces][positive] @ admitted_rate
+        return max(float(((1.0 - busy) / self.base[positive]).min()), 0.0)
+
+    def check_floors(self, arrival_rate: NDArray[np.float64]) -> None:
+        """Raise `InfeasibleError` if the floors alone exceed what the server carries."""
+        load = self.load(self.fairness_floor * arrival_rate)
+        if load.max() <= 1.0 + TOLERANCE:
+            return
+        loads = zip(self.resources, load.tolist(), strict=True)
+        over = [f"{name} {value:.3g}" for name, value in loads if value > 1.0 + TOLERANCE]
+        raise InfeasibleError(
+            f"the fairness floors alone load the server beyond 1 ({', '.join(over)}). They become feasible"
+            f" when multiplied by {1 / load.max():.3g} or less.",
+            "fairness_floor",
+        )
+
+
+def build_model(
+    workload: Workload,
+    server: Server,
+    objective: str | ArrayLike = "requests",
+    *,
+    fairness_floor: ArrayLike | None = None,
+    max_iteration_time: float | None = None,
+) -> FluidModel:
+    """Assemble the program; see `FluidProgram` for the arguments."""
+    if not isinstance(workload, Workload):
+        raise InputError("workload", workload, "be a Workload")
+    if not isinstance(server, Server):
+        raise InputError("server", server, "be a Server")
+    named, reward = _reward(workload, objective)
+    work = busy_work(workload, server.iteration_time)
+    coefficients = server.iteration_time.require_coefficients("the fluid program")
+    pieces = len(coefficients)
+    names = ["time"] if pieces == 1 else [f"time[{i}]" for i in range(pieces)]
+    rows = [*work]
+    rate_coefficient = [*coefficients[:, 0]]
+    kv_work = _frozen(block_kv_work(workload, server.block_size))
+    limits = {
+        "kv": (kv_work, server.usable_kv_capacity),
+        "batch": (workload.iterations, server.max_batch_size),
+        "tokens": (workload.processed_tokens, server.token_budget),
+    }
+    for name, (use, capacity) in limits.items():
+        if capacity is not None and math.isfinite(capacity):
+            names.append(name)
+            rows.append(use)
+            rate_coefficient.append(-float(capacity))
+    slowest = math.inf
+    if max_iteration_time is not None:
+        empty = server.iteration_time.empty
+        slowest = check_real(
+            "max_iteration_time",
+            max_iteration_time,
+            above=empty,
+            remedy=f"The empty batch alone takes {empty:.4g} s.",
+        )
+    return FluidModel(
+        workload=workload,
+        server=server,
+        objective=named,
+        reward=_frozen(reward),
+        row_names=tuple(names),
+        matrix=_frozen(np.array(rows)),
+        rate_coefficient=_frozen(np.array(rate_coefficient)),
+        limit=_frozen(np.repeat([1.0, 0.0], [pieces, len(names) - pieces])),
+        kv_work=kv_work,
+        fairness_floor=_frozen(_floors(workload, fairness_floor)),
+        max_iteration_time=slowest,
+    )
+
+
+def _reward(workload: Workload, objective: str | ArrayLike) -> tuple[Objective, NDArray[np.float64]]:
+    if isinstance(objective, str):
+        named = [name for name in get_args(Objective) if name != "rewards"]
+        check_choice("objective", objective, named, "Or give an array with one reward per type.")
+        if objective == "requests":
+            return "requests", np.ones(len(workload))
+        if objective == "output_tokens":
+            return "output_tokens", np.array(workload.mean_output_tokens)
+        return "total_tokens", workload.mean_prompt_tokens + workload.mean_output_tokens
+    return "rewards", _per_type("objective", workload, objective, math.inf)
+
+
+def _floors(workload: Workload, floors: ArrayLike | None) -> NDArray[np.float64]:
+    if floors is None:
+        return np.zeros(len(workload))
+    return _per_type("fairness_floor", workload, floors, 1.0)
+
+
+def _per_type(argument: str, workload: Workload, given: ArrayLike, maximum: float) -> NDArray[np.float64]:
+    try:
+        array = np.array(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(argument, given, "hold one number per type") from None
+    if array.ndim == 0:
+        array = np.full(len(workload), array)
+    if array.shape != (len(workload),):
+        raise InputError(argument, f"shape {array.shape}", f"have one number per type, {len(workload)}")
+    for name, value in zip(workload.type_names, array.tolist(), strict=True):
+        check_real(f"{argument} of type {name!r}", value, minimum=0.0, maximum=maximum)
+    return array
+
+
+def _frozen(array: NDArray[np.float64]) -> NDArray[np.float64]:
+    array.setflags(write=False)
+    return array
