@@ -82,15 +82,14 @@ def embedded_workloads(data_root: Path) -> dict[str, str]:
             for t in traced.types
         ]
         described = (
-            f"{description}. {TYPES} types by prompt and output length, each with a law on at most 40 points that "
-            f"has the rate, extremes and moments up to degree {DEGREE} of the trace's requests of the type."
+            f"{description}. {TYPES} types by prompt and output length, each with a law on 40 points at most "
+            f"that has the extremes and moments up to degree {DEGREE} of the trace's requests of the type."
         )
         data = to_jsonable(fs.Workload(types, name, described, source).to_dict())
         head = {k: v for k, v in data.items() if k != "types"}
         rows = ",\n  ".join(json.dumps(t, allow_nan=False) for t in data["types"])
-        texts[name] = (
-            json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "types": [\n  {rows}\n ]\n}}\n'
-        )
+        opening = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+        texts[name] = f'{opening},\n "types": [\n  {rows}\n ]\n}}\n'
         fs.Workload.from_dict(json.loads(texts[name]))
     return texts
 

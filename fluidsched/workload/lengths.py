@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -111,7 +110,7 @@ def _normalised(weights: FloatArray) -> FloatArray:
 def _sample_index(weights: FloatArray, uniforms: FloatArray) -> NDArray[np.intp]:
     """Index of the atom for each uniform number in [0, 1), by inversion."""
     cumulative = np.cumsum(weights)
-    return np.minimum(np.searchsorted(cumulative / cumulative[-1], uniforms, side="right"), len(weights) - 1)
+    return np.searchsorted(cumulative / cumulative[-1], uniforms, side="right")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -197,9 +196,7 @@ class LengthLaw:
 def _law(values: IntArray, weights: FloatArray, is_bounded: bool, recipe: Mapping[str, Any]) -> LengthLaw:
     """Law of `values` (ascending, distinct) with unnormalised `weights`; atoms without weight are dropped."""
     kept = weights > 0
-    return LengthLaw(
-        read_only(values[kept]), read_only(_normalised(weights[kept])), is_bounded, MappingProxyType(recipe)
-    )
+    return LengthLaw(read_only(values[kept]), read_only(_normalised(weights[kept])), is_bounded, recipe)
 
 
 def _check_atoms(count: float, remedy: str) -> None:
@@ -302,7 +299,9 @@ def geometric(mean: float, maximum: int | None = None, minimum: int = 1) -> Leng
         return np.exp(-decay * steps)
 
     if maximum is not None:
-        decay = _root(lambda d: float(weights_at(d) @ steps / weights_at(d).sum()) - excess, 0.0, decay)
+        decay = _root(
+            lambda d: float(weights_at(d) @ steps / weights_at(d).sum()) - excess, 0.0, 1.001 * decay
+        )
     values = minimum + np.arange(atoms, dtype=np.int64)
     recipe = {"law": "geometric", "mean": mean, "maximum": maximum, "minimum": minimum}
     return _law(values, weights_at(decay), maximum is not None, recipe)
@@ -320,7 +319,7 @@ def lognormal(mean: float, cv: float, maximum: int | None = None) -> LengthLaw:
     mean : float
         E[n], tokens, above 1; with `maximum` at most half of it.
     cv : float
-        Standard deviation over mean of exp(μ + σ Z), positive.
+        Standard deviation over mean of exp(μ + σ Z), in (0, 100].
     maximum : int, optional
         Largest length, tokens. Without it the law is cut at an upper tail of mass 1e-12 (`is_bounded` False).
 
@@ -333,7 +332,7 @@ def lognormal(mean: float, cv: float, maximum: int | None = None) -> LengthLaw:
     from scipy.special import ndtr, ndtri
 
     mean = check_real("mean", mean, above=1, remedy="Use lengths.fixed for a constant length.")
-    cv = check_real("cv", cv, above=0, remedy="Use lengths.fixed for a constant length.")
+    cv = check_real("cv", cv, above=0, maximum=100, remedy="Use lengths.fixed for a constant length.")
     sigma = math.sqrt(math.log1p(cv * cv))
     mu = math.log(mean) - sigma * sigma / 2
     if maximum is None:
@@ -363,8 +362,6 @@ def lognormal(mean: float, cv: float, maximum: int | None = None) -> LengthLaw:
         low -= 1.0
     while excess(high) < 0:
         high += 1.0
-        if high - mu > 60:
-            raise InputError("mean", mean, f"be well below maximum={atoms} for cv={cv:g}", "Raise `maximum`.")
     recipe = {"law": "lognormal", "mean": mean, "cv": cv, "maximum": maximum}
     return _law(values, weights_at(_root(excess, low, high)), maximum is not None, recipe)
 

@@ -166,21 +166,7 @@ class RequestType:
     @classmethod
     def from_dict(cls, data: object) -> RequestType:
         """Read what `to_dict` writes; `lengths` holds weighted points or two marginal laws."""
-        optional = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range", "priority")
-        given = check_keys("", data, ("name", "arrival_rate"), optional)
-        for argument in ("prompt_tokens", "output_tokens"):
-            if given.get(argument) is not None:
-                value = given[argument]
-                given[argument] = from_dict(argument, value) if isinstance(value, Mapping) else value
-        if given.get("lengths") is not None:
-            given["lengths"] = _joint_from_dict(given["lengths"])
-        for argument in ("prompt_range", "output_range"):
-            value = given.get(argument)
-            if value is not None:
-                if not isinstance(value, (list, tuple)) or len(value) != 2:
-                    raise InputError(argument, value, "be a pair [lo, hi], hi null for no limit")
-                given[argument] = (value[0], None if value[1] in ("inf", np.inf) else value[1])
-        return cls(**given)
+        return _type_from_dict("type", data)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RequestType):
@@ -226,17 +212,39 @@ def _joint_to_dict(law: JointLaw) -> dict[str, Any]:
     return {"prompt_tokens": prompts, "output_tokens": outputs, "weights": given}
 
 
-def _joint_from_dict(data: object) -> JointLaw:
+def _type_from_dict(place: str, data: object) -> RequestType:
+    """Read a request type; errors say where, e.g. "types[2].output_tokens.mean"."""
+    optional = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range", "priority")
+    given = check_keys(place, data, ("name", "arrival_rate"), optional)
+    for argument in ("prompt_tokens", "output_tokens"):
+        if isinstance(given.get(argument), Mapping):
+            given[argument] = from_dict(f"{place}.{argument}", given[argument])
+    if given.get("lengths") is not None:
+        given["lengths"] = _joint_from_dict(f"{place}.lengths", given["lengths"])
+    for argument in ("prompt_range", "output_range"):
+        value = given.get(argument)
+        if value is not None:
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise InputError(f"{place}.{argument}", value, "be a pair [lo, hi], hi null for no limit")
+            given[argument] = (value[0], None if value[1] in ("inf", np.inf) else value[1])
     try:
-        if isinstance(data, Mapping) and "prompt" in data:
-            parts = check_keys("", data, ("prompt", "output"))
-            return IndependentLengths(*(from_dict(key, parts[key]) for key in ("prompt", "output")))
-        return joint(**check_keys("", data, ("prompt_tokens", "output_tokens"), ("weights",)))
+        return RequestType(**given)
     except InputError as error:
-        raise InputError(f"lengths.{error.argument}", error.received, error.required, error.remedy) from None
+        raise InputError(f"{place}: {error.argument}", error.received, error.required, error.remedy) from None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+def _joint_from_dict(place: str, data: object) -> JointLaw:
+    if isinstance(data, Mapping) and "prompt" in data:
+        parts = check_keys(place, data, ("prompt", "output"))
+        return IndependentLengths(*(from_dict(f"{place}.{key}", parts[key]) for key in ("prompt", "output")))
+    points = check_keys(place, data, ("prompt_tokens", "output_tokens"), ("weights",))
+    try:
+        return joint(**points)
+    except InputError as error:
+        raise InputError(f"{place}.{error.argument}", error.received, error.required, error.remedy) from None
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Workload:
     """The offered demand: J request types with their rates.
 
@@ -519,13 +527,7 @@ class Workload:
         members = given.pop("types")
         if not isinstance(members, (list, tuple)):
             raise InputError("types", members, "be a list")
-        types = []
-        for index, member in enumerate(members):
-            try:
-                types.append(RequestType.from_dict(member))
-            except InputError as error:
-                place = f"types[{index}].{error.argument}".rstrip(".")
-                raise InputError(place, error.received, error.required, error.remedy) from None
+        types = [_type_from_dict(f"types[{index}]", member) for index, member in enumerate(members)]
         return cls(types, **given)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

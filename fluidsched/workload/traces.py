@@ -22,6 +22,7 @@ zero tokens is an error like any other bad row, because leaving it out would cha
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -123,7 +124,7 @@ def _csv(place: str, text: str, first: str) -> dict[str, np.ndarray[Any, Any]]:
 
 def _rows(place: str, text: str, width: int) -> tuple[list[list[str]], list[int]]:
     """The rows after the header with their line numbers; empty lines at the end are dropped."""
-    reader = csv.reader(text.rstrip().splitlines(), strict=True)
+    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
     rows: list[list[str]] = []
     lines: list[int] = []
     header_seen = False
@@ -212,7 +213,7 @@ def _azure_times(place: str, column: str, texts: Sequence[str], lines: Sequence[
 def _mooncake(place: str, text: str) -> dict[str, np.ndarray[Any, Any]]:
     rows: list[tuple[Any, ...]] = []
     lines: list[int] = []
-    for line, row in enumerate(text.rstrip().splitlines(), start=1):
+    for line, row in enumerate(text.rstrip().split("\n"), start=1):
         if not row.strip() and not rows:
             continue
         try:
