@@ -218,6 +218,21 @@ def test_rates_can_be_replaced_and_scaled() -> None:
         workload.scaled(-1.0)
 
 
+@pytest.mark.parametrize("x", [0.3, 0.8, 1.0, 1.3])
+def test_at_load_puts_the_mix_at_that_share_of_the_boundary(x: float) -> None:
+    """The largest load of the fluid solution is x, also beyond the boundary and from any starting rates."""
+    server = fs.Server(100_000, fs.IterationTime.affine(0.01, 5e-5, 5e-5, 3e-7))
+    workload = fs.Workload(LAWS.values())
+    for start in (workload, workload.scaled(1e-4), workload.scaled(1e4)):
+        scaled = start.at_load(x, server)
+        assert fs.solve_fluid(scaled, server).load.max() == pytest.approx(x, rel=1e-7)
+        np.testing.assert_allclose(scaled.arrival_rate / scaled.total_arrival_rate, np.array([1, 2, 3]) / 6)
+    with pytest.raises(InputError, match="positive sum"):
+        workload.scaled(0.0).at_load(x, server)
+    with pytest.raises(InputError, match="x must"):
+        workload.at_load(-x, server)
+
+
 def test_arrays_cannot_be_written_to() -> None:
     """Public arrays are read-only."""
     workload = fs.Workload(LAWS.values())
