@@ -1,5 +1,27 @@
 """Bounds to compare a policy with."""
 
-from fluidsched.queues import embedded_queue_mean, embedded_queue_variance
+from fluidsched.queues import (
+    critical_queue_bound,
+    embedded_queue_mean,
+    embedded_queue_variance,
+    exact_buffer,
+    first_passage_probability,
+    fixed_cycle_ttft,
+    lundberg_buffer,
+    lundberg_exponent,
+    slack_queue_bound,
+    throughput_gap_bound,
+)
 
-__all__ = ["embedded_queue_mean", "embedded_queue_variance"]
+__all__ = [
+    "critical_queue_bound",
+    "embedded_queue_mean",
+    "embedded_queue_variance",
+    "exact_buffer",
+    "first_passage_probability",
+    "fixed_cycle_ttft",
+    "lundberg_buffer",
+    "lundberg_exponent",
+    "slack_queue_bound",
+    "throughput_gap_bound",
+]
