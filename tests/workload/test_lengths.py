@@ -234,7 +234,7 @@ def test_expansion_of_a_large_product_is_refused() -> None:
         (lambda: lengths.truncated(lengths.uniform(1, 5), 7, 9), "meet the law's range 1..5"),
         (lambda: lengths.truncated(5), "be a length law"),
         (lambda: lengths.joint([1, 2], [1]), "one per prompt"),
-        (lambda: lengths.from_dict("x", {"law": "geometrc", "mean": 3}), "Did you mean 'geometric'"),
+        (lambda: lengths.from_dict("x", {"law": "geometri", "mean": 3}), "Did you mean 'geometric'"),
         (lambda: lengths.from_dict("x", {"law": "geometric"}), "x.mean"),
         (lambda: lengths.from_dict("x", {"law": "geometric", "mean": 3, "max": 9}), "x.max must be left out"),
         (lambda: lengths.from_dict("x", {"law": "geometric", "mean": -3}), "x.mean must"),
