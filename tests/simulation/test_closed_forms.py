@@ -111,3 +111,18 @@ def test_batching_beats_one_at_a_time():
     _, low, _ = interval(runs.measures("vllm")["request_throughput"])
     assert low > 4.0
     assert_allclose(runs.measures("capped")["request_throughput"], 1 / 0.75, rtol=0.02)
+
+
+@pytest.mark.parametrize(("preemption", "per_second"), [("restart", 3.0), ("recompute", 4.0)])
+def test_eviction_collapse(preemption, per_second):
+    """The cascade of p = 1, o = 2, C = 12 with 4 arrivals per iteration and a backlog.
+
+    Restart: 12 enter, 6 of them finish and 6 lose everything, so 3 of 4 are served for ever. With tokens kept the
+    six come back to finish in one iteration: 12 in three iterations, the 4 offered.
+    """
+    arrivals = [(0.0, 1, 2)] * 20 + [(float(t), 1, 2) for t in range(1, 240) for _ in range(4)]
+    run, _ = run_checked(
+        path_of(*arrivals), server_of(12), engine_table(preemption=preemption), horizon=240.0, warmup=0.0
+    )
+    assert run.count("finished") == per_second * 240.0
+    assert run.wasted_tokens == run.preempted
