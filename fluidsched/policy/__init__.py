@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from fluidsched.policy import baselines
+from fluidsched.policy.compiler import compile_policy
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
+from fluidsched.policy.wait import WaitCurve, wait_curve
 
-__all__ = ["Lookahead", "Match", "PolicyTable", "Segment", "TableType", "baselines"]
+__all__ = [
+    "Lookahead",
+    "Match",
+    "PolicyTable",
+    "Segment",
+    "TableType",
+    "WaitCurve",
+    "baselines",
+    "compile_policy",
+    "wait_curve",
+]

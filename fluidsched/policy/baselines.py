@@ -32,11 +32,11 @@ def vllm(
 
     Each iteration has one budget of tokens. Running requests come first, in the order of their admission:
     each takes its remaining prompt, cut to what the budget leaves, or one decode token. When KV runs short
-    the most recently admitted request is preempted: its KV is dropped, its tokens are kept, and it goes back
-    to the front of the queue to be recomputed. Only if nothing was preempted in this iteration, waiting
-    requests enter first come, first served while budget, slots and KV allow; one enters only if its prompt
-    and the tokens it has already generated fit into what is free now, although only its first chunk is
-    allocated.
+    the most recently admitted request is preempted: its KV is dropped, its tokens are kept, and it goes
+    back to the front of the queue to be recomputed. Only if nothing was preempted in this iteration,
+    waiting requests enter first come, first served while budget, slots and KV allow; one enters only if
+    its prompt and the tokens it has already generated fit into what is free now, although only its first
+    chunk is allocated.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ def vllm(
     chunk_tokens : int, optional
         Most prompt tokens of one request per iteration (``long_prefill_token_threshold``).
     prefill_interval : int, optional
-        Admit prefills every so many iterations (``prefill_schedule_interval``). It also holds the chunks of
-        running prefills, counts from the last iteration with prefill, and switches itself off while the queue
-        was not emptied at the last release.
+        Admit prefills every so many iterations (``prefill_schedule_interval``). It also holds the chunks
+        of running prefills, counts from the last iteration with prefill, and switches itself off while the
+        queue was not emptied at the last release.
 
     Returns
     -------
@@ -91,8 +91,9 @@ def sarathi(token_budget: int = 512, name: str = "sarathi") -> PolicyTable:
 
     Each iteration takes all decodes, one token each, which count against the budget; then partly prefilled
     requests in the order of their admission, each a chunk of what the budget leaves; then new ones, first
-    come, first served, chunk by chunk up to the budget, while KV and slots allow. Partly prefilled requests
-    count in the batch cap. On KV shortage the most recently admitted request is preempted and recomputed.
+    come, first served, chunk by chunk up to the budget, while KV and slots allow. Partly prefilled
+    requests count in the batch cap. On KV shortage the most recently admitted request is preempted and
+    recomputed.
 
     Parameters
     ----------

@@ -167,7 +167,7 @@ class TableType:
         k_j, iterations; at most `threshold` requests enter in any so many consecutive iterations.
     max_hold_s : float, optional
         Seconds after which an unserved request counts as a met gate. None: never.
-    priority : int, optional
+    priority : float, optional
         Smaller first across types; None: after every row that has one, in order of arrival.
     """
 
@@ -179,7 +179,7 @@ class TableType:
     gate: int = 0
     period: int | None = None
     max_hold_s: float | None = None
-    priority: int | None = None
+    priority: float | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -202,7 +202,7 @@ class TableType:
         if self.max_hold_s is not None:
             put(self, "max_hold_s", check_real("max_hold_s", self.max_hold_s, above=0.0))
         if self.priority is not None:
-            put(self, "priority", check_count("priority", self.priority, minimum=-(2**31), maximum=2**31))
+            put(self, "priority", check_real("priority", self.priority))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,159 @@
+r"""Compiling the cap: how many requests may be in service before their growing KV no longer fits.
+
+**Memory.** A resident request seen at a random iteration is of type j in iteration k ≤ o with weight a_j
+per iteration, and holds p + k − 1 tokens. So its KV has mean and second moment
+
+    κ̄ = Σ a_j W_j / Σ a_j S_j,        Σ a_j E[Σ_{k=1..o} (p + k − 1)²] / Σ a_j S_j,
+
+and standard deviation σ. For independent lengths N residents hold N κ̄ + z_δ σ √N or less with probability
+about 1 − δ; the cap is the largest whole N for which that is within C, or the server's largest batch if
+smaller. With δ = 0 every resident is taken as large as the largest request ever gets.
+
+**Time.** While more wait than are let in, N are in service. Completions then come at rates θa with one
+iteration in N / (θ Σ a_j S_j) seconds, and T = max_i (c0_i + θ T Σ a_j w_ij); the queue shrinks iff θ > 1,
+that is iff
+
+    c0_i Σ a_j S_j + N Σ a_j w_ij < N        for every piece i.
+
+A token budget B per iteration binds in the same way with Σ a_j τ_j in place of Σ a_j S_j and B in place of
+N. Without a limit of its kind only Σ a_j w_ij < 1 remains. The left-hand sides are linear in the rates:
+the largest load carried is the smallest ratio of the right-hand side to the left.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fluidsched.errors import InfeasibleError
+from fluidsched.policy.problem import Problem, Slack, entry
+from fluidsched.policy.profiles import FloatArray
+
+if TYPE_CHECKING:
+    from fluidsched.fluid import FluidSolution
+
+__all__ = ["capped_certificate", "carried", "plan_cap", "resident_kv_law"]
+
+
+def resident_kv_law(problem: Problem) -> tuple[float, float]:
+    """Mean κ̄ and standard deviation σ of the KV of one resident at a random iteration, tokens.
+
+    Paging adds its largest waste, block size − 1 tokens, to every resident.
+    """
+    workload, rate = problem.workload, problem.rate
+    iterations = float(rate @ workload.iterations)
+    mean = float(rate @ workload.kv_work) / iterations
+    o, oo, ooo = (workload.moment(0, i) for i in (1, 2, 3))
+    squares = (
+        workload.moment(2, 1) + workload.moment(1, 2) - workload.moment(1, 1) + ooo / 3.0 - oo / 2.0 + o / 6.0
+    )
+    second = float(rate @ squares) / iterations
+    return mean + problem.padding, math.sqrt(max(second - mean * mean, 0.0))
+
+
+def plan_cap(problem: Problem) -> tuple[float, int | None]:
+    """The real N at which memory is full, and the cap: whole and within the largest batch, or None."""
+    if math.isinf(problem.capacity):
+        real = math.inf
+    elif problem.overflow_probability == 0.0:
+        real = problem.capacity / _largest_request(problem)
+    else:
+        mean, deviation = resident_kv_law(problem)
+        half = problem.z * deviation / 2.0
+        root = (math.sqrt(half * half + mean * problem.capacity) - half) / mean
+        real = root * root
+    cap = min(real * (1 + 1e-12), problem.slots)
+    return real, None if math.isinf(cap) else math.floor(cap)
+
+
+def _largest_request(problem: Problem) -> float:
+    workload = problem.workload
+    return float((workload.max_prompt_tokens + workload.max_output_tokens - 1).max()) + problem.padding
+
+
+def carried(problem: Problem, cap: int | None, token_budget: float) -> float:
+    """Largest multiple of the admitted rates that stays stable under a cap and a token budget."""
+    base, busy = problem.coefficients[:, 0], problem.work @ problem.rate
+    needed = [busy]
+    for limit, demand in (
+        (math.inf if cap is None else cap, problem.rate @ problem.workload.iterations),
+        (token_budget, problem.rate @ problem.workload.processed_tokens),
+    ):
+        if limit == 0:
+            return 0.0
+        needed.append(busy + base * float(demand) / limit)
+    most = float(np.max(needed))
+    return math.inf if most <= 0.0 else 1.0 / most
+
+
+def check_carried(
+    problem: Problem, fluid: FluidSolution, cap: int | None, token_budget: float, slack: Slack
+) -> float:
+    """The multiple carried, or `InfeasibleError` with the largest load if it does not exceed 1 + slack."""
+    multiple = carried(problem, cap, token_budget)
+    margin = 0.0 if slack == "auto" else slack
+    if multiple > 1.0 + margin:
+        return multiple
+    boundary = np.asarray(fluid.workload.arrival_rate) / float(np.max(fluid.load))
+    at_boundary = Problem.of(fluid, problem.overflow_probability, boundary)
+    share = carried(at_boundary, plan_cap(at_boundary)[1], token_budget)
+    allowed = "no limit on requests in service" if cap is None else f"a cap of {cap:,}, which memory allows,"
+    raise InfeasibleError(
+        f"at load {float(np.max(fluid.load)):.3f} {allowed} carries {multiple:.3f} times the admitted rates, "
+        f"not {1.0 + margin:g} times. A cap exists below {share:.3f} of the fluid boundary.",
+        "time",
+    )
+
+
+def capped_certificate(problem: Problem, real: float, cap: int | None, multiple: float) -> dict[str, Any]:
+    """What a cap guarantees; entries as in `fluidsched.policy.problem.entry`."""
+    mean, deviation = resident_kv_law(problem)
+    by_law = problem.overflow_probability > 0.0
+    worst: FloatArray | float = math.inf
+    if cap is not None and problem.is_bounded:
+        worst = cap * _largest_request(problem)
+    held = (
+        math.inf
+        if cap is None
+        else (cap * mean + problem.z * deviation * math.sqrt(cap) if by_law else worst)
+    )
+    return {
+        "memory": entry(
+            held,
+            "tokens",
+            "N κ̄ + z σ sqrt(N)" if by_law else "N max_j (p_max + o_max − 1)",
+            "probability" if by_law else "certain",
+            capacity=problem.capacity,
+            worst_case=worst,
+            mean_per_resident=mean,
+            sd_per_resident=deviation,
+            z=problem.z,
+        ),
+        "overflow_probability": entry(
+            problem.overflow_probability,
+            "per iteration",
+            "δ of the normal approximation for independent lengths, N in service",
+            "probability" if by_law else "certain",
+        ),
+        "cap": entry(
+            cap,
+            "requests",
+            "⌊N⌋, N κ̄ + z σ sqrt(N) = C, at most the largest batch",
+            "probability" if by_law else "certain",
+            real=real,
+        ),
+        "carried": entry(
+            multiple,
+            "× admitted rates",
+            "min_i N / (c0_i Σ a_j S_j + N Σ a_j w_ij), and likewise for the token budget; stable above 1",
+            "expectation",
+        ),
+        "throughput": entry(
+            float(problem.rate.sum()),
+            "requests/s",
+            "Σ_j a_j in the long run, as the cap is stable",
+            "expectation",
+        ),
+    }

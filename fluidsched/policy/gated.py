@@ -1,0 +1,293 @@
+r"""Compiling the gated family: at most n_j requests of type j in any k_j consecutive iterations, decodes
+always run.
+
+**Time.** If every type is admitted as fast as its window allows, q_j = n_j / k_j per iteration in the
+mean, the mean iteration lasts T(q) = max_i (c0_i + Σ_j q_j w_ij), the batch being the mean one. Type j
+keeps up, with margin ε, iff (1 + ε) a_j T(q) ≤ q_j. For a window of about k iterations
+
+    n_j = ⌈(1 + ε) a_j k T⌉,        k_j = ⌊n_j / ((1 + ε) a_j T)⌋ ≥ k:
+
+the period is stretched by what rounding the threshold up has gained, and T, first that of rates (1 + ε) a
+exactly, is raised to T(q) until the condition holds.
+
+**Memory.** At most one entry of n_j lies in each run of k_j consecutive ages; `fluidsched.policy.profiles`
+bounds what they hold (certain for fixed lengths, mean + z_δ · sd for random ones, requests independent). A
+prompt may be cut to the token budget B: at most one resident is partly prefilled at a time, and it gets at
+least B less the decodes, so with decodes held to B/2 a request lags at most ⌈(p_max − 1) / (B − decodes)⌉
+iterations behind its age.
+
+**Waiting.** Admissions of type j are those of a queue with n_j servers and constant service k_j
+iterations: the i-th enters k_j iterations after the (i − n_j)-th, or at the first decision after it
+arrives. At any time the number in such an M/D/n system, seen one service earlier, makes the same step as
+V' = max(V + X − n, 0), X Poisson with mean m = a_j k_j T. So the mean number waiting *is* E[V], and
+rounding to whole iterations adds less than one iteration to the wait.
+
+**Which k.** There is no gate to fill, so large thresholds cost memory, not waiting, and the margin is
+taken as large as possible: for each k the largest feasible ε, and of all k the one with the shortest wait.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched._checks import check_count
+from fluidsched.errors import InputError
+from fluidsched.policy.problem import Problem, Slack, entry, no_table, queue_estimate
+from fluidsched.policy.profiles import FloatArray, SpacedProfile
+from fluidsched.queues import embedded_queue_mean
+
+if TYPE_CHECKING:
+    from fluidsched.fluid import FluidSolution
+
+__all__ = ["GatedPlan", "gated_certificate", "plan_gated"]
+
+IntArray = NDArray[np.int64]
+
+ROUNDING = 1e-12
+SLACK_TOLERANCE = 1e-4  # relative, of 1 + ε
+LONGEST_PERIOD = 2**31  # iterations
+
+
+@dataclass(frozen=True)
+class GatedPlan:
+    """Thresholds and periods; A active types.
+
+    Attributes
+    ----------
+    window : int
+        k, the shortest period, iterations.
+    threshold, period : int64[A]
+        n_j, requests; k_j, iterations.
+    iteration_time : float
+        T(q), s.
+    slack : float
+        min_j q_j / (a_j T(q)) − 1.
+    kv, in_service : float
+        Bounds on resident KV (tokens) and on residents.
+    wait : float
+        Estimate of the mean wait for the window, s; picks k.
+    """
+
+    window: int
+    threshold: IntArray
+    period: IntArray
+    iteration_time: float
+    slack: float
+    kv: float
+    in_service: float
+    wait: float
+
+
+class _Spacing:
+    """Bounds on what spaced entries hold, tabulated: 12 periods per octave, others at the next below."""
+
+    def __init__(self, problem: Problem, token_budget: float) -> None:
+        decodes = min(problem.slots, token_budget / 2.0)
+        lag = np.zeros(len(problem.rate), dtype=np.int64)
+        if math.isfinite(token_budget):
+            per_iteration = max(math.floor(token_budget - decodes), 1)
+            lag = -(-(problem.workload.max_prompt_tokens - 1) // per_iteration)
+        self.lag = lag
+        self.most_in_service = min(problem.slots, decodes)
+        self._profile: SpacedProfile = problem.memory_profile.spaced(lag)
+        ages = self._profile.by_age.shape[2]
+        steps = np.exp2(np.arange(0.0, math.log2(ages) + 1 / 12, 1 / 12))
+        self._periods = np.unique(np.append(np.floor(steps), ages)).astype(np.int64)
+        self._bounds = np.stack([self._profile.bound(int(k)) for k in self._periods])
+        self._rows = np.arange(len(lag))
+
+    def per_request(self, period: IntArray) -> FloatArray:
+        """(4, A): mean and variance of KV, mean and variance of the number, per unit of threshold."""
+        at = np.searchsorted(self._periods, period, side="right") - 1
+        return np.asarray(self._bounds[at, :, self._rows].T)
+
+    @property
+    def periods(self) -> IntArray:
+        """The tabulated periods."""
+        return self._periods
+
+
+def _evaluate(
+    problem: Problem, spacing: _Spacing, token_budget: float, window: int, stretch: float
+) -> GatedPlan | str:
+    """The plan for one window and margin, or what forbids it."""
+    low, high = problem.equilibrium(stretch)
+    if low > high:
+        return "time"
+    rate, base = problem.rate, problem.coefficients[:, 0]
+    time = low / stretch
+    while True:
+        if time > high / stretch * (1 + ROUNDING):
+            return "rounding"
+        wanted = stretch * rate * time
+        n = np.maximum(np.ceil(wanted * window * (1 - ROUNDING)), 1.0)
+        period = np.minimum(np.floor(n / wanted * (1 + ROUNDING)), LONGEST_PERIOD)
+        kv_mean, kv_variance, number, number_variance = spacing.per_request(period.astype(np.int64))
+        kv = float(problem.quantile(n @ kv_mean, n @ kv_variance))
+        if kv > problem.capacity * (1 + ROUNDING):
+            return "memory"
+        in_service = float(problem.quantile(n @ number, n @ number_variance))
+        if in_service > spacing.most_in_service * (1 + ROUNDING):
+            return "batch"
+        per_iteration = n / period
+        if float(per_iteration @ problem.workload.processed_tokens) > token_budget:
+            return "tokens"
+        reached = float((base + problem.work @ per_iteration).max())
+        if np.all(stretch * rate * reached <= per_iteration * (1 + ROUNDING)):
+            break
+        time = reached
+    queue = queue_estimate(n, rate * period * reached)
+    return GatedPlan(
+        window,
+        n.astype(np.int64),
+        period.astype(np.int64),
+        reached,
+        float((per_iteration / (rate * reached)).min()) - 1.0,
+        kv,
+        in_service,
+        float(queue.sum() / rate.sum()),
+    )
+
+
+def _solve(
+    problem: Problem, spacing: _Spacing, token_budget: float, window: int, slack: Slack
+) -> GatedPlan | str:
+    def at(stretch: float) -> GatedPlan | str:
+        return _evaluate(problem, spacing, token_budget, window, stretch)
+
+    if slack != "auto":
+        return at(1.0 + slack)
+    best = at(1.0)
+    if isinstance(best, str):
+        return best
+    low, high = 1.0, 2.0
+    while not isinstance(found := at(high), str):
+        best, low, high = found, high, 2.0 * high
+    while high - low > SLACK_TOLERANCE * low:
+        middle = (low + high) / 2.0
+        found = at(middle)
+        if isinstance(found, str):
+            high = middle
+        else:
+            best, low = found, middle
+    return best
+
+
+def plan_gated(
+    problem: Problem, fluid: FluidSolution, slack: Slack, token_budget: float, window: int | None
+) -> tuple[GatedPlan, _Spacing]:
+    """The best plan over the windows, or `InfeasibleError` with the reason and the largest load."""
+    if (
+        slack == "auto"
+        and math.isinf(problem.capacity)
+        and math.isinf(problem.slots)
+        and math.isinf(token_budget)
+    ):
+        raise InputError(
+            "slack", "auto", "be a number where nothing limits the thresholds: there is no largest slack"
+        )
+    spacing = _Spacing(problem, token_budget)
+    windows = spacing.periods.tolist()
+    if window is not None:
+        windows = [check_count("block_iterations", window, minimum=1)]
+    plans = [_solve(problem, spacing, token_budget, k, slack) for k in windows]
+    feasible = [p for p in plans if not isinstance(p, str)]
+    if feasible:
+        return min(feasible, key=lambda p: (p.wait, p.iteration_time)), spacing
+    margin = 0.0 if slack == "auto" else slack
+
+    def exists(offered: Problem) -> bool:
+        room = _Spacing(offered, token_budget)
+        return any(not isinstance(_solve(offered, room, token_budget, k, margin), str) for k in windows)
+
+    raise no_table("gated table", problem, fluid, margin, [p for p in plans if isinstance(p, str)], exists)
+
+
+def gated_certificate(
+    problem: Problem, plan: GatedPlan, spacing: _Spacing, token_budget: float
+) -> dict[str, Any]:
+    """What a compiled gated table guarantees; entries as in `fluidsched.policy.problem.entry`."""
+    rate, n, period, time = problem.rate, plan.threshold, plan.period, plan.iteration_time
+    arrivals = rate * period * time
+    queue = np.array(
+        [
+            embedded_queue_mean(size, m, wait=False) if m < size * (1 - ROUNDING) else math.inf
+            for size, m in zip(n.tolist(), arrivals.tolist(), strict=True)
+        ]
+    )
+    ttft = queue / rate + (2.0 + spacing.lag) * time
+    worst = math.inf
+    if problem.is_bounded:
+        worst_profile = problem.worst_profile.spaced(spacing.lag)
+        worst = float(
+            sum(
+                size * worst_profile.bound(int(k))[0, j]
+                for j, (size, k) in enumerate(zip(n, period, strict=True))
+            )
+        )
+    certain = problem.is_certain
+    cohort = float(n @ problem.workload.max_prompt_tokens)
+    return {
+        "memory": entry(
+            plan.kv,
+            "tokens",
+            "Σ_j n_j Σ_i max of h_j over the i-th k_j ages from the last" + ("" if certain else " + z sd"),
+            problem.guarantee,
+            capacity=problem.capacity,
+            worst_case=worst,
+            z=problem.z,
+        ),
+        "overflow_probability": entry(
+            0.0 if certain else problem.overflow_probability,
+            "per iteration",
+            "0: every length is accounted for"
+            if certain
+            else "δ of the normal approximation for independent lengths, every window full",
+            problem.guarantee,
+        ),
+        "in_service": entry(
+            plan.in_service,
+            "requests",
+            "Σ_j n_j Σ_i max of P(S_j > s) over the i-th k_j ages" + ("" if certain else " + z sd"),
+            problem.guarantee,
+            limit=problem.server.max_batch_size,
+        ),
+        "iteration_time": entry(
+            time, "s", "T(q) = max_i (c0_i + Σ_j q_j w_ij), q_j = n_j / k_j: all windows full", "expectation"
+        ),
+        "slack": entry(plan.slack, "", "min_j n_j / (k_j a_j T(q)) − 1", "expectation"),
+        "largest_cohort": entry(
+            cohort,
+            "tokens",
+            "Σ_j n_j p_max, all windows open at once; served in chunks of the token budget",
+            "certain" if problem.is_bounded else "probability",
+            token_budget=token_budget,
+        ),
+        "throughput": entry(
+            float(rate.sum()),
+            "requests/s",
+            "Σ_j a_j in the long run, iff the slack is positive",
+            "expectation",
+        ),
+        "queue": entry(
+            float(queue.sum()),
+            "requests",
+            "Σ_j E[V_j], V' = max(V + X − n, 0), X ~ Poisson(a_j k_j T): M/D/n with n_j servers",
+            "expectation",
+            per_type=queue,
+            holds_for="arrivals at the admitted rates",
+        ),
+        "ttft": entry(
+            float(rate @ ttft / rate.sum()),
+            "s",
+            "E[V_j] / a_j + (2 + lag_j) T(q), mean over requests",
+            "expectation",
+            per_type=ttft,
+            holds_for="arrivals at the admitted rates",
+        ),
+    }

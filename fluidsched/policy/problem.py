@@ -1,0 +1,328 @@
+r"""What a compiler works from: admitted rates, the server's time and limits, and the stages of every type.
+
+A compiled table must keep up with the admitted rates a_j (time), and what its residents hold must stay
+within the server (memory, slots, tokens per iteration). Amounts that are random because lengths are, sums
+over independent residents, are taken at mean + z_δ · standard deviation, z_δ the standard normal's (1 −
+δ)-quantile; with δ = 0 every request is taken as long as its type allows, and the bound is certain.
+
+Types the fluid optimum refuses (a_j = 0) are left out here and get threshold 0: they are never admitted.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fluidsched
+from fluidsched._checks import check_choice, check_real
+from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.policy.profiles import (
+    FloatArray,
+    StageProfile,
+    mean_profile,
+    normal_quantile,
+    worst_profile,
+)
+from fluidsched.policy.table import Match, TableType
+from fluidsched.server import Server
+from fluidsched.workload import RequestType, Workload
+
+if TYPE_CHECKING:
+    from fluidsched.fluid import FluidSolution
+
+__all__ = ["Problem", "Slack", "check_slack", "entry", "no_table", "queue_estimate"]
+
+Slack = float | Literal["auto"]
+SHARE_TOLERANCE = 1e-3  # of the largest load reported
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Admitted demand on a server, active types (a_j > 0) only; A of them.
+
+    Attributes
+    ----------
+    workload : Workload
+        The active types.
+    server : Server
+    rate : float64[A]
+        Admitted rates a_j, requests/s.
+    overflow_probability : float
+        δ; 0 for bounds that hold with certainty.
+    """
+
+    workload: Workload
+    server: Server
+    rate: FloatArray
+    overflow_probability: float
+
+    @classmethod
+    def of(cls, fluid: FluidSolution, overflow_probability: float, rate: FloatArray | None = None) -> Problem:
+        """The problem a fluid solution poses, at its admitted rates or at `rate` (J,).
+
+        `InputError` if the iteration time has no affine pieces, or δ = 0 and a type's lengths have no
+        bound.
+        """
+        rate = np.asarray(fluid.admitted_rate if rate is None else rate, dtype=np.float64)
+        normal_quantile(overflow_probability)  # checks it
+        fluid.server.iteration_time.require_coefficients("compiling a policy")
+        active = np.flatnonzero(rate > 0.0)
+        if not active.size:
+            raise InputError("fluid.admitted_rate", "0 for every type", "be positive for at least one type")
+        workload = fluid.workload
+        if active.size < len(workload):
+            workload = Workload([workload.types[j] for j in active], workload.name)
+        problem = cls(workload, fluid.server, rate[active], float(overflow_probability))
+        if overflow_probability == 0.0 and not problem.is_bounded:
+            unbounded = next(t.name for t in workload.types if not t.law.is_bounded)
+            raise InputError(
+                "overflow_probability",
+                0,
+                f"be positive: the lengths of type {unbounded!r} have no upper bound",
+                "Give its length law a maximum, or allow an overflow probability.",
+            )
+        return problem
+
+    def at_rate(self, rate: FloatArray) -> Problem:
+        """The same at other admitted rates, (A,); what is cached is about lengths and kept."""
+        _ = self.blocks  # one cache for all rates
+        other = copy.copy(self)
+        object.__setattr__(other, "rate", rate)
+        return other
+
+    # ------------------------------------------------------------------ lengths
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether every type's lengths have a largest value."""
+        return all(t.law.is_bounded for t in self.workload.types)
+
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether every type has one length, so that nothing about memory is random."""
+        return all(t.law.is_fixed for t in self.workload.types)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether memory bounds hold with certainty."""
+        return self.is_fixed or self.overflow_probability == 0.0
+
+    @property
+    def guarantee(self) -> str:
+        """What kind of guarantee memory bounds are: "certain" or "probability"."""
+        return "certain" if self.is_certain else "probability"
+
+    @property
+    def z(self) -> float:
+        """Standard deviations added to the mean; 0 where bounds are certain."""
+        return 0.0 if self.is_certain else normal_quantile(self.overflow_probability)
+
+    @cached_property
+    def padding(self) -> int:
+        """Tokens per request that paging may waste."""
+        return (self.server.block_size or 1) - 1
+
+    @cached_property
+    def mean_profile(self) -> StageProfile:
+        """Stages in expectation over the length laws: what rates and times use."""
+        return mean_profile(self.workload, self.padding)
+
+    @cached_property
+    def memory_profile(self) -> StageProfile:
+        """Stages that memory bounds use: the longest requests if they are to be certain."""
+        return self.worst_profile if self.overflow_probability == 0.0 else self.mean_profile
+
+    @cached_property
+    def worst_profile(self) -> StageProfile:
+        """Stages of the longest requests."""
+        return worst_profile(self.workload, self.padding)
+
+    @cached_property
+    def blocks(self) -> dict[int, Any]:
+        """Block profiles by block length, filled on demand by `fluidsched.policy.wait`."""
+        return {}
+
+    # ------------------------------------------------------------------ time and limits
+
+    @property
+    def coefficients(self) -> FloatArray:
+        """(I, 5): base, per prefill token, per decode token, per KV token, per prefill attention."""
+        return self.server.iteration_time.require_coefficients("compiling a policy")
+
+    @cached_property
+    def work(self) -> FloatArray:
+        """Busy work w_j of every piece, (I, A), seconds beyond the base over a request's life."""
+        from fluidsched.fluid import busy_work
+
+        return np.asarray(busy_work(self.workload, self.server.iteration_time))
+
+    @property
+    def capacity(self) -> float:
+        """KV tokens that can be held, whole blocks of them where memory is paged."""
+        return self.server.usable_kv_capacity
+
+    @property
+    def slots(self) -> float:
+        """Most requests in service."""
+        return math.inf if self.server.max_batch_size is None else float(self.server.max_batch_size)
+
+    def equilibrium(self, stretch: float, base_factor: float = 1.0) -> tuple[float, float]:
+        """Interval of β with  stretch · (base_factor · c0_i + β Σ a_j w_ij) ≤ β  for every piece i; seconds.
+
+        Empty (low > high) if the server is too slow for `stretch` times the admitted rates.
+        """
+        base = stretch * base_factor * self.coefficients[:, 0]
+        idle = 1.0 - stretch * (self.work @ self.rate)
+        low = np.divide(base, idle, out=np.zeros_like(base), where=idle > 0.0)
+        high = np.divide(base, idle, out=np.full_like(base, math.inf), where=idle < 0.0)
+        if np.any((idle == 0.0) & (base > 0.0)):
+            return math.inf, 0.0
+        return float(low.max(initial=0.0)), float(high.min(initial=math.inf))
+
+    def quantile(self, mean: NDArray[np.float64], variance: NDArray[np.float64]) -> NDArray[np.float64]:
+        """mean + z · sd."""
+        return np.asarray(mean + self.z * np.sqrt(variance))
+
+
+def entry(value: Any, unit: str, formula: str, guarantee: str, **more: Any) -> dict[str, Any]:
+    """One line of a certificate: value, unit, the formula it comes from, and what kind of guarantee it is.
+
+    `guarantee` is "certain" (on every path), "probability" (up to the stated overflow probability), or
+    "expectation" (for long-run means).
+    """
+    return {"value": value, "unit": unit, "formula": formula, "guarantee": guarantee, **more}
+
+
+_REASONS = {  # the least severe first
+    "rounding": "it would do if thresholds need not be whole",
+    "tokens": "the token budget per iteration is too small",
+    "batch": "more requests would be in service than the batch or half the token budget allows",
+    "memory": "the thresholds need more KV memory than the server has",
+    "time": "the server is too slow",
+}
+
+
+def no_table(
+    what: str,
+    problem: Problem,
+    fluid: FluidSolution,
+    margin: float,
+    reasons: Iterable[str],
+    exists: Callable[[Problem], bool],
+) -> InfeasibleError:
+    """The error that no table `what` exists: the least severe reason, the largest load at which one does.
+
+    The load is the largest share of the fluid boundary, along the offered mix, at which `exists`, by
+    bisection to within 0.001 and rounded down. `exists` must be monotone: what exists at a load exists
+    below it.
+    """
+    reason = min(set(reasons), key=list(_REASONS).index)
+    load = float(np.max(fluid.load))
+    offered = np.asarray(fluid.workload.arrival_rate)
+    boundary = Problem.of(fluid, problem.overflow_probability, offered / load)
+    if np.array_equal(offered > 0.0, np.asarray(fluid.admitted_rate) > 0.0):
+        boundary = problem.at_rate(boundary.rate)  # the same types: lengths need no second look
+    low, high = 0.0, 1.0
+    while high - low > SHARE_TOLERANCE / 2:
+        middle = (low + high) / 2
+        if exists(boundary.at_rate(middle * boundary.rate)):
+            low = middle
+        else:
+            high = middle
+    share = math.floor(low / SHARE_TOLERANCE) * SHARE_TOLERANCE
+    until = (
+        f"One exists up to {share:.3f} of the fluid boundary."
+        if share > 0.0
+        else "None exists at any load: fewer types or more memory would help."
+    )
+    margin_text = f" with slack {margin:g}" if margin else ""
+    return InfeasibleError(
+        f"no {what}{margin_text} exists at load {load:.3f}: {_REASONS[reason]}. {until}", reason
+    )
+
+
+def match_of(request_type: RequestType) -> Match:
+    """How requests of a type are recognised: by its ranges of lengths if it has them, else by its name.
+
+    A range of outputs that holds every length is not looked at.
+    """
+    if request_type.prompt_range is None:
+        return Match(label=request_type.name)
+    output = request_type.output_range
+    return Match(prompt=request_type.prompt_range, output=None if output == (1, None) else output)
+
+
+def predictor_of(rows: Iterable[TableType]) -> str | None:
+    """Return "exact" if a row looks at output lengths, which the path then must tell."""
+    return "exact" if any(row.match.output is not None for row in rows) else None
+
+
+def rows_of(
+    fluid: FluidSolution,
+    threshold: NDArray[np.int64],
+    gate: NDArray[np.int64],
+    period: NDArray[np.int64] | None = None,
+) -> tuple[TableType, ...]:
+    """Rows of a table with these numbers for the admitted types, in their order, and 0 for the refused."""
+    rows = []
+    position = iter(range(len(threshold)))
+    for request_type, offered, admitted in zip(
+        fluid.workload.types, fluid.workload.arrival_rate.tolist(), fluid.admitted_rate.tolist(), strict=True
+    ):
+        i = next(position) if admitted > 0.0 else None
+        rows.append(
+            TableType(
+                request_type.name,
+                match_of(request_type),
+                offered,
+                min(admitted, offered),
+                threshold=0 if i is None else int(threshold[i]),
+                gate=0 if i is None else int(gate[i]),
+                period=None if period is None else (1 if i is None else int(period[i])),
+                priority=request_type.priority,
+            )
+        )
+    return tuple(rows)
+
+
+def provenance_of(fluid: FluidSolution) -> dict[str, Any]:
+    """Fingerprints of what a table was compiled from, and by which version."""
+    return {
+        "inputs": {
+            "workload": fluid.workload.fingerprint,
+            "server": fluid.server.fingerprint,
+            "objective": fluid.objective,
+        },
+        "version": fluidsched.__version__,
+        "seed": None,
+    }
+
+
+def check_slack(slack: Any) -> Slack:
+    """Return `slack` if it is "auto" or a non-negative number."""
+    if isinstance(slack, str):
+        check_choice("slack", slack, ("auto",), "Or give a number, e.g. 0.05.")
+        return "auto"
+    return check_real("slack", slack, minimum=0.0, remedy='Use "auto" for the largest feasible one.')
+
+
+def queue_estimate(threshold: FloatArray, mean_arrivals: FloatArray) -> FloatArray:
+    """Approximate mean of V' = max(V + X − n, 0), X ~ Poisson(m): quick, for choosing among tables.
+
+    The mean of the maximum of a Gaussian random walk with drift m − n and variance m, expanded for a drift
+    of x standard deviations, √m (1/(2x) − 0.5826 + x/4 − 0.0415 x²), and continued as a normal tail beyond
+    x = 1. Certificates use the exact mean (`fluidsched.queues.embedded_queue_mean`).
+    """
+    deviation = np.sqrt(mean_arrivals)
+    drift = (threshold - mean_arrivals) / deviation
+    with np.errstate(divide="ignore", over="ignore"):
+        near = 0.5 / drift - 0.5826 + drift / 4.0 - 0.0415 * drift * drift
+    mean = deviation * np.where(drift > 1.0, 0.1259 * np.exp(0.9 - 0.9 * drift * drift), near)
+    return np.asarray(np.where(drift > 0.0, mean, math.inf))

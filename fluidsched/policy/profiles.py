@@ -1,0 +1,250 @@
+r"""What a request holds at each stage of its life, and how the stages of a block add up.
+
+**Stages.** A request of type j with prompt p is served in S = o iterations; in iteration s + 1 (stage s =
+0, 1, …, S − 1) it holds p + s tokens of KV. Seen in advance, a request admitted s iterations of service
+ago is still there with probability P(S > s) and then holds p + s. All that compiling needs is, per type
+and stage,
+
+    P(S > s),    E[p; S > s],    E[p²; S > s]        (E[X; A] = E[X·1_A]),
+
+hence mean and variance of its KV, h(s) = E[(p + s); S > s] and v(s) = E[(p + s)²; S > s] − h(s)². Summed
+over the stages, P gives E[S] and h gives E[W].
+
+**Blocks.** When decisions come every k iterations and at most n_j requests of type j enter per decision,
+those of one entry are at the same stage, and entries are k stages apart. In iteration r of a block (0 ≤ r
+< k) they are at stages r, k + r, 2k + r, …, so that type j, full, holds in the mean n_j f_j(r) and with
+variance n_j φ_j(r),
+
+    f_j(r) = Σ_{i≥0} h_j(ik + r),        φ_j(r) = Σ_{i≥0} v_j(ik + r),
+
+and, paused between blocks (those of stage ik have survived ik iterations and hold p + ik − 1),
+
+    g_j = Σ_{i≥1} E[(p + ik − 1); S > ik],     γ_j likewise for the variance.
+
+With lengths fixed per type the variances vanish and the sums are what is held, with certainty.
+
+**Spacing.** When at most n_j enter in *any* k consecutive iterations, entries lie at stages at least k
+apart, so at most one of them in each k consecutive stages. Cut the stages into runs of k, counted back
+from the last: what the type holds is at most n_j Σ_i max of h over the i-th run in the mean. For fixed
+lengths this is Σ_{i≥0, ik<S} (p + S − 1 − ik), which is reached.
+
+With paged KV of b tokens a block every held amount is taken b − 1 tokens larger, an upper bound on
+rounding up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched._checks import check_real
+from fluidsched.workload import Workload
+
+__all__ = [
+    "BlockProfile",
+    "SpacedProfile",
+    "StageProfile",
+    "mean_profile",
+    "normal_quantile",
+    "worst_profile",
+]
+
+FloatArray = NDArray[np.float64]
+
+
+def normal_quantile(overflow_probability: float) -> float:
+    """z with P(normal > z) = δ for 0 < δ ≤ 1/2; infinite for δ = 0.
+
+    Examples
+    --------
+    >>> round(normal_quantile(0.01), 4)
+    2.3263
+    """
+    delta = check_real(
+        "overflow_probability",
+        overflow_probability,
+        minimum=0.0,
+        maximum=0.5,
+        remedy="Use 0 for a bound that holds with certainty.",
+    )
+    return math.inf if delta == 0.0 else -NormalDist().inv_cdf(delta)
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """Presence and KV of a request per type and stage; L stages, the longest output's.
+
+    Attributes
+    ----------
+    present : float64[J, L]
+        P(S > s).
+    prompt, prompt_square : float64[J, L]
+        E[p; S > s] and E[p²; S > s], tokens and tokens².
+    padding : int
+        Tokens added to every held amount for paging: block size − 1, or 0.
+    """
+
+    present: FloatArray
+    prompt: FloatArray
+    prompt_square: FloatArray
+    padding: int
+
+    @property
+    def stages(self) -> int:
+        """L, the longest output in iterations."""
+        return int(self.present.shape[1])
+
+    def held(self, shift: int) -> tuple[FloatArray, FloatArray]:
+        """Mean and variance of its KV if it holds p + s + `shift` tokens (and the padding) at stage s."""
+        extra = np.arange(self.stages, dtype=np.float64) + (shift + self.padding)
+        mean = self.prompt + extra * self.present
+        square = self.prompt_square + extra * (2.0 * self.prompt + extra * self.present)
+        return mean, np.maximum(square - mean * mean, 0.0)
+
+    @cached_property
+    def kv(self) -> tuple[FloatArray, FloatArray]:
+        """h and v of the module's text, (J, L) each: tokens, tokens²."""
+        return self.held(0)
+
+    def block(self, k: int) -> BlockProfile:
+        """How stages add up in blocks of k iterations, 1 ≤ k ≤ L."""
+        mean, variance = self.kv
+        paused_mean, paused_variance = (x[:, k::k].sum(axis=1) for x in self.held(-1))
+        decoding = self.present.copy()
+        decoding[:, 0] = 0.0
+        read = self.prompt + np.arange(self.stages) * self.present
+        read[:, 0] = 0.0
+        return BlockProfile(
+            mean=np.maximum(_fold(mean, k), paused_mean[:, None]),
+            variance=np.maximum(_fold(variance, k), paused_variance[:, None]),
+            in_service=_fold(self.present, k).max(axis=1),
+            in_service_variance=_fold(self.present * (1.0 - self.present), k).max(axis=1),
+            decodes=_fold(decoding, k),
+            decode_kv=_fold(read, k),
+        )
+
+    def spaced(self, lag: NDArray[np.int64]) -> SpacedProfile:
+        """What requests hold when their entries are spaced, each at most `lag` (J,) iterations behind.
+
+        A request whose prompt is cut in chunks is up to `lag` iterations behind its age: at age s it
+        counts with the largest of the stages s − lag..s.
+        """
+        mean, variance = self.kv
+        rows = (mean, variance, self.present, self.present * (1.0 - self.present))
+        last = np.count_nonzero(self.present, axis=1) + lag
+        width = int(last.max())
+        shift = np.arange(width) - (width - last)[:, None]  # stage at each right-aligned column
+        aligned = np.zeros((len(rows), len(last), width))
+        for values, out in zip(rows, aligned, strict=True):
+            for e in np.unique(lag):
+                mine = lag == e
+                behind = _running_maximum(values[mine], int(e))
+                column = np.clip(shift[mine], 0, behind.shape[1] - 1)
+                out[mine] = np.where(shift[mine] >= 0, np.take_along_axis(behind, column, axis=1), 0.0)
+        return SpacedProfile(aligned)
+
+
+@dataclass(frozen=True)
+class SpacedProfile:
+    """Ages of a request, the last one in the last column.
+
+    Attributes
+    ----------
+    by_age : float64[4, J, M]
+        Mean and variance of its KV, mean and variance of its presence.
+    """
+
+    by_age: FloatArray
+
+    def bound(self, k: int) -> FloatArray:
+        """Bounds per request admitted in any k iterations, (4, J): mean, variance of KV and of number.
+
+        The largest of each run of k ages, counted back from the last, added up.
+        """
+        quantities, rows, ages = self.by_age.shape
+        k = min(k, ages)
+        runs = -(-ages // k)
+        padded = np.zeros((quantities, rows, runs * k))
+        padded[:, :, runs * k - ages :] = self.by_age
+        return np.asarray(padded.reshape(quantities, rows, runs, k).max(axis=3).sum(axis=2))
+
+
+@dataclass(frozen=True)
+class BlockProfile:
+    """Per request admitted at each decision: what its type holds in iteration r of a block, r = 0..k − 1.
+
+    Attributes
+    ----------
+    mean, variance : float64[J, k]
+        max(f_j(r), g_j) and max(φ_j(r), γ_j): running or paused, whichever is more. Tokens, tokens².
+    in_service, in_service_variance : float64[J]
+        Residents, at the iteration of the block where they are most.
+    decodes, decode_kv : float64[J, k]
+        Decodes in iteration r and the KV tokens they read, in the mean.
+    """
+
+    mean: FloatArray
+    variance: FloatArray
+    in_service: FloatArray
+    in_service_variance: FloatArray
+    decodes: FloatArray
+    decode_kv: FloatArray
+
+
+def _fold(values: FloatArray, k: int) -> FloatArray:
+    """Sum the columns r, k + r, 2k + r, … : (J, L) → (J, k)."""
+    rows, stages = values.shape
+    blocks = -(-stages // k)
+    padded = np.zeros((rows, blocks * k))
+    padded[:, :stages] = values
+    return np.asarray(padded.reshape(rows, blocks, k).sum(axis=1))
+
+
+def _running_maximum(values: FloatArray, lag: int) -> FloatArray:
+    """Largest of the last lag + 1 columns, with `lag` more columns at the end: (J, L) → (J, L + lag)."""
+    if lag == 0:
+        return values
+    rows, stages = values.shape
+    padded = np.zeros((rows, stages + 2 * lag))
+    padded[:, lag : lag + stages] = values
+    return np.asarray(np.lib.stride_tricks.sliding_window_view(padded, lag + 1, axis=1).max(axis=2))
+
+
+def mean_profile(workload: Workload, padding: int = 0) -> StageProfile:
+    """Stage profile of a workload's types in expectation over their joint length laws.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> chat = fs.Workload([fs.RequestType("chat", arrival_rate=1.0, prompt_tokens=512, output_tokens=21)])
+    >>> profile = mean_profile(chat)
+    >>> [float(total) for total in (profile.kv[0].sum(), profile.block(7).mean[0, -1])]
+    [10962.0, 1575.0]
+    """
+    laws = [t.law.output_profile() for t in workload.types]
+    types = np.repeat(np.arange(len(laws)), [len(law[0]) for law in laws])
+    outputs, weights, mean, square = (np.concatenate(parts) for parts in zip(*laws, strict=True))
+    stages = int(outputs.max())
+    cells = types * stages + outputs - 1
+
+    def beyond(mass: FloatArray) -> FloatArray:
+        """Mass of the outputs above s, for s = 0..L − 1: reverse cumulative sums."""
+        table = np.bincount(cells, mass, minlength=len(laws) * stages).reshape(len(laws), stages)
+        return np.ascontiguousarray(np.cumsum(table[:, ::-1], axis=1)[:, ::-1])
+
+    present = np.minimum(beyond(weights), 1.0)
+    present[:, 0] = 1.0
+    return StageProfile(present, beyond(weights * mean), beyond(weights * square), padding)
+
+
+def worst_profile(workload: Workload, padding: int = 0) -> StageProfile:
+    """Stage profile with every request as long as its type allows: p_max and o_max tokens."""
+    prompts = workload.max_prompt_tokens.astype(np.float64)[:, None]
+    outputs = workload.max_output_tokens[:, None]
+    present = (np.arange(outputs.max()) < outputs).astype(np.float64)
+    return StageProfile(present, prompts * present, prompts**2 * present, padding)

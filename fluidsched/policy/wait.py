@@ -1,0 +1,487 @@
+r"""Compiling WAIT: thresholds and block length from the fluid solution.
+
+**Rule** (Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320, Algorithm 1, with decisions every k iterations). A
+type is *open* when at least n_j of its requests wait. A block of k iterations admits n_j requests of every
+open type and serves them and the residents of open types; the other types pause and keep their KV. No type
+is open: the server idles. k = 1 is the paper's rule.
+
+**Time.** One block with all types open and full lasts
+
+    T_k(n) = Σ_{r<k} max_i ( c0_i + Σ_j n_j w_ij(r) ),
+
+w_ij(r) the busy work per entry of type j in iteration r of a block under piece i (one piece: k·c0 + Σ_j
+n_j w_j). Type j keeps up, with margin ε, iff (1 + ε) a_j T_k(n) ≤ n_j. Raising some n_i raises the
+left-hand side, so the conditions are monotone, and iterating
+
+    n ← ⌈(1 + ε) a T_k(n)⌉
+
+from below climbs to the componentwise smallest solution, or past every limit. It is run in the one
+variable β = (1 + ε) T_k(n), n = ⌈aβ⌉: started from the continuous solution, and helped along by Newton
+steps on the convex function β ↦ (1 + ε) T_k(max(n, aβ)) − β, whose least root lies below the one sought. A
+step that finds no root proves that there is none. For random lengths T_k is taken at the mean batch.
+
+**Memory.** With f_j, g_j of `fluidsched.policy.profiles` (running, paused) the residents hold at most
+
+    max_r Σ_j n_j max( f_j(r), g_j )
+
+when each type has one length: with certainty, whatever arrives. For random lengths every entry is taken
+full and its requests independent, and what they hold at mean + z_δ · sd, the larger of the running and the
+paused value for mean and variance separately. So P(overflow) ≤ δ at each iteration in the normal
+approximation. Residents, at most Σ_j n_j ⌈S_j / k⌉, are held to the server's largest batch in the same
+way, and the largest cohort, Σ_j n_j (p_max + decodes), to its token budget, if it has one.
+
+**Waiting.** Counted just after decisions, the entry queue of type j is at most W' = W + X − n·1{W + X ≥
+n}, X Poisson with mean m = a_j T_k(n) (`fluidsched.queues`), its time average at most E[W] + m/2. By
+Little's law the wait is at most that over a_j, and the first token comes at the end of the first iteration
+of the block.
+
+**Which k.** Small k rounds thresholds up by more; large k makes arrivals wait longer. All lengths to 32
+are tried, then steps of 5 % up to the longest output; the one with the smallest bound on the mean wait is
+taken. With ``slack="auto"`` every k is taken at the largest ε at which a table exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched._checks import check_count
+from fluidsched.errors import InputError
+from fluidsched.policy.problem import Problem, Slack, check_slack, entry, no_table, queue_estimate
+from fluidsched.policy.profiles import BlockProfile, FloatArray
+from fluidsched.queues import embedded_queue_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fluidsched.fluid import FluidSolution
+
+__all__ = ["WaitCurve", "WaitPlan", "block_lengths", "plan_wait", "wait_certificate", "wait_curve"]
+
+IntArray = NDArray[np.int64]
+ROUNDING = 1e-12  # relative: n counts as ⌈x⌉ if it is within this of x
+SLACK_TOLERANCE = 1e-6  # relative, of 1 + ε, when the largest slack is sought
+
+
+@dataclass(frozen=True)
+class WaitPlan:
+    """Thresholds for one block length. A active types.
+
+    Attributes
+    ----------
+    block_iterations : int
+        k.
+    threshold : int64[A]
+        n_j, requests.
+    cycle_time : float
+        T_k(n), s.
+    first_iteration : float
+        Duration of a full block's first iteration, s.
+    slack : float
+        min_j n_j / (a_j T_k(n)) − 1.
+    kv, in_service : float
+        Bounds on resident KV (tokens) and on residents.
+    wait : float
+        Estimate of the mean wait until admission, s; picks k.
+    """
+
+    block_iterations: int
+    threshold: IntArray
+    cycle_time: float
+    first_iteration: float
+    slack: float
+    kv: float
+    in_service: float
+    wait: float
+
+
+class _Block:
+    """The conditions on thresholds for one block length k."""
+
+    def __init__(self, problem: Problem, k: int) -> None:
+        self.k = k
+        self.rate = problem.rate
+        self._quantile = problem.quantile
+        self._limits = (problem.capacity, problem.slots, problem.server.token_budget)
+        shared: tuple[BlockProfile, FloatArray, FloatArray, IntArray] | None = problem.blocks.get(k)
+        if shared is None:
+            memory = problem.memory_profile.block(k)
+            times = problem.mean_profile.block(k)
+            base, per_prefill, per_decode, per_kv, per_attention = problem.coefficients.T
+            work = per_decode[:, None, None] * times.decodes + per_kv[:, None, None] * times.decode_kv
+            prefill = np.outer(per_prefill, problem.workload.mean_prompt_tokens)
+            work[:, :, 0] += prefill + np.outer(per_attention, problem.workload.prefill_attention)
+            largest = problem.workload.max_prompt_tokens + (-(-problem.workload.max_output_tokens // k) - 1)
+            shared = problem.blocks[k] = (memory, base, work, largest)
+        self._memory, self._base, self._work, self._cohort = shared
+
+    def times(self, n: FloatArray) -> FloatArray:
+        """Durations of the iterations of a full block under every piece, (I, k), s."""
+        return np.asarray(self._base[:, None] + n @ self._work)
+
+    def cycle_time(self, n: FloatArray) -> float:
+        return float(self.times(n).max(axis=0).sum())
+
+    def cycle_and_slope(self, n: FloatArray, direction: FloatArray) -> tuple[float, float]:
+        """T_k(n) and a subgradient along `direction`."""
+        times = self.times(n)
+        piece = times.argmax(axis=0)
+        iterations = np.arange(self.k)
+        slopes = direction @ self._work
+        return float(times[piece, iterations].sum()), float(slopes[piece, iterations].sum())
+
+    def kv(self, n: FloatArray) -> float:
+        return float(self._quantile(n @ self._memory.mean, n @ self._memory.variance).max())
+
+    def in_service(self, n: FloatArray) -> float:
+        memory = self._memory
+        return float(self._quantile(n @ memory.in_service, n @ memory.in_service_variance))
+
+    def exceeded(self, n: FloatArray) -> str | None:
+        """The first of the server's limits that thresholds `n` break: "memory", "batch", "tokens"."""
+        capacity, slots, budget = self._limits
+        if self.kv(n) > capacity * (1 + ROUNDING):
+            return "memory"
+        if self.in_service(n) > slots * (1 + ROUNDING):
+            return "batch"
+        if budget is not None and np.ceil(n) @ self._cohort > budget:
+            return "tokens"
+        return None
+
+
+def _whole(amount: FloatArray) -> FloatArray:
+    return np.maximum(np.ceil(amount * (1.0 - ROUNDING)), 1.0)
+
+
+def _continuous(amount: FloatArray) -> FloatArray:
+    return amount
+
+
+def least_thresholds(
+    block: _Block,
+    stretch: float,
+    interval: tuple[float, float],
+    whole: Callable[[FloatArray], FloatArray] = _whole,
+) -> FloatArray | str:
+    """Smallest n with n ≥ stretch · a · T_k(n), if within the server's limits; else what forbids it.
+
+    `interval` holds bounds of β from `Problem.equilibrium`; `whole` rounds requests up.
+    """
+    beta, beta_max = interval
+    rate = block.rate
+    while True:
+        if beta > beta_max * (1 + ROUNDING):
+            return "time"
+        n = whole(rate * beta)
+        broken = block.exceeded(n)
+        if broken is not None:
+            return broken
+        reached = stretch * block.cycle_time(n)
+        if np.all(rate * reached <= n * (1 + ROUNDING)):
+            return n
+        ahead = np.maximum(n, rate * reached)
+        value, slope = block.cycle_and_slope(ahead, np.where(rate * reached > n, rate, 0.0))
+        climb = stretch * value - reached
+        if climb > 0.0 and stretch * slope >= 1.0:
+            return "time"
+        beta = reached + (climb / (1.0 - stretch * slope) if climb > 0.0 else 0.0)
+
+
+def block_lengths(longest: int, block_iterations: int | None = None) -> list[int]:
+    """Block lengths to try: the one given, or all up to 32, then steps of 5 % up to the longest output."""
+    if block_iterations is not None:
+        return [
+            check_count(
+                "block_iterations",
+                block_iterations,
+                minimum=1,
+                maximum=longest,
+                remedy="Longer blocks than the longest output end early.",
+            )
+        ]
+    steps = round(math.log(max(longest, 33) / 32) / math.log(1.05)) + 1
+    lengths = np.unique(np.round(np.geomspace(32, max(longest, 33), steps)).astype(int))
+    return [k for k in sorted({*range(1, 33), *lengths.tolist(), longest}) if k <= longest]
+
+
+def _plan(problem: Problem, block: _Block, n: FloatArray) -> WaitPlan:
+    times = block.times(n).max(axis=0)
+    cycle = float(times.sum())
+    arrivals = problem.rate * cycle
+    queue = (n - 1.0) / 2.0 + queue_estimate(n, arrivals)
+    return WaitPlan(
+        block.k,
+        n.astype(np.int64),
+        cycle,
+        float(times[0]),
+        float((n / arrivals).min()) - 1.0,
+        block.kv(n),
+        block.in_service(n),
+        float(queue.sum() / problem.rate.sum()) + cycle / 2.0,
+    )
+
+
+def _solve(problem: Problem, k: int, slack: Slack) -> WaitPlan | str:
+    """The plan for block length k, or why there is none."""
+    block = _Block(problem, k)
+
+    def at(stretch: float) -> FloatArray | str:
+        low, high = problem.equilibrium(stretch, k)
+        return "time" if low > high else least_thresholds(block, stretch, (low, high))
+
+    if slack != "auto":
+        n = at(1.0 + slack)
+        return n if isinstance(n, str) else _plan(problem, block, n)
+    best = at(1.0)
+    if isinstance(best, str):
+        return best
+    low = 1.0 + _plan(problem, block, best).slack
+    high = 2.0 * low
+    while not isinstance(found := at(high), str):
+        best, low, high = found, high, 2.0 * high
+    while high - low > SLACK_TOLERANCE * low:
+        middle = (low + high) / 2.0
+        found = at(middle)
+        if isinstance(found, str):
+            high = middle
+        else:
+            best = found
+            low = max(middle, 1.0 + _plan(problem, block, best).slack)
+    return _plan(problem, block, best)
+
+
+def _plans(problem: Problem, slack: Slack, lengths: Sequence[int]) -> list[WaitPlan | str]:
+    if slack == "auto" and math.isinf(problem.capacity) and math.isinf(problem.slots):
+        raise InputError(
+            "slack",
+            "auto",
+            "be a number where neither KV memory nor the batch is limited: there is no largest slack",
+            "Give e.g. slack=0.1.",
+        )
+    return [_solve(problem, k, slack) for k in lengths]
+
+
+def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterations: int | None) -> WaitPlan:
+    """The best plan over the block lengths, or `InfeasibleError` with the reason and the largest load."""
+    lengths = block_lengths(problem.mean_profile.stages, block_iterations)
+    plans = [p for p in _plans(problem, slack, lengths) if not isinstance(p, str)]
+    if plans:
+        return min(plans, key=lambda p: (p.wait, p.cycle_time))
+    margin = 0.0 if slack == "auto" else slack
+
+    def exists(offered: Problem) -> bool:
+        return any(not isinstance(_solve(offered, k, margin), str) for k in lengths)
+
+    blocks = f"of {lengths[0]}" if len(lengths) == 1 else f"of 1 to {lengths[-1]:,}"
+    raise no_table(
+        f"WAIT table in blocks {blocks} iterations",
+        problem,
+        fluid,
+        margin,
+        _why_not(problem, margin, lengths),
+        exists,
+    )
+
+
+def _why_not(problem: Problem, margin: float, lengths: Sequence[int]) -> list[str]:
+    """What forbids thresholds that need not be whole, per block length; "rounding" where nothing does."""
+    reasons = []
+    for k in lengths:
+        interval = problem.equilibrium(1.0 + margin, k)
+        found: FloatArray | str = "time"
+        if interval[0] <= interval[1]:
+            found = least_thresholds(_Block(problem, k), 1.0 + margin, interval, _continuous)
+        reasons.append(found if isinstance(found, str) else "rounding")
+    return reasons
+
+
+def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) -> dict[str, Any]:
+    """What a compiled WAIT table guarantees; entries as in `fluidsched.policy.problem.entry`."""
+    k, n, cycle, rate = plan.block_iterations, plan.threshold, plan.cycle_time, problem.rate
+    workload = problem.workload
+    arrivals = rate * cycle
+    queue = np.array(
+        [
+            embedded_queue_mean(size, m) if m < size * (1 - ROUNDING) else math.inf
+            for size, m in zip(n.tolist(), arrivals.tolist(), strict=True)
+        ]
+    )
+    ttft = queue / rate + cycle / 2.0 + plan.first_iteration
+    worst, unbounded = math.inf, not problem.is_bounded
+    if not unbounded:
+        block = problem.worst_profile.block(k)
+        worst = float((n @ block.mean).max())
+    blocks_per_life = np.asarray(problem.mean_profile.present[:, ::k].sum(axis=1))
+    lost = float((workload.mean_output_tokens * (queue + arrivals + (blocks_per_life + 1.0) * n)).sum())
+    outputs = float(rate @ workload.mean_output_tokens)
+    prompts = float(n @ workload.max_prompt_tokens)
+    earlier = n * (-(-workload.max_output_tokens // k) - 1)
+    first = problem.worst_profile.block(k)
+    longest = problem.server.iteration_time(
+        prompts,
+        float(earlier.sum()),
+        float(n @ first.decode_kv[:, 0]),
+        float(n @ workload.max_prompt_tokens.astype(np.float64) ** 2) / 2.0,
+    )
+    lengths_known = "certain" if problem.is_bounded else "probability"
+    delta = 0.0 if problem.is_certain else problem.overflow_probability
+    return {
+        "memory": entry(
+            plan.kv,
+            "tokens",
+            "max_r Σ_j n_j max(f_j(r), g_j)"
+            + ("" if problem.is_certain else " + z sqrt(Σ_j n_j max(φ_j(r), γ_j))"),
+            problem.guarantee,
+            capacity=problem.capacity,
+            worst_case=worst,
+            z=problem.z,
+        ),
+        "overflow_probability": entry(
+            delta,
+            "per iteration",
+            "0: every length is accounted for"
+            if problem.is_certain
+            else "δ of the normal approximation for independent lengths, every entry full",
+            problem.guarantee,
+        ),
+        "in_service": entry(
+            plan.in_service,
+            "requests",
+            "Σ_j n_j Σ_i P(S_j > ik)" + ("" if problem.is_certain else " + z sd"),
+            problem.guarantee,
+            limit=problem.server.max_batch_size,
+        ),
+        "cycle_time": entry(
+            cycle,
+            "s",
+            "T_k(n) = Σ_r max_i (c0_i + Σ_j n_j w_ij(r))",
+            "certain" if problem.is_fixed else "expectation",
+        ),
+        "slack": entry(
+            plan.slack, "", "min_j n_j / (a_j T_k(n)) − 1", "certain" if problem.is_fixed else "expectation"
+        ),
+        "slack_per_cycle": entry(
+            float((n / rate).min()) - cycle,
+            "s",
+            "min_j n_j / a_j − T_k(n)",
+            "certain" if problem.is_fixed else "expectation",
+            per_type=n / rate - cycle,
+        ),
+        "largest_cohort": entry(
+            float(prompts + earlier.sum()),
+            "tokens",
+            "Σ_j n_j (p_max + ⌈o_max / k⌉ − 1)",
+            lengths_known,
+            iteration_s=float(longest),
+        ),
+        "throughput": entry(
+            float(rate.sum()),
+            "requests/s",
+            "Σ_j a_j in the long run, iff the slack is positive; over H seconds at most loss_tokens/H below "
+            "Σ_j a_j E[o_j], loss_tokens = Σ_j E[o_j] (E[W_j] + a_j T + (E⌈S_j/k⌉ + 1) n_j)",
+            "expectation",
+            output_tokens_per_s=outputs,
+            loss_tokens=lost,
+            horizon_s=horizon,
+            output_tokens_per_s_over_horizon=None if horizon is None else max(outputs - lost / horizon, 0.0),
+        ),
+        "queue": entry(
+            float((queue + arrivals / 2.0).sum()),
+            "requests",
+            "Σ_j E[W_j] + a_j T / 2, W' = W + X − n 1{W + X ≥ n}, X ~ Poisson(a_j T)",
+            "expectation",
+            per_type=queue + arrivals / 2.0,
+            holds_for="arrivals at the admitted rates",
+        ),
+        "ttft": entry(
+            float(rate @ ttft / rate.sum()),
+            "s",
+            "E[W_j] / a_j + T / 2 + first iteration of a full block, mean over requests",
+            "expectation",
+            per_type=ttft,
+            holds_for="arrivals at the admitted rates",
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class WaitCurve:
+    """Memory and wait against the block length, K lengths; NaN where no table exists.
+
+    Attributes
+    ----------
+    block_iterations : int64[K]
+        k.
+    slack : float64[K]
+        Slack reached.
+    kv : float64[K]
+        Bound on resident KV, tokens.
+    wait : float64[K]
+        Bound on the mean wait until admission, s (estimate of the queue part).
+    reason : tuple of str or None, length K
+        Why there is no table: "time", "memory", "batch", "tokens"; None where there is one.
+    capacity : float
+        KV tokens the server holds.
+    """
+
+    block_iterations: IntArray
+    slack: FloatArray
+    kv: FloatArray
+    wait: FloatArray
+    reason: tuple[str | None, ...]
+    capacity: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per block length."""
+        import pandas as pd
+
+        columns = {name: getattr(self, name) for name in ("slack", "kv", "wait", "reason")}
+        return pd.DataFrame(columns, index=pd.Index(self.block_iterations, name="block_iterations"))
+
+
+def wait_curve(
+    fluid: FluidSolution,
+    *,
+    slack: Slack = "auto",
+    overflow_probability: float = 0.01,
+    block_iterations: Sequence[int] | None = None,
+) -> WaitCurve:
+    """Return the memory a WAIT table needs and the wait it adds, against its block length.
+
+    Parameters
+    ----------
+    fluid : FluidSolution
+    slack, overflow_probability
+        As in `compile_policy`.
+    block_iterations : sequence of int, optional
+        Block lengths; None: those that `compile_policy` tries.
+
+    Returns
+    -------
+    WaitCurve
+    """
+    problem = Problem.of(fluid, overflow_probability)
+    longest = problem.mean_profile.stages
+    lengths = (
+        block_lengths(longest)
+        if block_iterations is None
+        else [block_lengths(longest, k)[0] for k in block_iterations]
+    )
+    plans = _plans(problem, check_slack(slack), lengths)
+
+    def column(name: str) -> FloatArray:
+        return np.array([math.nan if isinstance(p, str) else getattr(p, name) for p in plans])
+
+    return WaitCurve(
+        np.array(lengths, dtype=np.int64),
+        column("slack"),
+        column("kv"),
+        column("wait"),
+        tuple(p if isinstance(p, str) else None for p in plans),
+        problem.capacity,
+    )
