@@ -13,7 +13,7 @@ from typing import Any
 
 from fluidsched.errors import InputError
 
-__all__ = ["check_choice", "check_count", "check_fields", "check_real"]
+__all__ = ["check_choice", "check_count", "check_fields", "check_keys", "check_real"]
 
 
 def check_real(
@@ -86,15 +86,29 @@ def check_fields(argument: str, data: Any, schema: str | None, names: Sequence[s
     With `schema` the mapping must also hold "schema" with that value. A missing or unknown field, another
     schema, or something that is no mapping is an `InputError` naming it.
     """
+    fields = check_keys(argument, data, schema, names)
+    return tuple(fields[name] for name in names)
+
+
+def check_keys(
+    argument: str, data: Any, schema: str | None, required: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a mapping read from JSON as a dict, with all `required` fields and none beyond the `optional`.
+
+    As `check_fields`, for formats with fields that may be left out; "schema" is not part of the result.
+    """
     if not isinstance(data, Mapping):
         raise InputError(argument, data, "be a mapping (a JSON object)")
-    expected = list(names) if schema is None else ["schema", *names]
+    expected = list(required) if schema is None else ["schema", *required]
     if schema is not None and data.get("schema") != schema:
         raise InputError(f"{argument}.schema", data.get("schema"), f"be {schema!r}")
     missing = [name for name in expected if name not in data]
     if missing:
         raise InputError(f"{argument}.{missing[0]}", "nothing", "be given")
-    unknown = [str(name) for name in data if name not in expected]
-    if unknown:
-        raise InputError(f"{argument}.{unknown[0]}", data[unknown[0]], "be left out: no such field is known")
-    return tuple(data[name] for name in names)
+    known = [*expected, *optional]
+    for name in data:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1, cutoff=0.6)
+            remedy = f"Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{argument}.{name}", data[name], "be left out: no such field is known", remedy)
+    return {name: value for name, value in data.items() if schema is None or name != "schema"}

@@ -1,13 +1,14 @@
 r"""Policies side by side: paired differences under common paths, and the distance to the fluid bound.
 
-Every policy ran on the same R paths, so for a measure m the differences D_r = m_r(policy) - m_r(baseline) are
-independent across r, and their mean has the interval mean(D) ± t_{R-1, 0.975}·s_D/√R. Where paths make
+Every policy ran on the same R paths, so for a measure m the differences D_r = m_r(policy) - m_r(baseline)
+are independent across r, and their mean has the interval mean(D) ± t_{R-1, 0.975}·s_D/√R. Where paths make
 policies rise and fall together it is much narrower than the two policies' own intervals.
 
-The *share of the bound* is a throughput over the fluid program's optimum for it: request throughput over
-Σ_j a_j, output throughput over Σ_j a_j E[o_j] (whichever the program maximised; under other rewards neither
-is a bound and no share is given). The optimum bounds the long-run rate at the offered λ: a finite run from an
-empty server, whose realised arrivals differ from λ, may come out above 1 by that difference.
+The *share of the bound* is a throughput over the fluid program's optimum for it: requests over Σ_j a_j,
+output tokens over Σ_j a_j E[o_j], all tokens over Σ_j a_j E[p_j + o_j], whichever the program maximised
+(under other rewards none is a bound and no share is given). The optimum bounds the long-run rate at the
+offered λ: a finite run from an empty server, whose realised arrivals differ from λ, may come out above 1 by
+that much.
 
 Nothing here looks inside a policy.
 """
@@ -38,7 +39,11 @@ __all__ = ["Comparison", "ComparisonRow", "compare"]
 
 SCHEMA = "fluidsched.comparison/1"
 
-BOUNDED = {"requests": "request_throughput", "output_tokens": "output_throughput"}
+BOUNDED = {
+    "requests": "request_throughput",
+    "output_tokens": "output_throughput",
+    "total_tokens": "total_token_throughput",
+}
 """Objective of the fluid program → the measure its optimum bounds."""
 
 

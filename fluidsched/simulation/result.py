@@ -57,6 +57,10 @@ class PolicyOutcome:
     verdicts: tuple[str, ...]
     starved_types: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for array in (*self.values.values(), *self.lower_bounds.values()):
+            array.flags.writeable = False
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SimulationResult:

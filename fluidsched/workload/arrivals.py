@@ -22,7 +22,7 @@ from fluidsched.workload.lengths import FloatArray
 
 __all__ = ["poisson"]
 
-MAX_REQUESTS = 10**9
+MAX_REQUESTS = 10**8
 """Largest expected number of requests of one draw."""
 
 

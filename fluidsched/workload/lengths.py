@@ -22,14 +22,13 @@ import abc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fluidsched._checks import check_choice, check_count, check_real
+from fluidsched._checks import check_choice, check_count, check_keys, check_real
 from fluidsched.errors import InputError
 
 __all__ = [
@@ -98,8 +97,10 @@ def _weight_array(argument: str, weights: ArrayLike | None, size: int) -> FloatA
     if bad.any():
         index = int(np.argmax(bad))
         raise InputError(f"{argument}[{index}]", array[index].item(), "be finite and non-negative")
-    if not 0 < array.sum() < math.inf:
-        raise InputError(argument, array.sum().item(), "have a positive, finite sum")
+    with np.errstate(over="ignore"):
+        total = float(array.sum())
+    if not 0 < total < math.inf:
+        raise InputError(argument, total, "have a positive, finite sum")
     return array
 
 
@@ -624,26 +625,6 @@ _MAKERS: dict[str, tuple[Callable[..., LengthLaw], tuple[str, ...], tuple[str, .
 }
 
 
-def check_keys(
-    argument: str, data: object, required: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Return `data` as a dict with all `required` and no unknown keys; the error names the key."""
-    if not isinstance(data, Mapping):
-        raise InputError(argument, data, "be an object with the keys " + ", ".join(required))
-    allowed = (*required, *optional)
-    for key in data:
-        if key not in allowed:
-            near = get_close_matches(str(key), allowed, n=1, cutoff=0.6)
-            remedy = f"Did you mean {near[0]!r}?" if near else ""
-            raise InputError(
-                argument, f"unknown key {key!r}", "have only the keys " + ", ".join(allowed), remedy
-            )
-    for key in required:
-        if key not in data:
-            raise InputError(f"{argument}.{key}" if argument else key, "nothing", "be given")
-    return dict(data)
-
-
 def from_dict(argument: str, data: object) -> LengthLaw:
     """Read a law from plain data: a number of tokens, or ``{"law": "geometric", "mean": 200, ...}``.
 
@@ -656,7 +637,7 @@ def from_dict(argument: str, data: object) -> LengthLaw:
         return fixed(check_count(argument, data, minimum=1, maximum=MAX_TOKENS))
     name = check_choice(f"{argument}.law", data.get("law"), tuple(_MAKERS))
     maker, required, optional = _MAKERS[name]
-    arguments = check_keys(argument, data, ("law", *required), optional)
+    arguments = check_keys(argument, data, None, ("law", *required), optional)
     del arguments["law"]
     try:
         if name == "truncated":

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fluidsched import _files
-from fluidsched._checks import check_count, check_real
+from fluidsched._checks import check_count, check_keys, check_real
 from fluidsched.errors import InputError
 from fluidsched.workload import arrivals
 from fluidsched.workload.lengths import (
@@ -35,7 +35,6 @@ from fluidsched.workload.lengths import (
     IntArray,
     JointLaw,
     LengthLaw,
-    check_keys,
     fixed,
     from_dict,
     joint,
@@ -215,7 +214,7 @@ def _joint_to_dict(law: JointLaw) -> dict[str, Any]:
 def _type_from_dict(place: str, data: object) -> RequestType:
     """Read a request type; errors say where, e.g. "types[2].output_tokens.mean"."""
     optional = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range", "priority")
-    given = check_keys(place, data, ("name", "arrival_rate"), optional)
+    given = check_keys(place, data, None, ("name", "arrival_rate"), optional)
     for argument in ("prompt_tokens", "output_tokens"):
         if isinstance(given.get(argument), Mapping):
             given[argument] = from_dict(f"{place}.{argument}", given[argument])
@@ -235,9 +234,9 @@ def _type_from_dict(place: str, data: object) -> RequestType:
 
 def _joint_from_dict(place: str, data: object) -> JointLaw:
     if isinstance(data, Mapping) and "prompt" in data:
-        parts = check_keys(place, data, ("prompt", "output"))
+        parts = check_keys(place, data, None, ("prompt", "output"))
         return IndependentLengths(*(from_dict(f"{place}.{key}", parts[key]) for key in ("prompt", "output")))
-    points = check_keys(place, data, ("prompt_tokens", "output_tokens"), ("weights",))
+    points = check_keys(place, data, None, ("prompt_tokens", "output_tokens"), ("weights",))
     try:
         return joint(**points)
     except InputError as error:
@@ -520,10 +519,7 @@ class Workload:
     @classmethod
     def from_dict(cls, data: object) -> Workload:
         """Read what `to_dict` writes; a field missing, unknown or out of range is an `InputError`."""
-        given = check_keys("workload", data, ("schema", "types"), ("name", "description", "source"))
-        schema = given.pop("schema")
-        if schema != SCHEMA:
-            raise InputError("schema", schema, f"be {SCHEMA!r}", "The file is of another kind or version.")
+        given = check_keys("workload", data, SCHEMA, ("types",), ("name", "description", "source"))
         members = given.pop("types")
         if not isinstance(members, (list, tuple)):
             raise InputError("types", members, "be a list")

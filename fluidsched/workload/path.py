@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from fluidsched.workload.model import Workload
 
-__all__ = ["ArrivalPath", "Seed", "generator"]
+__all__ = ["ArrivalPath", "Seed", "generator", "seed_sequence"]
 
 Seed = int | np.random.SeedSequence | np.random.Generator
 

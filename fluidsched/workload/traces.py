@@ -73,8 +73,8 @@ def read_trace(path: str | os.PathLike[str]) -> ArrivalPath:
     """
     text = read_text("path", path)
     place = str(path)
-    first = text.lstrip().partition("\n")[0].strip()
-    if not first:
+    first = text.partition("\n")[0].strip()
+    if not text.strip():
         raise InputError(place, "an empty file", "hold a header and at least one request")
     if first.startswith("{"):
         columns = _mooncake(place, text)
@@ -83,19 +83,21 @@ def read_trace(path: str | os.PathLike[str]) -> ArrivalPath:
     order = np.argsort(columns["arrival_s"], kind="stable")
     names: tuple[str, ...] = ()
     if "type" in columns:
-        distinct, columns["type"] = np.unique(columns["type"], return_inverse=True)
-        names = tuple(distinct.tolist())
+        labels = columns["type"].tolist()
+        names = tuple(dict.fromkeys(labels))
+        index = {name: i for i, name in enumerate(names)}
+        columns["type"] = np.array([index[label] for label in labels])
     sorted_columns: dict[str, Any] = {name: column[order] for name, column in columns.items()}
     return ArrivalPath(**sorted_columns, type_names=names, name=Path(path).stem)
 
 
 def _csv(place: str, text: str, first: str) -> dict[str, np.ndarray[Any, Any]]:
-    header = [name.strip() for name in next(csv.reader([first]))]
+    header = [name.strip() for name in first.split(",")]
     required = next((names for names in (AZURE, PLAIN) if set(names) <= set(header)), None)
     if required is None:
         raise InputError(
             f"{place}, line 1",
-            repr(first[:120]),
+            repr(first[:120]) if first else "an empty line",
             f"be the header {','.join(AZURE)} or {','.join(PLAIN)}, or JSON with {', '.join(MOONCAKE)}",
             "Rename the columns, or build the path with ArrivalPath.from_arrays.",
         )
@@ -118,7 +120,7 @@ def _csv(place: str, text: str, first: str) -> dict[str, np.ndarray[Any, Any]]:
         labels = by_name["type"]
         if not all(labels):
             _refuse(place, lines[labels.index("")], "type", "", "be a label")
-        columns["type"] = np.array(labels)
+        columns["type"] = np.array(labels, dtype=object)
     return columns
 
 
@@ -127,12 +129,9 @@ def _rows(place: str, text: str, width: int) -> tuple[list[list[str]], list[int]
     reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
     rows: list[list[str]] = []
     lines: list[int] = []
-    header_seen = False
     try:
+        next(reader)
         for row in reader:
-            if not header_seen:
-                header_seen = bool(row)
-                continue
             if len(row) != width:
                 shown = f"{len(row)} columns" if row else "an empty line"
                 raise InputError(
@@ -214,8 +213,6 @@ def _mooncake(place: str, text: str) -> dict[str, np.ndarray[Any, Any]]:
     rows: list[tuple[Any, ...]] = []
     lines: list[int] = []
     for line, row in enumerate(text.rstrip().split("\n"), start=1):
-        if not row.strip() and not rows:
-            continue
         try:
             record = json.loads(row)
             rows.append(tuple(record[name] for name in MOONCAKE))

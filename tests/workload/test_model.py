@@ -132,13 +132,13 @@ def document(**change: object) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "fluidsched.workload/2"}, "schema must be 'fluidsched.workload/1'"),
-        ({"schema": None}, "workload.schema must be given"),
+        ({"schema": "fluidsched.workload/2"}, "workload.schema must be 'fluidsched.workload/1'"),
+        ({"schema": None}, "workload.schema must be 'fluidsched"),
         ({"types": None}, "workload.types must be given"),
         ({"types": {}}, "types must be a list"),
         ({"types": []}, "types must hold at least one"),
-        ({"types": [5]}, "types[0] must be an object"),
-        ({"extra": 1}, "unknown key 'extra'"),
+        ({"types": [5]}, "types[0] must be a mapping"),
+        ({"extra": 1}, "workload.extra must be left out"),
         ({"name": None}, "types[0].name must be given"),
         ({"name": ""}, "types[0]: name must be a non-empty string"),
         ({"arrival_rate": None}, "types[0].arrival_rate must be given"),

@@ -136,6 +136,15 @@ def test_a_longer_horizon_only_adds_requests(seed: int) -> None:
     assert not len(long) > len(short) or long.arrival_s[len(short)] >= 10.0
 
 
+def test_simultaneous_arrivals_are_ordered_by_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same instant: the type with the smaller index first."""
+    monkeypatch.setattr(fs.arrivals, "poisson", lambda rate, horizon, rng: np.array([1.0, 2.0, 2.0]))
+    path = mix({"a": 1.0, "bb": 1.0}).sample(10.0, seed=1)
+    assert path.arrival_s.tolist() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    assert path.type is not None
+    assert path.type.tolist() == [0, 1, 0, 0, 1, 1]
+
+
 def test_no_arrivals_is_a_path_too() -> None:
     """All rates zero gives an empty path of rate 0."""
     path = mix({"a": 0.0}).sample(10.0, seed=1)

@@ -80,6 +80,7 @@ def test_rows_are_sorted_stably_by_time(tmp_path: Path) -> None:
         (AZURE, "trace.csv must hold at least one request; got a header without rows"),
         (PLAIN + "\r\n\r\n", "a header without rows"),
         ("time,in,out\n1,2,3", "line 1 must be the header TIMESTAMP"),
+        (f"\n{PLAIN}\n1,2,3", "line 1 must be the header"),
         ("1.0,5,5\n2.0,5,5", "line 1 must be the header TIMESTAMP"),
         (f"{PLAIN},output_tokens\n1,2,3,4", "line 1 must name each column once"),
         (f"{AZURE}\n2023-11-16 18:15:46,1,1\n2023-11-16,1,1", "line 3 must be a UTC time"),
