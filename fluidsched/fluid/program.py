@@ -91,14 +91,7 @@ class FluidProgram:
             If HiGHS fails.
         """
         rate = self._checked(arrival_rate)
-        if self.model.fairness_floor.any():
-            self.model.check_floors(rate)
-        solution = self._scaled.solve(rate)
-        if solution.certificate.ok:
-            return solution
-        alone = self.model.rate_alone
-        again = _Scaled(self.model, np.where(rate > 0.0, np.minimum(rate, alone), alone)).solve(rate)
-        return again if again.certificate.ok else solution.as_imprecise()
+        return _solve(self.model, self._scaled, rate)
 
     def _checked(self, arrival_rate: ArrayLike | None) -> NDArray[np.float64]:
         workload = self.model.workload
@@ -146,6 +139,22 @@ def solve_fluid(
         max_iteration_time=max_iteration_time,
     )
     return program.solve()
+
+
+def solve_model(model: FluidModel, arrival_rate: NDArray[np.float64]) -> FluidSolution:
+    """Solve an assembled program for offered rates of shape (J,), req/s; errors as `FluidProgram.solve`."""
+    return _solve(model, _Scaled(model, model.rate_alone), arrival_rate)
+
+
+def _solve(model: FluidModel, scaled: _Scaled, rate: NDArray[np.float64]) -> FluidSolution:
+    if model.fairness_floor.any():
+        model.check_floors(rate)
+    solution = scaled.solve(rate)
+    if solution.certificate.ok:
+        return solution
+    alone = model.rate_alone
+    again = _Scaled(model, np.where(rate > 0.0, np.minimum(rate, alone), alone)).solve(rate)
+    return again if again.certificate.ok else solution.as_imprecise()
 
 
 class _Scaled:

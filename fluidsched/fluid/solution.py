@@ -254,9 +254,13 @@ class FluidSolution:
 
     @cached_property
     def upper_bound(self) -> float:
-        """Reward/s that no feasible rates exceed, from the duals alone (weak duality)."""
-        reduced = self._reduced
-        demand = np.where(reduced > 0.0, self.arrival_rate, self.model.fairness_floor * self.arrival_rate)
+        """Reward/s that no feasible rates exceed, from the duals alone (weak duality).
+
+        Demand beyond what the server carries of a type alone is left out: it would only magnify rounding.
+        """
+        reduced, rate = self._reduced, self.arrival_rate
+        most = np.minimum(rate, self.model.rate_alone)
+        demand = np.where(reduced > 0.0, most, self.model.fairness_floor * rate)
         return float(
             self.row_dual @ self.model.limit - self._rate_price * self._least_rate + reduced @ demand
         )
