@@ -22,7 +22,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it, in pipeline order. A public namespace (lengths, catalog, ...) is its own module.
+# Public name -> module that defines it, in pipeline order. A public namespace (lengths, ...) is its own module.
 _PUBLIC = {
     "RequestType": "fluidsched.workload",
     "Workload": "fluidsched.workload",
@@ -45,7 +45,6 @@ _PUBLIC = {
     "bounds": "fluidsched.bounds",
     "compare": "fluidsched.comparison",
     "Comparison": "fluidsched.comparison",
-    "sweep": "fluidsched.sweeps",
     "plan": "fluidsched.planning",
     "plots": "fluidsched.plots",
     "show_versions": "fluidsched.reporting",

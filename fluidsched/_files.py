@@ -30,7 +30,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, on any exception removed."""
     target = Path(path)
     if not target.parent.is_dir():
-        raise InputError(str(target), "a missing directory", "lie in an existing directory", "Create it first.")
+        raise InputError(
+            str(target), "a missing directory", "lie in an existing directory", "Create it first."
+        )
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)

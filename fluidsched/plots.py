@@ -1,0 +1,234 @@
+"""Figures: one function a picture, each taking `ax=None` and returning the Axes it drew on.
+
+Colours are the Okabe-Ito set, told apart by readers with any common colour vision; policies also differ by line
+style, so a figure survives a grey print. Units stand on every axis. Global Matplotlib settings are left alone:
+the style applies inside `matplotlib.rc_context` while a figure is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fluidsched._checks import check_choice
+from fluidsched.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from fluidsched.fluid import FluidSolution
+    from fluidsched.simulation import SimulationResult
+
+__all__ = ["COLOURS", "kv_occupancy", "latency_distribution", "load_curve", "style"]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1, 1, 1)), "-")
+
+_LATENCIES = {
+    "ttft": "time to first token (s)",
+    "tpot": "time per output token (s)",
+    "e2e": "end-to-end latency (s)",
+}
+
+_STYLE: dict[Any, Any] = {  # Matplotlib types its keys as one long literal
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 9.0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "lines.linewidth": 1.4,
+    "figure.dpi": 110.0,
+    "savefig.dpi": 160.0,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Context in which new figures have the library's look; Matplotlib's own settings return afterwards."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def _axes(ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot
+
+    with style():
+        _, new = pyplot.subplots(figsize=size, layout="constrained")
+    return new
+
+
+def _look(position: int) -> dict[str, Any]:
+    return {"color": COLOURS[position % len(COLOURS)], "linestyle": LINES[position % len(LINES)]}
+
+
+def kv_occupancy(
+    runs: SimulationResult,
+    *,
+    policies: Sequence[str] | None = None,
+    bound: FluidSolution | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """KV tokens held over time in the first replication, one line a policy, against the capacity C and M*.
+
+    Parameters
+    ----------
+    runs : SimulationResult
+        What happened; its decimated occupancy series are drawn.
+    policies : sequence of str, optional
+        Which policies, in drawing order; all by default.
+    bound : FluidSolution, optional
+        Adds the fluid equilibrium's resident KV, M*.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    axes = _axes(ax)
+    for name in policies or runs.policies:
+        series = runs.occupancy(name)
+        axes.plot(series[:, 0], series[:, 1], label=name, alpha=0.85, **_look(runs.policies.index(name)))
+    assert runs.server is not None  # a result that has occupancy series has its server
+    capacity = runs.server.kv_capacity
+    if np.isfinite(capacity):
+        axes.axhline(capacity, color="black", linewidth=1.2, label=f"capacity C = {capacity:,.0f}")
+    if bound is not None:
+        label = f"fluid equilibrium M* = {bound.resident_kv:,.0f}"
+        axes.axhline(bound.resident_kv, color="black", linewidth=1.2, linestyle=":", label=label)
+    axes.set_xlabel("time (s)")
+    axes.set_ylabel("KV cache held (tokens)")
+    axes.set_ylim(bottom=0.0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    return axes
+
+
+def latency_distribution(
+    runs: SimulationResult,
+    measure: str = "ttft",
+    *,
+    policies: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Empirical distribution of a latency after the warm-up, all replications pooled, one line a policy.
+
+    Requests still without the event at the horizon are counted in the denominator, so a curve that ends below 1
+    shows how many are missing; they are not dropped.
+
+    Parameters
+    ----------
+    runs : SimulationResult
+    measure : {"ttft", "tpot", "e2e"}
+    policies : sequence of str, optional
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    InputError
+        If `measure` is not one of the three.
+    """
+    check_choice("measure", measure, tuple(_LATENCIES))
+    axes = _axes(ax)
+    for name in policies or runs.policies:
+        values, censored = runs.latencies(name, measure)
+        total = values.size + censored
+        if total == 0:
+            continue
+        # at most 2 000 points of the curve: a PNG shows no more
+        grid = np.unique(np.linspace(0, values.size - 1, min(values.size, 2000)).astype(np.int64))
+        ordered = np.sort(values)[grid] if values.size else values
+        label = name if not censored else f"{name} ({censored / total:.1%} unfinished)"
+        axes.step(ordered, (grid + 1) / total, where="post", label=label, **_look(runs.policies.index(name)))
+    axes.set_xscale("log")
+    axes.set_xlabel(_LATENCIES[measure])
+    axes.set_ylabel("share of requests")
+    axes.set_ylim(0.0, 1.02)
+    axes.legend(loc="lower right")
+    return axes
+
+
+def load_curve(
+    frame: pd.DataFrame,
+    measure: str,
+    *,
+    ylabel: str,
+    scale: str = "linear",
+    critical_rate: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A measure against the offered rate, one line a policy with 95 % intervals, the fluid boundary drawn.
+
+    Hollow markers: the policy had fallen behind when a run ended, so a latency there is a lower bound.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Columns policy, measure, arrival_rate (req/s), estimate, low, high, behind.
+    measure : str
+        Which rows of the frame.
+    ylabel : str
+        Label of the vertical axis, with its unit.
+    scale : {"linear", "log"}
+        Of the vertical axis.
+    critical_rate : float, optional
+        The fluid boundary on this mix (req/s).
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    InputError
+        If the frame has no row of `measure`.
+    """
+    rows = frame[frame["measure"] == measure]
+    if rows.empty:
+        raise InputError("measure", measure, f"be one of {sorted(set(frame['measure']))}")
+    axes = _axes(ax)
+    for position, (name, line) in enumerate(rows.groupby("policy", sort=False)):
+        ordered = line.sort_values("arrival_rate")
+        look = _look(position)
+        rate = ordered["arrival_rate"].to_numpy()
+        estimate = ordered["estimate"].to_numpy()
+        axes.plot(rate, estimate, label=str(name), **look)
+        axes.fill_between(
+            rate, ordered["low"].to_numpy(), ordered["high"].to_numpy(), color=look["color"], alpha=0.15, lw=0
+        )
+        hollow = ordered["behind"].to_numpy(dtype=bool)
+        axes.plot(rate[~hollow], estimate[~hollow], "o", ms=3.5, color=look["color"])
+        axes.plot(rate[hollow], estimate[hollow], "o", ms=4.5, mfc="white", color=look["color"])
+    axes.set_yscale(scale)
+    if critical_rate is not None:
+        axes.axvline(critical_rate, color="black", linewidth=1.0, linestyle=":")
+        axes.annotate(
+            f"fluid boundary {critical_rate:.2f} req/s",
+            xy=(critical_rate, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="bottom",
+            fontsize=8,
+        )
+    axes.set_xlabel("offered rate (req/s)")
+    axes.set_ylabel(ylabel)
+    axes.legend(loc="upper left")
+    return axes

@@ -1,0 +1,274 @@
+"""The command line: what each command answers, where it writes, and how it fails.
+
+Exit statuses: 0 an answer, 1 no answer, 2 wrong input, 3 failure, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+QUICK = ["--replications", "2", "--horizon", "120", "--warmup", "20", "--no-curve"]
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+def fluidsched(*arguments: str, cwd: Path, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would, in `cwd`."""
+    return subprocess.run(
+        [sys.executable, "-m", "fluidsched", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "120"},
+        check=False,
+    )
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A plain trace of 200 requests, one every half second on average."""
+    rng = np.random.default_rng(1)
+    arrivals = np.cumsum(rng.exponential(0.5, 200))
+    prompts = rng.integers(20, 400, 200)
+    outputs = rng.integers(1, 120, 200)
+    rows = [f"{a:.6f},{p},{o}" for a, p, o in zip(arrivals, prompts, outputs, strict=True)]
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    return path
+
+
+class TestPlan:
+    def test_writes_every_file_and_a_manifest_that_names_them(self, tmp_path: Path) -> None:
+        """Every promised file is there, the pictures are pictures, and the manifest's digests hold."""
+        done = fluidsched("plan", *QUICK, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        directory = tmp_path / "fluidsched-plan-1"
+        manifest = json.loads((directory / "manifest.json").read_text())
+        assert manifest["schema"] == "fluidsched.manifest/1"
+        expected = {"policy.json", "summary.json", "comparison.csv", "kv_occupancy.png", "latency.png"}
+        assert expected <= set(manifest["files"])
+        on_disk = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+        assert on_disk == {*manifest["files"], "manifest.json"}
+        for name, entry in manifest["files"].items():
+            data = (directory / name).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+            assert len(data) == entry["bytes"]
+            if name.endswith(".png"):
+                assert data.startswith(PNG_MAGIC)
+        summary = json.loads((directory / "summary.json").read_text())
+        assert summary["stable"] is True
+        recommended = json.loads((directory / "policy.json").read_text())
+        assert recommended == json.loads(
+            (directory / "policies" / f"{summary['recommended']}.json").read_text()
+        )
+        assert str(directory.name) in done.stderr
+
+    def test_output_names_what_the_reader_asked_for(self, tmp_path: Path) -> None:
+        """Standard output holds the answer alone: load, critical rate, the policies, the trace's own rate."""
+        done = fluidsched("plan", *QUICK, cwd=tmp_path)
+        for words in ("critical rate", "vllm", "sarathi", "capped", "5.53"):
+            assert words in done.stdout, words
+
+    def test_json_on_stdout_is_json_alone(self, tmp_path: Path) -> None:
+        """`--json` prints one JSON document and nothing else, whatever the solver says on start-up."""
+        done = fluidsched("plan", *QUICK, "--json", "--quiet", cwd=tmp_path)
+        assert json.loads(done.stdout)["schema"] == "fluidsched.plan/1"
+        assert done.stderr == ""
+
+    def test_second_run_takes_the_next_free_directory(self, tmp_path: Path) -> None:
+        """Without --out an earlier run's files are never touched."""
+        (tmp_path / "fluidsched-plan-1").mkdir()
+        assert fluidsched("plan", *QUICK, cwd=tmp_path).returncode == 0
+        assert (tmp_path / "fluidsched-plan-2" / "manifest.json").exists()
+        assert not list((tmp_path / "fluidsched-plan-1").iterdir())
+
+    def test_same_seed_same_bytes(self, tmp_path: Path) -> None:
+        """Two runs with one seed write byte-equal tables and results."""
+        for name in ("a", "b"):
+            assert fluidsched("plan", *QUICK, "--seed", "3", "--out", name, cwd=tmp_path).returncode == 0
+        first = json.loads((tmp_path / "a" / "manifest.json").read_text())
+        second = json.loads((tmp_path / "b" / "manifest.json").read_text())
+        assert first == second
+
+    def test_trace_keeps_its_own_rate(self, tmp_path: Path, trace: Path) -> None:
+        """A trace is planned for at its own rate unless --load is given."""
+        done = fluidsched("plan", "--workload", str(trace), *QUICK, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        arrivals = np.loadtxt(trace, delimiter=",", skiprows=1)[:, 0]
+        assert summary["offered_rate"] == pytest.approx(200 / (arrivals[-1] - arrivals[0]), rel=1e-9)
+
+    def test_replay_serves_every_request_of_the_trace(self, tmp_path: Path, trace: Path) -> None:
+        """A replay runs until empty: vLLM's rule finishes all 200 requests."""
+        done = fluidsched("plan", "--workload", str(trace), "--replay", "--json", "--out", "r", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows = {row["policy"]: row for row in json.loads(done.stdout)["policies"]}
+        assert rows["vllm"]["completed"] == 200
+
+    def test_overload_is_an_answer(self, tmp_path: Path) -> None:
+        """At 1.3 of the boundary: status 0, stable false, by how much, and whom the optimum refuses."""
+        done = fluidsched("plan", "--load", "1.3", *QUICK, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        assert summary["stable"] is False
+        assert max(summary["load"].values()) == pytest.approx(1.3, rel=1e-9)
+        answer = " ".join(summary["remarks"])
+        assert "1.3" in answer
+        assert "refuse" in answer
+
+
+class TestFailsWell:
+    """Wrong input: exit status 2, a sentence naming argument, value and way out, nothing left behind."""
+
+    def check(self, done: subprocess.CompletedProcess[str], *words: str, status: int = 2) -> None:
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        for word in words:
+            assert word in done.stderr, done.stderr
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        self.check(
+            fluidsched("plan", "-w", "nowhere.csv", cwd=tmp_path), "--workload", "nowhere.csv", "azure_conv"
+        )
+        assert not list(tmp_path.iterdir())
+
+    def test_misspelt_workload_suggests_the_nearest(self, tmp_path: Path) -> None:
+        self.check(fluidsched("plan", "-w", "azure_cnov", cwd=tmp_path), "Did you mean azure_conv")
+
+    def test_empty_trace(self, tmp_path: Path) -> None:
+        (tmp_path / "empty.csv").write_text("")
+        self.check(fluidsched("plan", "-w", "empty.csv", cwd=tmp_path), "empty.csv")
+
+    def test_bad_line_is_named_by_number(self, tmp_path: Path) -> None:
+        (tmp_path / "bad.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0.0,10,5\n1.0,ten,5\n")
+        self.check(fluidsched("plan", "-w", "bad.csv", cwd=tmp_path), "line 3")
+
+    def test_request_longer_than_the_capacity(self, tmp_path: Path) -> None:
+        (tmp_path / "long.csv").write_text(
+            "arrival_s,prompt_tokens,output_tokens\n0.0,10,5\n1.0,900000,5\n2.0,10,6\n3.0,11,7\n"
+        )
+        self.check(
+            fluidsched("simulate", "vllm", "-w", "long.csv", "--quiet", cwd=tmp_path), "900,000", "KV tokens"
+        )
+
+    def test_nan_rate_in_a_spec(self, tmp_path: Path) -> None:
+        (tmp_path / "spec.toml").write_text(
+            'schema = "fluidsched.workload/1"\n[[types]]\nname = "a"\narrival_rate = nan\n'
+            "prompt_tokens = 10\noutput_tokens = 5\n"
+        )
+        self.check(fluidsched("solve", "-w", "spec.toml", cwd=tmp_path), "arrival_rate", "nan")
+
+    def test_unknown_gpu_suggests_the_nearest(self, tmp_path: Path) -> None:
+        self.check(fluidsched("plan", "--gpu", "a1000", cwd=tmp_path), "gpu", "a100")
+        assert not list(tmp_path.iterdir())
+
+    def test_output_directory_in_use(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("keep")
+        self.check(fluidsched("plan", *QUICK, "--out", "mine", cwd=tmp_path), "mine", "--force")
+        assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+    def test_force_writes_beside_what_is_there(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("keep")
+        assert fluidsched("plan", *QUICK, "--out", "mine", "--force", cwd=tmp_path).returncode == 0
+        assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+        assert (tmp_path / "mine" / "manifest.json").exists()
+
+    def test_load_with_replay(self, tmp_path: Path, trace: Path) -> None:
+        self.check(
+            fluidsched("plan", "-w", str(trace), "--replay", "--load", "0.5", cwd=tmp_path), "load", "replay"
+        )
+
+    def test_replay_without_a_trace(self, tmp_path: Path) -> None:
+        self.check(fluidsched("plan", "--replay", cwd=tmp_path), "replay")
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("--replications", "0"), ("--horizon", "0"), ("--horizon", "nan"), ("--warmup", "-1")],
+    )
+    def test_numbers_out_of_range(self, tmp_path: Path, option: str, value: str) -> None:
+        self.check(fluidsched("plan", option, value, cwd=tmp_path), option.strip("-"))
+        assert not list(tmp_path.iterdir())
+
+    def test_unknown_option_is_an_input_error(self, tmp_path: Path) -> None:
+        done = fluidsched("plan", "--lood", "0.5", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "--lood" in done.stderr
+
+    def test_interrupt_leaves_whole_files_and_status_130(self, tmp_path: Path) -> None:
+        """Ctrl-C in the middle of the simulation: 130, no traceback, nothing half-written."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fluidsched", "plan", "--replications", "2000", "--out", "run"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # wait for the run to start, then a little into the simulation
+        time.sleep(3.0)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 130, errors
+        assert "interrupted" in errors
+        assert "Traceback" not in errors
+        left = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert not left, left
+
+
+class TestChain:
+    def test_the_chain_one_step_at_a_time(self, tmp_path: Path) -> None:
+        """solve → compile → simulate → compare through files gives what the library gives in one process."""
+        import fluidsched as fs
+
+        assert fluidsched("solve", "--load", "0.7", "--out", "solution.json", cwd=tmp_path).returncode == 0
+        done = fluidsched(
+            "compile", "solution.json", "--kind", "capped", "--out", "capped.json", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        done = fluidsched(
+            *("simulate", "capped.json", "vllm", "--solution", "solution.json", "--out", "result.json"),
+            *("--horizon", "120", "--warmup", "20", "--replications", "3", "--seed", "5", "--quiet"),
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        done = fluidsched(
+            "compare", "result.json", "--bound", "solution.json", "--baseline", "vllm", "--json", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+
+        server = fs.catalog.server("a100-80gb", "llama-2-7b")
+        workload = fs.workloads.azure_conv().at_load(0.7, server)
+        fluid = fs.solve_fluid(workload, server)
+        tables = [fs.compile_policy(fluid, "capped"), fs.baselines.vllm()]
+        runs = fs.simulate(workload, server, tables, horizon=120.0, warmup=20.0, replications=3, seed=5)
+        expected = json.loads(json.dumps(fs.compare(runs, bound=fluid, baseline="vllm").to_dict()))
+        assert json.loads(done.stdout) == expected
+
+    def test_compile_without_an_answer_is_status_1(self, tmp_path: Path) -> None:
+        """An overloaded server carries no stable cap: status 1 with the reason."""
+        assert fluidsched("solve", "--load", "1.2", "--out", "s.json", cwd=tmp_path).returncode == 0
+        done = fluidsched("compile", "s.json", "--kind", "wait", cwd=tmp_path)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+
+    def test_catalog_lists_and_filters(self, tmp_path: Path) -> None:
+        everything = json.loads(fluidsched("catalog", "--json", cwd=tmp_path).stdout)
+        assert len(everything) == 153
+        some = json.loads(fluidsched("catalog", "--gpu", "h200", "--json", cwd=tmp_path).stdout)
+        assert 0 < len(some) < 153
+        assert {entry["gpu"] for entry in some} == {"h200"}
