@@ -45,6 +45,7 @@ _PUBLIC = {
     "bounds": "fluidsched.bounds",
     "compare": "fluidsched.comparison",
     "Comparison": "fluidsched.comparison",
+    "sweep": "fluidsched.sweeps",
     "plan": "fluidsched.planning",
     "plots": "fluidsched.plots",
     "show_versions": "fluidsched.reporting",

@@ -1,8 +1,12 @@
 """Bounds to compare a policy with."""
 
 from fluidsched.queues import (
+    QueueMoments,
     critical_queue_bound,
     embedded_queue_mean,
+    embedded_queue_pmf,
+    embedded_queue_tail,
+    embedded_queue_transient,
     embedded_queue_variance,
     exact_buffer,
     first_passage_probability,
@@ -14,8 +18,12 @@ from fluidsched.queues import (
 )
 
 __all__ = [
+    "QueueMoments",
     "critical_queue_bound",
     "embedded_queue_mean",
+    "embedded_queue_pmf",
+    "embedded_queue_tail",
+    "embedded_queue_transient",
     "embedded_queue_variance",
     "exact_buffer",
     "first_passage_probability",

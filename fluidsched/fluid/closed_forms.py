@@ -1,16 +1,17 @@
 """The fluid program's answers that need no solver.
 
-Let ρ_i = Σ λ_j w_j^(i) be the seconds of busy work of piece i that arrive per second, c_i its base, and let
-D_r be the use of resource r that arrives per second out of K_r per iteration (KV memory: D = Σ λ_j W_j, K =
-C; batch size: Σ λ_j S_j and B; token budget: Σ λ_j τ_j and N). All demand is admitted by an iteration time
-β iff
+Let ρ_i = Σ λ_j w_j^(i) be the seconds of busy work of piece i that arrive per second, c_i its base, and
+let D_r be the use of resource r that arrives per second out of K_r per iteration (KV memory: D = Σ λ_j
+W_j, K = C; batch size: Σ λ_j S_j and B; token budget: Σ λ_j τ_j and N). All demand is admitted by an
+iteration time β iff
 
     c_i + ρ_i β ≤ β for every piece,        β D_r ≤ K_r for every resource;
 
-the equilibrium is the smallest such β. With one piece it is c/(1 − ρ), and mean resident KV is β Σ λ_j W_j.
+the equilibrium is the smallest such β. With one piece it is c/(1 − ρ), and mean resident KV is β Σ λ_j
+W_j.
 
-Scaling all rates by x and eliminating β leaves conditions linear in x, one for each way two constraints can
-meet:
+Scaling all rates by x and eliminating β leaves conditions linear in x, one for each way two constraints
+can meet:
 
     time and resource r:      x ( ρ_i + c_i D_r/K_r ) ≤ 1                     c_i > 0
     time alone:               x ρ_i ≤ 1                                       c_i ≥ 0
@@ -20,8 +21,8 @@ so the *load* of a resource, 1/(the largest x), is a maximum of finitely many nu
 With one piece the load of memory is Σ λ_j κ_j / C with κ_j = c W_j + C w_j, and with time and memory only
 the optimum in overload is a fractional knapsack: serve types by decreasing r_j/κ_j (`knapsack`).
 
-Source: Ao, Luo, Simchi-Levi, Wang (arXiv 2504.11320) for the underloaded paper's model; the rest is derived
-here.
+Source: Ao, Luo, Simchi-Levi, Wang (arXiv 2504.11320) for the underloaded paper's model; the rest is
+derived here.
 """
 
 from __future__ import annotations

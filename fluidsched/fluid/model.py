@@ -9,8 +9,8 @@ is
           Σ_j W_j a_j     − C u   ≤ 0          KV memory                                           (kv)
           Σ_j S_j a_j     − B u   ≤ 0          requests in a batch                                 (batch)
           Σ_j τ_j a_j     − N u   ≤ 0          tokens in an iteration                              (tokens)
-          u ≥ 1/T_max                          mean iteration time
-          f_j λ_j ≤ a_j ≤ λ_j                  fairness floors, demand
+          u ≥ 1/T_max                          mean iteration time f_j λ_j ≤ a_j ≤ λ_j fairness floors,
+          demand
 
 `FluidModel` holds one row per constraint: its name, its coefficients on the rates and on u, and its limit.
 A row exists only where the server has that limit. KV work is rounded to blocks where the server pages its
@@ -102,6 +102,15 @@ class FluidModel:
         latency = ("iteration_time",) if math.isfinite(self.max_iteration_time) else ()
         return ("time", *self.row_names[self.pieces :], *latency)
 
+    @cached_property
+    def rate_alone(self) -> NDArray[np.float64]:
+        """The largest rate of each type that the server carries without the others, shape (J,), req/s.
+
+        For a type that uses nothing (one token in and out, where only KV costs time): 1/T(empty batch).
+        """
+        load = self.load(np.eye(len(self.workload))).max(axis=-1)
+        return np.asarray(1.0 / np.where(load > 0.0, load, self.base.max()))
+
     def load(self, rate: ArrayLike) -> NDArray[np.float64]:
         """Return the load of every resource at these admitted or offered rates.
 
@@ -113,7 +122,8 @@ class FluidModel:
         Returns
         -------
         ndarray of shape (..., len(resources))
-            1/(the largest factor on all rates that the resource together with time allows); 0 without demand.
+            1/(the largest factor on all rates that the resource together with time allows); 0 without
+            demand.
         """
         use = np.asarray(rate, dtype=np.float64) @ self.matrix.T
         busy = use[..., : self.pieces]

@@ -71,9 +71,7 @@ class FluidProgram:
             fairness_floor=fairness_floor,
             max_iteration_time=max_iteration_time,
         )
-        alone = 1.0 / self.model.load(np.eye(len(workload))).max(axis=-1)
-        self._alone = alone
-        self._scaled = _Scaled(self.model, alone)
+        self._scaled = _Scaled(self.model, self.model.rate_alone)
 
     def solve(self, arrival_rate: ArrayLike | None = None) -> FluidSolution:
         """Solve for the workload's rates, or for others; starts from the last solve's basis.
@@ -93,14 +91,7 @@ class FluidProgram:
             If HiGHS fails.
         """
         rate = self._checked(arrival_rate)
-        if self.model.fairness_floor.any():
-            self.model.check_floors(rate)
-        solution = self._scaled.solve(rate)
-        if solution.certificate.ok:
-            return solution
-        demand = np.where(rate > 0.0, np.minimum(rate, self._alone), self._alone)
-        again = _Scaled(self.model, demand).solve(rate)
-        return again if again.certificate.ok else solution.as_imprecise()
+        return _solve(self.model, self._scaled, rate)
 
     def _checked(self, arrival_rate: ArrayLike | None) -> NDArray[np.float64]:
         workload = self.model.workload
@@ -150,13 +141,29 @@ def solve_fluid(
     return program.solve()
 
 
+def solve_model(model: FluidModel, arrival_rate: NDArray[np.float64]) -> FluidSolution:
+    """Solve an assembled program for offered rates of shape (J,), req/s; errors as `FluidProgram.solve`."""
+    return _solve(model, _Scaled(model, model.rate_alone), arrival_rate)
+
+
+def _solve(model: FluidModel, scaled: _Scaled, rate: NDArray[np.float64]) -> FluidSolution:
+    if model.fairness_floor.any():
+        model.check_floors(rate)
+    solution = scaled.solve(rate)
+    if solution.certificate.ok:
+        return solution
+    alone = model.rate_alone
+    again = _Scaled(model, np.where(rate > 0.0, np.minimum(rate, alone), alone)).solve(rate)
+    return again if again.certificate.ok else solution.as_imprecise()
+
+
 class _Scaled:
     """The program with columns in units of `unit` (req/s), u in units of 1/T(empty), rows per capacity."""
 
     def __init__(self, model: FluidModel, unit: NDArray[np.float64]) -> None:
         self._model = model
         self._unit = unit
-        fastest = 1.0 / float(model.base.max())
+        self._fastest = fastest = 1.0 / float(model.base.max())
         self._row_scale = np.where(model.limit > 0.0, 1.0, -model.rate_coefficient * fastest)
         matrix = np.column_stack([model.matrix * unit, model.rate_coefficient * fastest])
         self._matrix = matrix / self._row_scale[:, None]
@@ -167,8 +174,7 @@ class _Scaled:
         self._upper = np.ones(len(unit) + 1)
         self._lower[-1] = 1.0 / (model.max_iteration_time * fastest)
         # More than the type could use alone never binds; a hundredfold keeps the numbers small.
-        alone = 1.0 / model.load(np.eye(len(unit))).max(axis=-1)
-        self._never = 100.0 * alone / unit
+        self._never = 100.0 * model.rate_alone / unit
         self._simplex = Simplex(self._cost, self._matrix, model.limit)
 
     def solve(self, rate: NDArray[np.float64]) -> FluidSolution:
@@ -187,7 +193,8 @@ class _Scaled:
             model=model,
             arrival_rate=rate,
             admitted_rate=admitted,
-            iteration_rate=model.iteration_rate(admitted),
+            # Equal up to rounding where u is determined; the vertex's is then the more accurate one.
+            iteration_rate=max(model.iteration_rate(admitted), float(value[-1]) * self._fastest),
             row_dual=np.maximum(dual, 0.0) * self._cost_scale / self._row_scale,
             status="optimal",
             effort=basis.iterations,

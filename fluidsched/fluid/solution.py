@@ -1,8 +1,8 @@
 """What the fluid program answers, with the proof of its optimality.
 
 A `FluidSolution` keeps the admitted rates a, the iteration rate u and one multiplier μ ≥ 0 per row; all
-else is computed from these and the program's data when first asked for. The *bid price* of type j, what one
-more request of it costs the server, is Σ_rows μ·(its use of the row); an optimum admits a type in full
+else is computed from these and the program's data when first asked for. The *bid price* of type j, what
+one more request of it costs the server, is Σ_rows μ·(its use of the row); an optimum admits a type in full
 where its reward exceeds the bid price, refuses it (down to its floor) where it falls short, and rations at
 equality.
 
@@ -184,8 +184,8 @@ class FluidSolution:
     def load(self) -> NDArray[np.float64]:
         """Load of each of `resources` by all *offered* demand.
 
-        1/(the largest factor on all offered rates that the resource together with time allows): above 1 the
-        offered demand does not fit. `load.max()` is the x of `Workload.at_load`.
+        1/(the largest factor on all offered rates that the resource together with time allows): above 1
+        the offered demand does not fit. `load.max()` is the x of `Workload.at_load`.
         """
         load = self.model.load(self.arrival_rate)
         load.setflags(write=False)
@@ -193,9 +193,14 @@ class FluidSolution:
 
     @property
     def critical_rate(self) -> float:
-        """Total offered rate at which `load.max()` is 1 on the same mix, req/s; NaN without demand."""
-        worst = float(self.load.max())
-        return float(self.arrival_rate.sum()) / worst if worst > 0.0 else math.nan
+        """Total offered rate at which `load.max()` is 1 on the same mix, req/s.
+
+        NaN without demand; inf for a mix that uses nothing.
+        """
+        worst, total = float(self.load.max()), float(self.arrival_rate.sum())
+        if worst > 0.0:
+            return total / worst
+        return math.inf if total > 0.0 else math.nan
 
     @property
     def is_stable(self) -> bool:
@@ -249,9 +254,13 @@ class FluidSolution:
 
     @cached_property
     def upper_bound(self) -> float:
-        """Reward/s that no feasible rates exceed, from the duals alone (weak duality)."""
-        reduced = self._reduced
-        demand = np.where(reduced > 0.0, self.arrival_rate, self.model.fairness_floor * self.arrival_rate)
+        """Reward/s that no feasible rates exceed, from the duals alone (weak duality).
+
+        Demand beyond what the server carries of a type alone is left out: it would only magnify rounding.
+        """
+        reduced, rate = self._reduced, self.arrival_rate
+        most = np.minimum(rate, self.model.rate_alone)
+        demand = np.where(reduced > 0.0, most, self.model.fairness_floor * rate)
         return float(
             self.row_dual @ self.model.limit - self._rate_price * self._least_rate + reduced @ demand
         )

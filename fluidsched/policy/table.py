@@ -28,14 +28,13 @@ certificate nor provenance, because what a hand may have changed they no longer 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import html
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -44,6 +43,8 @@ from numpy.typing import NDArray
 from fluidsched._checks import check_choice, check_count, check_real
 from fluidsched._files import dumps, fingerprint, loads, read_text, to_jsonable, write_whole
 from fluidsched.errors import InputError
+from fluidsched.policy.csv_form import csv_to_rows, rows_to_csv
+from fluidsched.policy.export import EngineArguments, sglang_arguments, vllm_arguments
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -584,32 +585,7 @@ class PolicyTable:
 
         Certificate and provenance stay behind: edited by hand, the table would no longer be what they cover.
         """
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, _CSV_COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        shared = {name: getattr(self, name) for name in _CSV_GLOBALS if hasattr(self, name)}
-        shared |= {
-            "schema": SCHEMA,
-            "policy": self.name,
-            "lookahead_mode": self.lookahead.mode,
-            "lookahead_headroom_tokens": self.lookahead.headroom_tokens,
-        }
-        for row in self.types:
-            output = row.match.output or (None, None)
-            cells = {name: getattr(row, name) for name in _CSV_TYPE_FIELDS}
-            cells |= {
-                "row": "type",
-                "label": row.match.label,
-                "prompt_min": row.match.prompt[0],
-                "prompt_max": row.match.prompt[1],
-                "output_min": output[0],
-                "output_max": output[1],
-            }
-            writer.writerow({name: _to_cell(value) for name, value in (cells | shared).items()})
-        for segment in self.segments:
-            cells = {"row": "segment", **dataclasses.asdict(segment)}
-            writer.writerow({name: _to_cell(value) for name, value in (cells | shared).items()})
-        text = stream.getvalue()
+        text = rows_to_csv(self.to_dict())
         if path is not None:
             write_whole(path, text)
         return text
@@ -617,62 +593,38 @@ class PolicyTable:
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> PolicyTable:
         """Read a table from `to_csv`'s form, with the same validation; the certificate is empty."""
-        reader = csv.DictReader(io.StringIO(read_text("policy table", path), newline=""), strict=True)
-        try:
-            lines = [(reader.line_num, line) for line in reader]
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}", str(error), "be valid CSV") from None
-        header = list(reader.fieldnames or [])
-        if sorted(header) != sorted(_CSV_COLUMNS):
-            wrong = sorted(set(_CSV_COLUMNS).symmetric_difference(header)) or header
-            raise InputError(
-                f"{path}, line 1",
-                f"column {wrong[0]!r} missing, unknown or twice",
-                "be the header to_csv writes",
-            )
-        if not lines:
-            raise InputError(str(path), "no row", "have at least one row of a type")
-        types: list[dict[str, Any]] = []
-        segments: list[dict[str, Any]] = []
-        first = lines[0][1]
-        for number, line in lines:
-            place = f"{path}, line {number}"
-            if None in line or None in line.values():
-                raise InputError(place, "a row of another length", f"have {len(_CSV_COLUMNS)} cells")
-            for name in _CSV_GLOBALS:
-                if line[name] != first[name]:
-                    raise InputError(
-                        f"{place}, {name}", line[name], f"repeat the first row's {first[name]!r}"
-                    )
-            values = {name: _from_cell(name, cell) for name, cell in line.items()}
-            if values["row"] == "type":
-                row = {name: values[name] for name in _CSV_TYPE_FIELDS}
-                output = [values["output_min"], values["output_max"]]
-                row["match"] = {
-                    "prompt": [values["prompt_min"], values["prompt_max"]],
-                    "output": None if output == [None, None] else output,
-                    "label": values["label"],
-                }
-                types.append(row)
-            elif values["row"] == "segment":
-                segments.append({name: values[name] for name in _names(Segment)})
-            else:
-                raise InputError(f"{place}, row", values["row"] or "nothing", "be 'type' or 'segment'")
-        shared = {name: _from_cell(name, first[name]) for name in _CSV_GLOBALS}
-        data = {name: shared[name] for name in _names(cls) if name in shared}
-        data |= {
-            "schema": shared["schema"],
-            "name": shared["policy"],
-            "types": types,
-            "segments": segments,
-            "lookahead": {
-                "mode": shared["lookahead_mode"],
-                "headroom_tokens": shared["lookahead_headroom_tokens"],
-            },
-            "certificate": {},
-            "provenance": {},
-        }
-        return cls.from_dict(data)
+        return cls.from_dict(csv_to_rows(str(path), read_text("policy table", path)))
+
+    # ------------------------------------------------------------------ to engines
+
+    def to_vllm_args(self) -> EngineArguments:
+        """Return vLLM's arguments for this table, and what they lose.
+
+        Examples
+        --------
+        >>> from fluidsched.policy import baselines
+        >>> args = baselines.sarathi(512).to_vllm_args()
+        >>> dict(args.arguments)
+        {'max_num_batched_tokens': 512}
+        >>> args.lost
+        ('Decodes before chunks: running requests are served in the order of their admission.',)
+        """
+        return vllm_arguments(self)
+
+    def to_sglang_args(self) -> EngineArguments:
+        """Return SGLang's arguments for this table, and what they lose."""
+        return sglang_arguments(self)
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """Return the JSON Schema (draft 2020-12) of the JSON form, as shipped in ``policy-1.schema.json``.
+
+        It states names, types and ranges. What one field means for another (a WAIT table has blocks, an
+        interval is not empty) is checked by `from_dict` alone.
+        """
+        text = files("fluidsched.policy").joinpath("policy-1.schema.json").read_text(encoding="utf-8")
+        schema: dict[str, Any] = loads("policy-1.schema.json", text)
+        return schema
 
     # ------------------------------------------------------------------ to look at
 
@@ -680,12 +632,10 @@ class PolicyTable:
         """Return one row per type: match, rates (requests/s), threshold, gate, period, hold, priority."""
         import pandas as pd
 
-        columns = ["type", "match", *(name for name in _CSV_TYPE_FIELDS if name != "name")]
-        rows = [
-            [row.name, str(row.match), *(getattr(row, name) for name in _CSV_TYPE_FIELDS if name != "name")]
-            for row in self.types
-        ]
-        return pd.DataFrame(rows, columns=columns).set_index("type")
+        numbers = [name for name in _names(TableType) if name not in ("name", "match")]
+        rows = [[str(row.match), *(getattr(row, name) for name in numbers)] for row in self.types]
+        index = pd.Index(self.type_names, name="type")
+        return pd.DataFrame(rows, columns=["match", *numbers], index=index)
 
     def _headline(self) -> str:
         count = len(self.types)
@@ -728,49 +678,3 @@ class PolicyTable:
 def _within(lengths: NDArray[np.int64], interval: tuple[int, int | None]) -> NDArray[np.bool_]:
     low, high = interval
     return lengths >= low if high is None else (lengths >= low) & (lengths <= high)
-
-
-_CSV_TYPE_FIELDS = [name for name in _names(TableType) if name != "match"]
-_NOT_IN_CSV_AS_THEY_ARE = {"name", "types", "segments", "lookahead", "certificate", "provenance"}
-_CSV_GLOBALS = ["schema", "policy"]
-_CSV_GLOBALS += [name for name in _names(PolicyTable) if name not in _NOT_IN_CSV_AS_THEY_ARE]
-_CSV_GLOBALS += ["lookahead_mode", "lookahead_headroom_tokens"]
-_CSV_COLUMNS = ["row", "name", "label", "prompt_min", "prompt_max", "output_min", "output_max"]
-_CSV_COLUMNS += [*_CSV_TYPE_FIELDS[1:], "boundary", "buffer", *_CSV_GLOBALS]
-_CSV_TEXT = {
-    "row",
-    "name",
-    "label",
-    "schema",
-    "policy",
-    "kind",
-    "order",
-    "predictor",
-    "preemption",
-    "lookahead_mode",
-}
-_CSV_FLAGS = {"freeze", "whole_prompt_admission"}
-
-
-def _to_cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return value if isinstance(value, str) else repr(value)
-
-
-def _from_cell(column: str, cell: str) -> Any:
-    """Undo `_to_cell`; what is no number or flag is handed on as text, for the validation to name."""
-    if cell == "":
-        return None
-    if column in _CSV_FLAGS:
-        return {"true": True, "false": False}.get(cell.lower(), cell)
-    if column in _CSV_TEXT:
-        return cell
-    for convert in (int, float):
-        try:
-            return convert(cell)
-        except ValueError:
-            continue
-    return cell

@@ -5,7 +5,14 @@ a boundary queue of Nested WAIT climbs, bounded and exactly. `guarantees`: the t
 delays.
 """
 
-from fluidsched.queues.embedded import embedded_queue_mean, embedded_queue_variance
+from fluidsched.queues.embedded import (
+    QueueMoments,
+    embedded_queue_mean,
+    embedded_queue_pmf,
+    embedded_queue_tail,
+    embedded_queue_transient,
+    embedded_queue_variance,
+)
 from fluidsched.queues.first_passage import exact_buffer, first_passage_probability
 from fluidsched.queues.guarantees import (
     critical_queue_bound,
@@ -16,8 +23,12 @@ from fluidsched.queues.guarantees import (
 from fluidsched.queues.lundberg import lundberg_buffer, lundberg_exponent
 
 __all__ = [
+    "QueueMoments",
     "critical_queue_bound",
     "embedded_queue_mean",
+    "embedded_queue_pmf",
+    "embedded_queue_tail",
+    "embedded_queue_transient",
     "embedded_queue_variance",
     "exact_buffer",
     "first_passage_probability",

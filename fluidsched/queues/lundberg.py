@@ -68,17 +68,18 @@ def lundberg_exponent(trials: int, probability: float, threshold: int) -> float:
         return math.inf
 
     def log_transform(theta: float) -> float:
-        # log(1 − p + p e^θ) for θ so large that e^θ would overflow is θ + log(p + (1 − p) e^−θ).
-        return count * (theta + math.log1p((1.0 - p) * math.expm1(-theta))) - n * theta
+        if theta < 1.0:
+            return count * math.log1p(p * math.expm1(theta)) - n * theta
+        # The same with e^θ taken out, which may overflow.
+        return count * math.log1p((1.0 - p) * math.expm1(-theta)) + (count - n) * theta
 
     from scipy.optimize import brentq
 
-    low, high = 8.0 * (n - count * p) / count, -count * math.log(p) / (count - n)
-    # Near Np = n both ends are of the size of the root itself; rounding may put the sign on the wrong side.
-    while log_transform(low) >= 0.0:
-        low *= 0.5
-    while log_transform(high) <= 0.0:
-        high *= 2.0
+    low, high = 7.9 * (n - count * p) / count, -1.01 * count * math.log(p) / (count - n)
+    if not log_transform(low) < 0.0 < log_transform(high):
+        raise InputError(
+            "threshold", n, f"exceed trials · probability = {count * p:g} by more than rounding", "Raise it."
+        )
     return float(brentq(log_transform, low, high, xtol=1e-300, rtol=8.9e-16, maxiter=500))
 
 

@@ -9,13 +9,14 @@ decodes read and A the prefill attention work:
 - ``"paper"``: d0 + d1·(KV tokens of the batch), fitted to pure decodes. It has no cost per prefilled token
   and predicts rates far above what real servers reach.
 
-One (GPU, model, tensor parallel) may be known from several sources. Unless told otherwise `server` takes the
-first of: aiconfigurator (a current engine, vLLM 0.14), vidur-recon (operator profiles of Vidur), splitwise
-(whole iterations of a 2023 engine). KV capacity is 0.9 of the GPUs' memory less the model's fp16 weights.
+One (GPU, model, tensor parallel) may be known from several sources. Unless told otherwise `server` takes
+the first of: aiconfigurator (a current engine, vLLM 0.14), vidur-recon (operator profiles of Vidur),
+splitwise (whole iterations of a 2023 engine). KV capacity is 0.9 of the GPUs' memory less the model's fp16
+weights.
 
-Names are canonical lower-case words (``"a100-80gb"``, ``"llama-2-7b"``). Case, separators, the organisation
-and the suffixes -hf, -chat and -instruct do not matter, so ``"meta-llama/Llama-2-7b-hf"`` is found too. A
-plain ``"a100"`` or ``"h100"`` is the 80 GB card.
+Names are canonical lower-case words (``"a100-80gb"``, ``"llama-2-7b"``). Case, separators, the
+organisation and the suffixes -hf, -chat and -instruct do not matter, so ``"meta-llama/Llama-2-7b-hf"`` is
+found too. A plain ``"a100"`` or ``"h100"`` is the 80 GB card.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """How long one iteration lasts.
 
 An iteration is one forward pass over a batch. The batch prefills n_pf prompt tokens and decodes n_dec
-requests (one token each); those decodes read k_dec tokens of KV, and the prefill does q_pf units of attention
-work: a chunk of c tokens of a prompt with d tokens already computed counts c·(d + c/2), which adds up to p²/2
-for a prompt of p tokens however it is chunked. The time is convex and piecewise affine in these four numbers,
+requests (one token each); those decodes read k_dec tokens of KV, and the prefill does q_pf units of
+attention work: a chunk of c tokens of a prompt with d tokens already computed counts c·(d + c/2), which
+adds up to p²/2 for a prompt of p tokens however it is chunked. The time is convex and piecewise affine in
+these four numbers,
 
     T = max over pieces i of  c0_i + c_pf,i·n_pf + c_dec,i·n_dec + c_kv,i·k_dec + c_attn,i·q_pf    [s].
 
-Token coefficients are non-negative, so T grows with the batch. A base c0_i may be negative (the second piece
-of a knee often is), as long as the empty batch takes positive time, max_i c0_i > 0. One piece is the *affine*
-model. The *paper's* model (Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320) is d0 + d1·(KV tokens of every
-request in the batch), the row (d0, d1, 0, d1, 0). The *two-piece* model has a knee where the matrix products
-turn compute-bound: beyond `knee_tokens` tokens in the batch every further token costs more.
+Token coefficients are non-negative, so T grows with the batch. A base c0_i may be negative (the second
+piece of a knee often is), as long as the empty batch takes positive time, max_i c0_i > 0. One piece is the
+*affine* model. The *paper's* model (Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320) is d0 + d1·(KV tokens of
+every request in the batch), the row (d0, d1, 0, d1, 0). The *two-piece* model has a knee where the matrix
+products turn compute-bound: beyond `knee_tokens` tokens in the batch every further token costs more.
 """
 
 from __future__ import annotations

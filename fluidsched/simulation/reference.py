@@ -107,7 +107,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -248,9 +248,15 @@ class _System:
         self.evicted.append(victim)
         return victim
 
-    def hold_expired(self, requests: Iterable[_Request], row: int) -> bool:
+    def on_hold(self, row: int) -> Iterator[_Request]:
+        """The requests of a row whose hold counts (rule 23)."""
+        yield from self.queues[row]
+        if self.table.kind == "wait":
+            yield from (request for request in self.residents if request.row == row)
+
+    def hold_expired(self, row: int) -> bool:
         hold = self.rows[row].max_hold_s
-        return hold is not None and any(self.now >= request.served_s + hold for request in requests)
+        return hold is not None and any(self.now >= request.served_s + hold for request in self.on_hold(row))
 
 
 # ------------------------------------------------------------------ the rules: each fixes system.batch
@@ -373,7 +379,7 @@ def _allowances(system: _System) -> list[int]:
         assert row.period is not None
         while window and window[0][0] <= system.iterations - row.period:
             window.popleft()
-        is_open = len(queue) >= row.gate or system.hold_expired(list(queue)[:1], j)
+        is_open = len(queue) >= row.gate or system.hold_expired(j)
         allowances.append(row.threshold - sum(count for _, count in window) if is_open else 0)
     return allowances
 
@@ -410,12 +416,11 @@ def _decide_wait(system: _System) -> None:
 
 def _open_rows(system: _System) -> set[int]:
     """Rule 20's J."""
-    rows = set()
-    for j, (row, queue) in enumerate(zip(system.rows, system.queues, strict=True)):
-        mine = [*queue, *(request for request in system.residents if request.row == j)]
-        if row.threshold and (len(queue) >= row.gate or system.hold_expired(mine, j)):
-            rows.add(j)
-    return rows
+    return {
+        j
+        for j, (row, queue) in enumerate(zip(system.rows, system.queues, strict=True))
+        if row.threshold and (len(queue) >= row.gate or system.hold_expired(j))
+    }
 
 
 def _admit_cohorts(system: _System) -> None:
@@ -696,10 +701,7 @@ def _timers(system: _System) -> list[float]:
     for j, row in enumerate(system.rows):
         if row.max_hold_s is None or not row.threshold:
             continue
-        requests = list(system.queues[j])
-        if system.table.kind == "wait":
-            requests += [request for request in system.residents if request.row == j]
-        instants += [request.served_s + row.max_hold_s for request in requests]
+        instants += [request.served_s + row.max_hold_s for request in system.on_hold(j)]
     return [instant for instant in instants if instant > system.now]
 
 

@@ -6,10 +6,20 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from fluidsched.errors import InputError
-from fluidsched.queues import embedded_queue_mean, embedded_queue_variance
+from fluidsched.queues import (
+    critical_queue_bound,
+    embedded,
+    embedded_queue_mean,
+    embedded_queue_pmf,
+    embedded_queue_tail,
+    embedded_queue_transient,
+    embedded_queue_variance,
+)
 
 POISSON = {(4, 0.9): 5.09988, (20, 0.95): 16.82888, (1, 0.9): 4.05, (2, 0.8): 1.94525}
 BINOMIAL = {
@@ -79,3 +89,113 @@ def test_critical_mean_is_refused_with_the_condition() -> None:
             embedded_queue_mean(4, bad)
     with pytest.raises(InputError, match="threshold"):
         embedded_queue_mean(0, 0.5)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize(
+    ("n", "mean", "trials"),
+    [(1, 0.6, None), (4, 3.0, None), (7, 2.0, None), (4, 3.0, 10), (3, 2.0, 3), (5, 2.4, 4)],
+)
+def test_law_agrees_with_the_transition_matrix(n: int, mean: float, trials: int | None, wait: bool) -> None:
+    law = chain_law(n, mean, trials, wait, 120)
+    assert embedded_queue_pmf(n, mean, trials, wait, size=60) == pytest.approx(law[:60], abs=1e-12)
+    tail = np.cumsum(law[::-1])[::-1]
+    assert embedded_queue_tail(n, mean, np.arange(59), trials, wait) == pytest.approx(tail[1:60], abs=1e-12)
+
+
+LAWS = st.one_of(
+    st.tuples(st.integers(1, 300), st.floats(0.02, 1 - 1e-6), st.none()),
+    st.tuples(st.integers(1, 300), st.floats(0.02, 1 - 1e-6), st.integers(2, 1000)),
+)
+
+
+@given(LAWS, st.booleans())
+def test_moments_by_roots_equal_moments_of_the_law_by_fft(
+    law: tuple[int, float, int | None], wait: bool
+) -> None:
+    """Second witness, at any load: the tail by Wiener–Hopf, summed, its end in closed form."""
+    n, load, trials = law
+    mean = load * (n if trials is None else min(n, trials))
+    base, decay = embedded._tail(n, mean, trials, wait, 1)
+    x = np.arange(len(base))
+    ratio, last, size = math.exp(-decay), float(base[-1]), len(base)
+    first = base.sum() + last * ratio / -math.expm1(-decay)
+    beyond = last * ratio * ((2 * size + 1) / -math.expm1(-decay) + 2 * ratio / math.expm1(-decay) ** 2)
+    second = ((2 * x + 1) @ base + beyond) - first**2
+    assert embedded_queue_mean(n, mean, trials, wait) == pytest.approx(first, rel=1e-9, abs=1e-12 * n)
+    assert embedded_queue_variance(n, mean, trials, wait) == pytest.approx(
+        second, rel=1e-8, abs=1e-12 * n * n
+    )
+
+
+@pytest.mark.parametrize("load", [0.1, 0.5, 0.9, 0.99, 0.999, 1 - 1e-6])
+@pytest.mark.parametrize("trials", [None, 10_001, 20_000, 10**7])
+def test_threshold_of_10_000_is_stable_up_to_1_minus_1e_6(load: float, trials: int | None) -> None:
+    """Roots against the law by FFT at the largest sizes promised."""
+    n = 10_000
+    mean = load * n
+    tail, decay = embedded._tail(n, mean, trials, False, 1)
+    expected = tail.sum() + (tail[-1] / math.expm1(decay) if tail[-1] > 0 else 0.0)
+    assert embedded_queue_mean(n, mean, trials, wait=False) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_tail_is_relatively_exact_far_out() -> None:
+    """n = 1, far out: the witness is the chain cut at 400, solved by GTH, which never subtracts."""
+    mean, size = 0.5, 400
+    x = arrivals_pmf(mean, None, size + 2)
+    matrix = np.zeros((size, size))
+    for state in range(size):
+        for arrivals, probability in enumerate(x):
+            matrix[state, min(max(state + arrivals - 1, 0), size - 1)] += probability
+    law = np.ones(size)
+    for k in range(size - 1, 0, -1):
+        matrix[:k, k] /= matrix[k, :k].sum()
+        matrix[:k, :k] += np.outer(matrix[:k, k], matrix[k, :k])
+    for k in range(1, size):
+        law[k] = law[:k] @ matrix[:k, k]
+    tail = np.cumsum((law / law.sum())[::-1])[::-1][1:]
+    levels = np.array([1, 10, 50, 100, 150])
+    assert embedded_queue_tail(1, mean, levels, wait=False) == pytest.approx(tail[levels], rel=1e-9)
+
+
+def test_pmf_until_tail_mass_and_up_to_a_size() -> None:
+    law = embedded_queue_pmf(20, 19.0, tail_mass=1e-9)
+    assert 1.0 - 1.01e-9 < law.sum() <= 1.0 - 0.9e-9
+    assert np.array_equal(embedded_queue_pmf(20, 19.0, size=len(law)), law)
+    assert (
+        float(embedded_queue_tail(20, 19.0, len(law) - 1))
+        <= 1e-9
+        < float(embedded_queue_tail(20, 19.0, len(law) - 2))
+    )
+    with pytest.raises(InputError, match="Give `size`"):
+        embedded_queue_pmf(10_000, 10_000 - 1e-4)
+    with pytest.raises(InputError, match="level"):
+        embedded_queue_tail(4, 3.0, [-1])
+
+
+def test_transient_mean_without_waiting_is_spitzers_identity() -> None:
+    """E[V_b] = Σ_{k≤b} E[(S_k)⁺]/k, S_k = Poisson(km) − kn; also at and beyond the critical rate."""
+    n, cycles = 5, 200
+    for mean in (4.0, 5.0, 5.3):
+        expected, total = [0.0], 0.0
+        for k in range(1, cycles + 1):
+            y = np.arange(k * n, k * n + 60 * int(math.sqrt(k * mean) + 1) + int(k * mean))
+            total += float((y - k * n) @ stats.poisson.pmf(y, k * mean)) / k
+            expected.append(total)
+        assert embedded_queue_transient(n, mean, cycles, wait=False).mean == pytest.approx(
+            expected, rel=1e-10
+        )
+
+
+@pytest.mark.parametrize("trials", [None, 10])
+def test_transient_moments_reach_the_stationary_ones(trials: int | None) -> None:
+    moments = embedded_queue_transient(4, 3.0, 400, trials)
+    assert moments.mean[0] == moments.variance[0] == 0.0
+    assert moments.mean[-1] == pytest.approx(embedded_queue_mean(4, 3.0, trials), rel=1e-9)
+    assert moments.variance[-1] == pytest.approx(embedded_queue_variance(4, 3.0, trials), rel=1e-9)
+
+
+def test_transient_mean_stays_below_the_critical_bound() -> None:
+    n, cycles = 9, 300
+    mean = embedded_queue_transient(n, float(n), cycles).mean
+    assert all(mean[b] <= critical_queue_bound(n, b) for b in range(cycles + 1))

@@ -45,8 +45,8 @@ def test_literal_wait_lies_below_the_fixed_cycle_bound(
 ) -> None:
     """Time-average entry queue of literal WAIT, by Little's law.
 
-    Null: it is the stated figure up to its rounding. Each two-sided test errs with probability below 1e-5 (4.5
-    standard errors of 100 batch means); the bound is a closed form and is compared exactly.
+    Null: it is the stated figure up to its rounding. Each two-sided test errs with probability below 1e-5
+    (4.5 standard errors of 100 batch means); the bound is a closed form and is compared exactly.
     """
     n, load = case
     literal, bound = values
