@@ -63,7 +63,7 @@ class ComparisonRow:
     share_of_bound : float
         Estimate over the fluid bound.
     verdict : str
-        How the policy's runs ended.
+        How the policy fared, as `SimulationResult.verdict` says.
     """
 
     policy: str
@@ -207,7 +207,7 @@ class Comparison:
             "mean TPOT [ms]",
             "preemptions",
             f"mean TTFT - {self.baseline}'s [s]",
-            "ended",
+            "verdict",
         ]
         table = aligned([header, *map(self._cells, self.policies)])
         notes = (

@@ -5,24 +5,28 @@ admission D, first token F, finish E and o output tokens:
 
     scheduling delay = D - A,   TTFT = F - A,   TPOT = (E - F)/(o - 1) for o ≥ 2,   E2E = E - A.
 
-*Latencies* are taken over the requests that arrived at or after w and were not rejected (TPOT: of these, the
-ones with a first token and o ≥ 2). One without its event by e is *right-censored*: all that is known is that
-its value is at least what it would be had the event happened at e. The mean uses that value, and is a lower
-bound whenever anything is censored. A quantile counts censored requests as later than every observed one; if
-its rank then falls among the observed it is reported as it is, else it is the quantile with the censored
-requests at their least values, a lower bound. Quantiles interpolate linearly between order statistics.
+*Latencies* are taken over the requests that arrived at or after w and were not rejected (TPOT: of these,
+the ones with a first token and o ≥ 2). One without its event by e is *right-censored*: all that is known
+is that its value is at least what it would be had the event happened at e. The mean uses that value, and
+is a lower bound whenever anything is censored. A quantile counts censored requests as later than every
+observed one; if its rank then falls among the observed it is reported as it is, else it is the quantile
+with the censored requests at their least values, a lower bound. Quantiles interpolate linearly between
+order statistics.
 
 *Rates* count what happened in (w, e], whenever the requests arrived: `request_throughput` finishes,
-`output_throughput` tokens emitted, `effective_throughput` output tokens and `total_token_throughput` prompt
-and output tokens of the requests that finished; `goodput` finishes of requests that met every stated SLO,
-each a limit on one latency of the request itself. A request with a single token meets any limit on TPOT.
+`output_throughput` tokens emitted, `effective_throughput` output tokens and `total_token_throughput`
+prompt and output tokens of the requests that finished; `goodput` finishes of requests that met every
+stated SLO, each a limit on one latency of the request itself. A request with a single token meets any
+limit on TPOT.
 
-*Occupancy* is the time average over the window. `preemptions`, `wasted_tokens`, `mean_batch_size` (requests
+*Occupancy* is the time average over the window. `backlog_growth` is (X(e) - X(m))/(e - m), X the number in
+the system and m the middle of the window: zero on average in a stable system past its start, the excess of
+arrivals over capacity in an overloaded one. `preemptions`, `wasted_tokens`, `mean_batch_size` (requests
 per iteration) and `peak_kv` are over the whole run.
 
 An interval across R ≥ 2 replications is estimate ± t_{R-1, 0.975}·s/√R (Student; replications where the
-measure is undefined are left out); with one replication it is NaN: a single run has no independent parts to
-measure its own error by.
+measure is undefined are left out); with one replication it is NaN: a single run has no independent parts
+to measure its own error by.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ UNITS = {
     "peak_kv": "tokens",
     "mean_residents": "req",
     "mean_waiting": "req",
+    "backlog_growth": "req/s",
     "busy_fraction": "",
     "mean_batch_size": "req",
     "preemptions": "",
@@ -209,6 +214,9 @@ def measure_run(
         counts["goodput"] = np.count_nonzero(left & _meets(path, run, slo))
     for name, total in counts.items():
         values[name] = float(total) / window if window > 0.0 else math.nan
+    middle = warmup + window / 2
+    grown = _in_system(path, run, run.end_s) - _in_system(path, run, middle)
+    values["backlog_growth"] = grown / (window / 2) if window > 0.0 else math.nan
     measured = path.arrival_s >= warmup
     values["mean_batch_size"] = run.batch_size_sum / run.iterations if run.iterations else math.nan
     values["peak_kv"] = float(run.peak_kv)
@@ -220,6 +228,12 @@ def measure_run(
         np.count_nonzero(measured & (run.status != _REJECTED) & (run.status != _FINISHED))
     )
     return {name: values[name] for name in UNITS if name in values}, lower_bounds
+
+
+def _in_system(path: ArrivalPath, run: EngineRun, instant: float) -> int:
+    """Requests that have arrived and not left by `instant`."""
+    here = (path.arrival_s <= instant) & (run.status != _REJECTED) & ~(run.finish_s <= instant)
+    return int(np.count_nonzero(here))
 
 
 def _meets(path: ArrivalPath, run: EngineRun, slo: Mapping[str, float]) -> NDArray[np.bool_]:

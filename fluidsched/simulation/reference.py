@@ -168,7 +168,7 @@ class _System:
         Requests scheduled by this decision, in order; those withdrawn have `scheduled` 0.
     budget : int
         Tokens left in the iteration being planned.
-    admitted, evicted : list
+    admitted, victims : list
         Requests admitted and preempted by this decision, in order.
     since_prefill, queue_left : int, bool
         Iterations since the last that prefilled; whether the last decision not held left anybody waiting
@@ -196,7 +196,7 @@ class _System:
         self.batch: list[_Request] = []
         self.budget = 0
         self.admitted: list[_Request] = []
-        self.evicted: list[_Request] = []
+        self.victims: list[_Request] = []
         self.since_prefill = UNLIMITED
         self.queue_left = False
         self.windows: list[deque[tuple[int, int]]] = [deque() for _ in table.types]
@@ -245,7 +245,7 @@ class _System:
         if self.table.preemption == "restart":
             victim.produced = 0
             victim.first_token_s = math.nan
-        self.evicted.append(victim)
+        self.victims.append(victim)
         return victim
 
     def on_hold(self, row: int) -> Iterator[_Request]:
@@ -336,7 +336,7 @@ def _prefills_held(system: _System) -> bool:
 def _token_budget_rule(system: _System, may_admit: list[int]) -> None:
     """`vllm`, `capped`, `sarathi`, and `gated` but for its windows (rules 10 to 16)."""
     while True:
-        preempted_before = len(system.evicted)
+        preempted_before = len(system.victims)
         system.budget = system.limits.budget
         order = list(system.residents)
         if system.table.kind == "sarathi":
@@ -344,7 +344,7 @@ def _token_budget_rule(system: _System, may_admit: list[int]) -> None:
         held = _prefills_held(system)
         _serve_residents(system, order, held)
         system.batch = [request for request in system.batch if request.scheduled]
-        anybody_preempted = len(system.evicted) > preempted_before
+        anybody_preempted = len(system.victims) > preempted_before
         if not held:
             if not anybody_preempted:
                 _admit_waiting(system, may_admit)
@@ -546,7 +546,7 @@ def run_reference(
             verdict: Verdict = "horizon"
             break
         occupancy.sample(system)
-        system.batch, system.admitted, system.evicted = [], [], []
+        system.batch, system.admitted, system.victims = [], [], []
         decide(system)
         if system.batch:
             clock.run_iteration(system)
@@ -616,7 +616,7 @@ class _Clock:
             prefill=tuple(prefill),
             decode=tuple(decode),
             admitted=tuple(request.index for request in system.admitted),
-            preempted=tuple(request.index for request in system.evicted),
+            preempted=tuple(request.index for request in system.victims),
             prefill_tokens=prefill_tokens,
             decode_tokens=len(decode),
             kv_tokens=kv_tokens,

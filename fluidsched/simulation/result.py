@@ -1,6 +1,7 @@
 """What happened: every policy's runs on the common paths, their measures, and how to look at them.
 
-Letters: R replications, N_r requests of path r. The measures are those of `fluidsched.simulation.measures`.
+Letters: R replications, N_r requests of path r. The measures are those of
+`fluidsched.simulation.measures`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["PolicyOutcome", "SimulationResult", "aligned", "plus_minus"]
 
 SCHEMA = "fluidsched.simulation/1"
+
+TOLERATED_GROWTH = 0.02
+"""Backlog growth, as a share of the throughput, that a system called stable may still hide."""
+
 FloatArray = NDArray[np.float64]
 
 
@@ -66,8 +71,8 @@ class PolicyOutcome:
 class SimulationResult:
     """Runs of several policies on the same R arrival paths.
 
-    Made by `simulate`; read back from JSON it has the measures of every replication but no request records,
-    so `requests`, `latencies`, `occupancy` and measures under other SLOs then raise `InputError`.
+    Made by `simulate`; read back from JSON it has the measures of every replication but no request
+    records, so `requests`, `latencies`, `occupancy` and measures under other SLOs then raise `InputError`.
 
     Attributes
     ----------
@@ -174,13 +179,25 @@ class SimulationResult:
         return dict(self.outcome(policy).values)
 
     def verdict(self, policy: str) -> str:
-        """How the runs ended: "finished", "horizon", or "stuck" with the starved types and how often."""
+        """How the policy fared.
+
+        "finished" for runs until empty; "stuck" with the starved types and how often; for runs to a horizon,
+        by the 95 % interval of `backlog_growth` across replications: "unstable" if all of it is above zero
+        (2.5 % of stable systems past their start are called so), "stable" if all of it is below 2 % of the
+        throughput, else, and with one replication, "undecided".
+        """
         outcome = self.outcome(policy)
         stuck = outcome.verdicts.count("stuck")
-        if not stuck:
-            return outcome.verdicts[0]
-        times = f", {stuck} of {self.replications} replications" if stuck < self.replications else ""
-        return f"stuck ({', '.join(outcome.starved_types)}{times})"
+        if stuck:
+            times = f", {stuck} of {self.replications} replications" if stuck < self.replications else ""
+            return f"stuck ({', '.join(outcome.starved_types)}{times})"
+        if "horizon" not in outcome.verdicts:
+            return "finished"
+        _, low, high = interval(outcome.values["backlog_growth"])
+        throughput, _, _ = interval(outcome.values["request_throughput"])
+        if low > 0.0:
+            return "unstable"
+        return "stable" if high < TOLERATED_GROWTH * throughput else "undecided"
 
     def run(self, policy: str, replication: int = 0) -> EngineRun:
         """The engine's record of one run."""
@@ -193,8 +210,8 @@ class SimulationResult:
         """One row per request of one run.
 
         Columns ``arrival_s prompt_tokens output_tokens type admitted_s first_token_s finish_s preemptions
-        status``; times in seconds, NaN where the thing did not happen. ``type`` is the path's label, or the
-        name of the table's row where the path has none.
+        status``; times in seconds, NaN where the thing did not happen. ``type`` is the path's label, or
+        the name of the table's row where the path has none.
         """
         import pandas as pd
 
@@ -297,8 +314,8 @@ class SimulationResult:
     def to_serve_summary(self) -> list[dict[str, Any]]:
         """One row per policy in the field names of ``vllm bench serve``, means over replications.
 
-        Times in ms, rates per second. `duration` is the measured window. Per-token gaps are not recorded, so
-        there are no ``itl`` fields; ``request_goodput`` needs SLOs.
+        Times in ms, rates per second. `duration` is the measured window. Per-token gaps are not recorded,
+        so there are no ``itl`` fields; ``request_goodput`` needs SLOs.
         """
         rows = []
         for outcome in self.outcomes:
@@ -516,7 +533,7 @@ def _read_outcome(place: str, data: Any, replications: int) -> PolicyOutcome:
             [math.nan if v is None else check_real(f"{where}.values[{r}]", v) for r, v in enumerate(numbers)]
         )
         lower_bounds[measure] = np.array(bounds, dtype=np.bool_)
-    for measure, *_ in _SHOWN:
+    for measure in (*(measure for measure, *_ in _SHOWN), "backlog_growth"):
         if measure not in values:
             raise InputError(f"{place}.measures.{measure}", "nothing", "be present")
     return PolicyOutcome(name, values, lower_bounds, tuple(verdicts), tuple(starved))
