@@ -44,6 +44,9 @@ _OPTIONS: dict[str, bool | int | float | str] = {
     "time_limit": 600.0,
 }
 
+_BASIC = int(highspy.HighsBasisStatus.kBasic)
+_AT_UPPER = int(highspy.HighsBasisStatus.kUpper)
+
 _log = logging.getLogger(__name__)
 
 
@@ -145,9 +148,9 @@ class Simplex:
         columns = np.fromiter(map(int, basis.col_status), np.int8)
         rows = np.fromiter(map(int, basis.row_status), np.int8)
         return status, Basis(
-            np.flatnonzero(columns == int(highspy.HighsBasisStatus.kBasic)),
-            np.flatnonzero(rows != int(highspy.HighsBasisStatus.kBasic)),
-            columns == int(highspy.HighsBasisStatus.kUpper),
+            (columns == _BASIC).nonzero()[0],
+            (rows != _BASIC).nonzero()[0],
+            columns == _AT_UPPER,
             int(highs.getInfo().simplex_iteration_count),
         )
 

@@ -92,6 +92,11 @@ class FluidModel:
         return int(np.count_nonzero(self.limit))
 
     @cached_property
+    def has_floors(self) -> bool:
+        """Whether any type has a fairness floor."""
+        return bool(self.fairness_floor.any())
+
+    @cached_property
     def base(self) -> NDArray[np.float64]:
         """Bases c_i of the pieces, s."""
         return self.rate_coefficient[: self.pieces]
@@ -136,9 +141,13 @@ class FluidModel:
 
     def iteration_rate(self, admitted_rate: NDArray[np.float64]) -> float:
         """Return the largest u the time rows allow: the server never idles between iterations."""
+        matrix, base = self._positive_pieces
+        return max(float(((1.0 - matrix @ admitted_rate) / base).min()), 0.0)
+
+    @cached_property
+    def _positive_pieces(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         positive = self.base > 0.0
-        busy = self.matrix[: self.pieces][positive] @ admitted_rate
-        return max(float(((1.0 - busy) / self.base[positive]).min()), 0.0)
+        return self.matrix[: self.pieces][positive], self.base[positive]
 
     def check_floors(self, arrival_rate: NDArray[np.float64]) -> None:
         """Raise `InfeasibleError` if the floors alone exceed what the server carries."""

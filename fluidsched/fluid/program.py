@@ -4,9 +4,12 @@ HiGHS's dual simplex finds the optimal basis of a scaled copy of the program: ra
 server could carry of the type alone, u in units of 1/T(empty batch), each row divided by its capacity, so
 that every coefficient lies in [0, 1] but for negative bases. From the basis the rates and the duals are
 computed again in floating point, free of the solver's tolerances, and u is set to the largest value the
-time rows allow. The answer is accepted when its certificate holds in the original units. If it does not
-(demand and rewards many orders of magnitude apart), the program is solved once more with columns scaled by
-demand; if that fails too the solution's `status` says "imprecise".
+time rows allow.
+
+The basis must then be optimal in floating point: values within bounds, rows met, signs of duals and
+reduced rewards right, each relative to its own size. Where it is not (demand, rewards and uses many orders
+of magnitude apart) the program is solved once more with columns in units of their demand. The solution's
+certificate, in the original units, has the last word: where it fails the `status` says "imprecise".
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched.errors import InputError, SolverError
 from fluidsched.fluid._highs import Basis, Simplex
-from fluidsched.fluid.model import FluidModel, build_model
+from fluidsched.fluid.model import TOLERANCE, FluidModel, build_model
 from fluidsched.fluid.solution import FluidSolution
 from fluidsched.server import Server
 from fluidsched.workload import Workload
 
-__all__ = ["FluidProgram", "solve_fluid"]
+__all__ = ["FluidProgram", "solve_fluid", "solve_model"]
+
+_UP = 1.0 + TOLERANCE
 
 
 class FluidProgram:
@@ -102,7 +107,7 @@ class FluidProgram:
             raise InputError(
                 "arrival_rate", f"shape {rate.shape}", f"have one rate per type, {len(workload)}"
             )
-        if not (np.isfinite(rate).all() and (rate >= 0.0).all()):
+        if not (rate.min() >= 0.0 and rate.max() < np.inf):
             worst = int(np.argmin(np.isfinite(rate) & (rate >= 0.0)))
             raise InputError(
                 f"arrival_rate of type {workload.type_names[worst]!r}",
@@ -147,14 +152,13 @@ def solve_model(model: FluidModel, arrival_rate: NDArray[np.float64]) -> FluidSo
 
 
 def _solve(model: FluidModel, scaled: _Scaled, rate: NDArray[np.float64]) -> FluidSolution:
-    if model.fairness_floor.any():
+    if model.has_floors:
         model.check_floors(rate)
-    solution = scaled.solve(rate)
-    if solution.certificate.ok:
-        return solution
-    alone = model.rate_alone
-    again = _Scaled(model, np.where(rate > 0.0, np.minimum(rate, alone), alone)).solve(rate)
-    return again if again.certificate.ok else solution.as_imprecise()
+    solution, is_vertex_optimal = scaled.solve(rate)
+    if not is_vertex_optimal:
+        alone = model.rate_alone
+        solution, _ = _Scaled(model, np.where(rate > 0.0, np.minimum(rate, alone), alone)).solve(rate)
+    return solution
 
 
 class _Scaled:
@@ -164,49 +168,73 @@ class _Scaled:
         self._model = model
         self._unit = unit
         self._fastest = fastest = 1.0 / float(model.base.max())
-        self._row_scale = np.where(model.limit > 0.0, 1.0, -model.rate_coefficient * fastest)
+        row_scale = np.where(model.limit > 0.0, 1.0, -model.rate_coefficient * fastest)
         matrix = np.column_stack([model.matrix * unit, model.rate_coefficient * fastest])
-        self._matrix = matrix / self._row_scale[:, None]
+        self._matrix = matrix / row_scale[:, None]
         cost = model.reward * unit
-        self._cost_scale = float(cost.max()) or 1.0
-        self._cost = np.append(cost / self._cost_scale, 0.0)
-        self._lower = np.zeros(len(unit) + 1)
-        self._upper = np.ones(len(unit) + 1)
-        self._lower[-1] = 1.0 / (model.max_iteration_time * fastest)
+        cost_scale = float(cost.max()) or 1.0
+        self._cost = np.append(cost / cost_scale, 0.0)
+        self._dual_unit = cost_scale / row_scale
+        self._least = 1.0 / (model.max_iteration_time * fastest)
         # More than the type could use alone never binds; a hundredfold keeps the numbers small.
         self._never = 100.0 * model.rate_alone / unit
         self._simplex = Simplex(self._cost, self._matrix, model.limit)
 
-    def solve(self, rate: NDArray[np.float64]) -> FluidSolution:
+    def solve(self, rate: NDArray[np.float64]) -> tuple[FluidSolution, bool]:
+        """Return the solution, and whether its basis is optimal in floating point, not only to the solver."""
         model = self._model
         floor = model.fairness_floor * rate
-        self._lower[:-1] = floor / self._unit
-        self._upper[:-1] = np.minimum(rate / self._unit, self._never)
-        status, basis = self._simplex.solve(self._lower, self._upper)
+        lower = np.append(floor / self._unit, self._least)
+        upper = np.append(np.minimum(rate / self._unit, self._never), 1.0)
+        status, basis = self._simplex.solve(lower, upper)
         if status != "optimal":
             raise SolverError(f"HiGHS ended with status {status!r} on the fluid program")
-        value, dual = self._vertex(basis)
+        value, dual = self._vertex(basis, lower, upper)
         admitted = np.where(basis.at_upper[:-1], rate, floor)
-        rationed = basis.basic[basis.basic < len(rate)]
-        admitted[rationed] = np.clip(value[rationed] * self._unit[rationed], floor[rationed], rate[rationed])
-        return FluidSolution(
+        for j in basis.basic.tolist():
+            if j < len(rate):
+                admitted[j] = min(max(float(value[j] * self._unit[j]), float(floor[j])), float(rate[j]))
+        solution = FluidSolution(
             model=model,
             arrival_rate=rate,
             admitted_rate=admitted,
             # Equal up to rounding where u is determined; the vertex's is then the more accurate one.
             iteration_rate=max(model.iteration_rate(admitted), float(value[-1]) * self._fastest),
-            row_dual=np.maximum(dual, 0.0) * self._cost_scale / self._row_scale,
-            status="optimal",
+            row_dual=np.maximum(dual, 0.0) * self._dual_unit,
             effort=basis.iterations,
         )
+        return solution, self._is_optimal(basis, lower, upper, value, dual)
 
-    def _vertex(self, basis: Basis) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _vertex(
+        self, basis: Basis, lower: NDArray[np.float64], upper: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the basic solution and the duals of a basis, scaled."""
-        value = np.where(basis.at_upper, self._upper, self._lower)
+        value = np.where(basis.at_upper, upper, lower)
         value[basis.basic] = 0.0
         tight = self._matrix[basis.tight]
         square = tight[:, basis.basic]
         dual = np.zeros(len(self._matrix))
-        value[basis.basic] = np.linalg.solve(square, self._model.limit[basis.tight] - tight @ value)
-        dual[basis.tight] = np.linalg.solve(square.T, self._cost[basis.basic])
+        try:
+            value[basis.basic] = np.linalg.solve(square, self._model.limit[basis.tight] - tight @ value)
+            dual[basis.tight] = np.linalg.solve(square.T, self._cost[basis.basic])
+        except np.linalg.LinAlgError:
+            raise SolverError("the optimal basis of HiGHS is singular in floating point") from None
         return value, dual
+
+    def _is_optimal(
+        self,
+        basis: Basis,
+        lower: NDArray[np.float64],
+        upper: NDArray[np.float64],
+        value: NDArray[np.float64],
+        dual: NDArray[np.float64],
+    ) -> bool:
+        """Whether values lie within bounds, rows hold and no sign of a dual or reduced cost is wrong."""
+        basic = basis.basic
+        inside = (lower[basic] <= value[basic] * _UP) & (value[basic] <= upper[basic] * _UP)
+        rows = self._matrix @ value <= self._model.limit + TOLERANCE
+        price = dual @ self._matrix
+        fair = np.where(basis.at_upper, price <= self._cost * _UP, self._cost <= price * _UP)
+        fair[basic] = True
+        fair[lower == upper] = True
+        return bool(inside.all() and rows.all() and fair.all() and dual.min(initial=0.0) >= -TOLERANCE)

@@ -95,8 +95,6 @@ class FluidSolution:
         u, 1/s: the largest the time rows allow, so that the server never idles between iterations.
     row_dual : ndarray of shape (R,)
         μ of the rows in `model.row_names`, reward/s per unit of the row.
-    status : {"optimal", "imprecise"}
-        "imprecise": the certificate fails; rates or rewards span more orders of magnitude than floats carry.
     effort : int
         Simplex iterations of this solve.
     """
@@ -106,12 +104,20 @@ class FluidSolution:
     admitted_rate: NDArray[np.float64]
     iteration_rate: float
     row_dual: NDArray[np.float64]
-    status: Literal["optimal", "imprecise"]
     effort: int
 
     def __post_init__(self) -> None:
         for array in (self.arrival_rate, self.admitted_rate, self.row_dual):
             array.setflags(write=False)
+
+    @property
+    def status(self) -> Literal["optimal", "imprecise"]:
+        """Whether the certificate holds.
+
+        It does not where rates, rewards and uses span more orders of magnitude than floating point
+        carries.
+        """
+        return "optimal" if self.certificate.ok else "imprecise"
 
     # What was asked.
 
@@ -316,10 +322,6 @@ class FluidSolution:
         flow = float(self.admitted_rate @ per_request)
         return flow * self.iteration_time if flow > 0.0 else 0.0
 
-    def as_imprecise(self) -> FluidSolution:
-        """The same numbers, marked as not certified."""
-        return dataclasses.replace(self, status="imprecise")
-
     # How it is shown and stored.
 
     @property
@@ -425,7 +427,6 @@ class FluidSolution:
             "admitted_rate": self.admitted_rate.tolist(),
             "iteration_rate": self.iteration_rate,
             "row_dual": self.row_dual.tolist(),
-            "status": self.status,
             "effort": self.effort,
             "derived": self._derived(),
         }
@@ -433,6 +434,7 @@ class FluidSolution:
     def _derived(self) -> dict[str, Any]:
         loads = dict(zip(self.resources, self.load.tolist(), strict=True))
         derived = {
+            "status": self.status,
             "stable": self.is_stable,
             "objective_value": self.objective_value,
             "upper_bound": self.upper_bound,
@@ -464,7 +466,6 @@ class FluidSolution:
             "admitted_rate",
             "iteration_rate",
             "row_dual",
-            "status",
             "effort",
             "derived",
         )
@@ -480,14 +481,12 @@ class FluidSolution:
         )
         if not np.allclose(model.reward, field["reward"], rtol=TOLERANCE, atol=0.0):
             raise InputError("fluid.reward", field["reward"], f"be what {field['objective']!r} means")
-        status: Any = check_choice("fluid.status", field["status"], ("optimal", "imprecise"))
         return cls(
             model=model,
             arrival_rate=model.workload.arrival_rate,
             admitted_rate=_numbers("fluid.admitted_rate", field["admitted_rate"], len(model.workload)),
             iteration_rate=check_real("fluid.iteration_rate", field["iteration_rate"], minimum=0.0),
             row_dual=_numbers("fluid.row_dual", field["row_dual"], len(model.row_names)),
-            status=status,
             effort=check_count("fluid.effort", field["effort"]),
         )
 

@@ -42,7 +42,7 @@ def iteration_times(draw: Any, max_pieces: int = 3) -> IterationTime:
     coefficient = st.one_of(st.just(0.0), logarithmic(1e-9, 1e-4))
     rows = [
         [
-            draw(seconds) if i == 0 else draw(st.floats(-0.1, 0.1)),
+            draw(seconds) if i == 0 else draw(st.integers(-100, 100)) * 1e-3,
             draw(coefficient),
             draw(coefficient),
             draw(logarithmic(1e-9, 1e-5)),

@@ -61,7 +61,6 @@ def test_reading_is_strict() -> None:
         ({"admitted_rate": [1.0, None]}, "fluid.admitted_rate[1]"),
         ({"iteration_rate": -1.0}, "fluid.iteration_rate"),
         ({"row_dual": [0.0]}, "fluid.row_dual"),
-        ({"status": "fine"}, "fluid.status"),
         ({"effort": 1.5}, "fluid.effort"),
         ({"reward": [1.0, 1.0]}, "fluid.reward"),
         ({"surplus": 1}, "fluid.surplus"),
