@@ -18,7 +18,35 @@ True
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what readers of the code and type checkers see; at run time `__getattr__` loads each on first use
+    from fluidsched import bounds as bounds
+    from fluidsched import errors as errors
+    from fluidsched import plots as plots
+    from fluidsched.comparison import Comparison as Comparison
+    from fluidsched.comparison import compare as compare
+    from fluidsched.fluid import FluidProgram as FluidProgram
+    from fluidsched.fluid import FluidSolution as FluidSolution
+    from fluidsched.fluid import solve_fluid as solve_fluid
+    from fluidsched.planning import plan as plan
+    from fluidsched.policy import PolicyTable as PolicyTable
+    from fluidsched.policy import baselines as baselines
+    from fluidsched.policy import compile_policy as compile_policy
+    from fluidsched.reporting import show_versions as show_versions
+    from fluidsched.server import IterationTime as IterationTime
+    from fluidsched.server import Server as Server
+    from fluidsched.server import catalog as catalog
+    from fluidsched.simulation import SimulationResult as SimulationResult
+    from fluidsched.simulation import simulate as simulate
+    from fluidsched.sweeps import sweep as sweep
+    from fluidsched.workload import ArrivalPath as ArrivalPath
+    from fluidsched.workload import RequestType as RequestType
+    from fluidsched.workload import Workload as Workload
+    from fluidsched.workload import arrivals as arrivals
+    from fluidsched.workload import lengths as lengths
+    from fluidsched.workload import read_trace as read_trace
+    from fluidsched.workload import workloads as workloads
 
 __version__ = "0.1.0"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +33,11 @@ def test_every_public_name_resolves() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         fs.no_such_name  # noqa: B018
+
+
+def test_what_type_checkers_see_is_what_loads() -> None:
+    """The imports under TYPE_CHECKING list the public names, no more and no fewer."""
+    tree = ast.parse(Path(fs.__file__).read_text())
+    guard = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname for node in guard.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen | {"__version__"} == set(fs.__all__)

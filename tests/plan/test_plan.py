@@ -1,0 +1,121 @@
+"""The plan as an object: what it answers, how it recommends, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import fluidsched as fs
+from fluidsched import planning
+from fluidsched.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def result() -> planning.Plan:
+    """The default question over a short time, load curve included."""
+    return fs.plan(horizon=120.0, warmup=20.0, replications=4)
+
+
+def test_default_is_08_of_the_boundary(result: planning.Plan) -> None:
+    assert float(result.fluid.load.max()) == pytest.approx(0.8, rel=1e-12)
+    assert result.fluid.critical_rate == pytest.approx(5.83, abs=0.005)  # theory: two-piece fit, aiconfigurator
+
+
+def test_all_five_policies_are_compared_on_common_paths(result: planning.Plan) -> None:
+    assert [table.name for table in result.tables] == ["wait", "gated", "capped", "vllm", "sarathi"]
+    assert result.comparison.baseline == "vllm"
+    assert result.runs.policies == tuple(table.name for table in result.tables)
+
+
+def test_the_curve_spans_the_loads_and_ends_where_no_table_exists(result: planning.Plan) -> None:
+    """Engines have a point at every load; WAIT, which needs thresholds, has none beyond the boundary."""
+    assert result.curve is not None
+    loads = {name: sorted(set(rows["load"])) for name, rows in result.curve.groupby("policy")}
+    assert loads["vllm"] == loads["sarathi"] == list(planning.CURVE_LOADS)
+    assert 1.05 not in loads["wait"]
+    assert {0.5, 0.8} <= set(loads["wait"])
+
+
+def test_the_same_seed_gives_the_same_plan(result: planning.Plan) -> None:
+    again = fs.plan(horizon=120.0, warmup=20.0, replications=4)
+    assert again.to_dict() == result.to_dict()
+
+
+def test_a_missing_table_has_its_reason_and_reach() -> None:
+    """Beyond the boundary no compiled table exists; the plan says why, how far one reaches, and goes on."""
+    fluid = fs.solve_fluid(
+        fs.workloads.azure_conv().at_load(1.2, server := fs.catalog.server("a100-80gb", "llama-2-7b")), server
+    )
+    tables, missing = planning.policy_tables(fluid)
+    assert [table.name for table in tables] == ["vllm", "sarathi"]
+    assert set(missing) == {"wait", "gated", "capped"}
+    assert all("of the fluid boundary" in reason for reason in missing.values())
+
+
+def test_wait_takes_the_number_of_types_with_the_lowest_certified_ttft() -> None:
+    server = fs.catalog.server("a100-80gb", "llama-2-7b")
+    workload = fs.workloads.azure_conv().at_load(0.7, server)
+    tables, _ = planning.policy_tables(fs.solve_fluid(workload, server))
+    certified = []
+    for types in (1, 3, 12):
+        fluid = fs.solve_fluid(workload.merged(types), server)
+        certified.append(fs.compile_policy(fluid, "wait").certificate["ttft"]["value"])
+    assert tables[0].name == "wait"
+    assert tables[0].certificate["ttft"]["value"] == min(certified)
+
+
+class _Runs:
+    """Runs with given end-to-end latencies and whether each policy keeps up: all that a recommendation reads."""
+
+    def __init__(self, latency: dict[str, list[float]], behind: tuple[str, ...] = ()) -> None:
+        self.policies = tuple(latency)
+        self._latency = latency
+        self._behind = behind
+
+    def measures(self, name: str) -> dict[str, np.ndarray]:
+        return {"mean_e2e": np.array(self._latency[name])}
+
+    def outcome(self, name: str) -> object:
+        flag = np.array([name in self._behind])
+        return type("Outcome", (), {"lower_bounds": {"p99_ttft": flag}})
+
+
+@pytest.mark.parametrize(
+    ("latency", "behind", "expected"),
+    [
+        ({"vllm": [9.0, 9.1, 9.2], "capped": [5.0, 5.1, 5.2]}, (), "capped"),  # clearly best
+        ({"vllm": [5.0, 5.3, 5.1], "capped": [5.1, 5.2, 5.2]}, (), "capped"),  # equal but for chance: simpler
+        ({"vllm": [5.0, 5.1, 5.2], "capped": [5.5, 5.6, 5.7]}, (), "vllm"),  # significantly worse
+        ({"vllm": [5.0, 9.0, 5.0], "capped": [4.0, 11.0, 8.0]}, (), "vllm"),  # not significant, but 20 % worse
+        ({"vllm": [3.0, 3.0, 3.0], "capped": [7.0, 7.1, 7.2]}, ("vllm",), "capped"),  # does not keep up
+        ({"vllm": [3.0], "capped": [3.1]}, (), "vllm"),  # one path: no interval, so the lowest
+    ],
+)
+def test_recommendation(latency: dict[str, list[float]], behind: tuple[str, ...], expected: str) -> None:
+    assert planning._recommend(_Runs(latency, behind)) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ({"replications": 0}, "replications"),
+        ({"horizon": 0.0}, "horizon"),
+        ({"horizon": math.nan}, "horizon"),
+        ({"warmup": 3600.0}, "warmup"),
+        ({"load": -1.0}, "load"),
+        ({"replay": True}, "replay"),
+        ({"objective": "profit"}, "objective"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, object], argument: str) -> None:
+    with pytest.raises(InputError, match=argument):
+        fs.plan(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_tiny_path_gets_as_many_types_as_it_can_carry() -> None:
+    path = fs.ArrivalPath.from_arrays([0.0, 1.0], [5, 6], [2, 3])
+    assert planning.types_for(path) == 1
+    path = fs.ArrivalPath.from_arrays(np.arange(40.0), np.arange(1, 41), np.arange(1, 41) % 9 + 1)
+    assert planning.types_for(path) == 12
