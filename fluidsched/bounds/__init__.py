@@ -1,5 +1,14 @@
-"""Bounds to compare a policy with."""
+"""Bounds to compare a policy with, each with its formula, source and conditions.
 
+`Bound`: a number, or the reason why there is none. `wait_bounds`, `nested_wait_overflow`: the theorem
+constants of a table. `no_wait_floor`: what no scheduler can beat, per request. `stability_conditions`: rates
+from the literature. The exact queues of `fluidsched.queues` are published here too.
+"""
+
+from fluidsched.bounds.bound import Bound
+from fluidsched.bounds.floor import NoWaitFloor, no_wait_floor
+from fluidsched.bounds.stability import stability_conditions
+from fluidsched.bounds.theorems import nested_wait_overflow, wait_bounds
 from fluidsched.queues import (
     QueueMoments,
     critical_queue_bound,
@@ -18,6 +27,8 @@ from fluidsched.queues import (
 )
 
 __all__ = [
+    "Bound",
+    "NoWaitFloor",
     "QueueMoments",
     "critical_queue_bound",
     "embedded_queue_mean",
@@ -30,6 +41,10 @@ __all__ = [
     "fixed_cycle_ttft",
     "lundberg_buffer",
     "lundberg_exponent",
+    "nested_wait_overflow",
+    "no_wait_floor",
     "slack_queue_bound",
+    "stability_conditions",
     "throughput_gap_bound",
+    "wait_bounds",
 ]

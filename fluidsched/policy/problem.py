@@ -92,7 +92,7 @@ class Problem:
 
     def at_rate(self, rate: FloatArray) -> Problem:
         """The same at other admitted rates, (A,); what is cached is about lengths and kept."""
-        _ = self.shared, self.memory_profile, self.work  # once for all rates
+        _ = self.blocks  # one cache for all rates
         other = copy.copy(self)
         object.__setattr__(other, "rate", rate)
         return other
@@ -142,17 +142,12 @@ class Problem:
     @cached_property
     def worst_profile(self) -> StageProfile:
         """Stages of the longest requests."""
-        return self.mean_profile if self.is_fixed else worst_profile(self.workload, self.padding)
+        return worst_profile(self.workload, self.padding)
 
     @cached_property
-    def shared(self) -> dict[Any, Any]:
-        """What compilers derive from the lengths alone, kept for other rates."""
+    def blocks(self) -> dict[int, Any]:
+        """Block profiles by block length, filled on demand by `fluidsched.policy.wait`."""
         return {}
-
-    @property
-    def size(self) -> int:
-        """Types times stages: what deriving something about all stages costs."""
-        return int(self.mean_profile.present.size)
 
     # ------------------------------------------------------------------ time and limits
 

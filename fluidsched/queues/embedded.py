@@ -57,7 +57,7 @@ uniform is derived here.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -357,19 +357,21 @@ def _root_gaps(n: int, m: float, trials: int | None) -> _Complex:
     u = −expm1(log ω + log A(1 − u)/n).
     """
     angle = 2.0 * np.pi * np.arange(1, n) / n
+    u: _Complex
     log_omega = 1j * np.where(angle > np.pi, angle - 2.0 * np.pi, angle)
     if trials is None:
         from scipy.special import lambertw
 
         load = m / n
-        u = 1.0 + lambertw(-load * math.exp(-load) * np.exp(log_omega)) / load
+        argument: Any = -load * math.exp(-load) * np.exp(log_omega)
+        u = np.asarray(1.0 + lambertw(argument) / load)
     else:
         p = m / trials
         power = trials / n  # above 1: `_can_queue`
         u = 1.0 - np.exp(log_omega) * (1.0 - p) ** power
     for _ in range(_NEWTON_STEPS):
         if trials is None:
-            log_root, slope = -load * u, -load
+            log_root, slope = -load * u, np.full(1, -load, dtype=np.complex128)
         else:
             log_root, slope = power * _log1p(-p * u), -power * p / (1.0 - p * u)
         image = -np.expm1(log_omega + log_root)
