@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fluidsched.errors import SolverError
 
-__all__ = ["Basis", "Simplex", "SolveStatus", "new_highs"]
+__all__ = ["Basis", "Simplex", "SolveStatus", "column_wise", "new_highs"]
 
 SolveStatus = Literal["optimal", "infeasible", "unbounded", "limit", "failed"]
 
@@ -105,6 +105,15 @@ def new_highs() -> highspy.Highs:
     return highs
 
 
+def column_wise(program: highspy.HighsLp, matrix: NDArray[np.float64]) -> None:
+    """Give `program` the entries of a dense matrix that are not zero."""
+    keep = matrix.T != 0.0
+    program.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    program.a_matrix_.start_ = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int32)
+    program.a_matrix_.index_ = np.nonzero(keep)[1].astype(np.int32)
+    program.a_matrix_.value_ = matrix.T[keep]
+
+
 class Simplex:
     """A program max c·x, A x ≤ b, l ≤ x ≤ h, solved again for other bounds l, h."""
 
@@ -122,11 +131,7 @@ class Simplex:
         program.row_lower_ = np.full(rows, -np.inf)
         program.row_upper_ = row_upper
         program.sense_ = highspy.ObjSense.kMaximize
-        keep = matrix.T != 0.0
-        program.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-        program.a_matrix_.start_ = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int32)
-        program.a_matrix_.index_ = np.nonzero(keep)[1].astype(np.int32)
-        program.a_matrix_.value_ = matrix.T[keep]
+        column_wise(program, matrix)
         # kWarning: entries below small_matrix_value were dropped.
         if self._highs.passModel(program) == highspy.HighsStatus.kError:
             raise SolverError("HiGHS refused the program")

@@ -10,9 +10,16 @@ With KV in blocks of b tokens a request holding m tokens takes b⌈m/b⌉ of mem
 n²/2 + nb/2 + g(n)/2 with g(n) = r(b − r), r = n mod b, the rounded KV work has the expectation
 
     W_b = W + o(b − 1)/2 + ( g(p + o − 1) − g(p − 1) )/2.
+
+A prompt prefilled in chunks of q tokens takes K = ⌈p/q⌉ prefill iterations and holds i·q tokens in the
+i-th but the last: K − 1 more iterations and q K(K − 1)/2 more KV work (each i·q rounded up to blocks where
+there are any). The busy work stays as it is: the tokens and the attention are the same however the prompt
+is cut.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +28,7 @@ from fluidsched.server import IterationTime
 from fluidsched.workload import Workload
 from fluidsched.workload.lengths import IndependentLengths, JointLaw, LengthLaw
 
-__all__ = ["block_kv_work", "busy_work"]
+__all__ = ["block_kv_work", "busy_work", "chunk_overhead"]
 
 
 def busy_work(workload: Workload, iteration_time: IterationTime) -> NDArray[np.float64]:
@@ -104,3 +111,42 @@ def _residues(law: LengthLaw, block_size: int) -> tuple[NDArray[np.int64], NDArr
 def _excess(tokens: NDArray[np.int64], block_size: int) -> NDArray[np.float64]:
     residue = (tokens % block_size).astype(np.float64)
     return residue * (block_size - residue)
+
+
+def chunk_overhead(
+    workload: Workload, chunk_tokens: int, block_size: int | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the iterations and the KV work that prefilling in chunks adds to a request, both of shape (J,).
+
+    Parameters
+    ----------
+    workload : Workload
+        J types.
+    chunk_tokens : int
+        Tokens per chunk, q.
+    block_size : int, optional
+        Tokens per KV block.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> workload = fs.Workload([fs.RequestType("chat", 1.0, prompt_tokens=1000, output_tokens=3)])
+    >>> [x.tolist() for x in chunk_overhead(workload, 400)]  # 400, then 800 tokens held before the last chunk
+    [[2.0], [1200.0]]
+    """
+    laws = [member.law.prompt_law for member in workload.types]
+    more = [-(-law.values // chunk_tokens) - 1 for law in laws]
+    held = [_chunks_held(count, chunk_tokens, block_size or 1) for count in more]
+    iterations = np.array([float(law.weights @ count) for law, count in zip(laws, more, strict=True)])
+    kv_work = np.array([float(law.weights @ work) for law, work in zip(laws, held, strict=True)])
+    return iterations, kv_work
+
+
+def _chunks_held(count: NDArray[np.int64], chunk: int, block: int) -> NDArray[np.float64]:
+    """Σ_{i=1..count} block·⌈i·chunk/block⌉; what rounding adds repeats with period block/gcd(chunk, block)."""
+    period = block // math.gcd(chunk, block)
+    excess = -np.arange(1, period + 1) * chunk % block
+    below = np.concatenate([[0], np.cumsum(excess)])
+    whole = count.astype(np.float64)
+    held = chunk * whole * (whole + 1) / 2 + count // period * below[-1] + below[count % period]
+    return np.asarray(held, dtype=np.float64)

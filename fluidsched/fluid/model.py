@@ -14,7 +14,8 @@ is
 
 `FluidModel` holds one row per constraint: its name, its coefficients on the rates and on u, and its limit.
 A row exists only where the server has that limit. KV work is rounded to blocks where the server pages its
-memory, and C is then the capacity in whole blocks.
+memory, and C is then the capacity in whole blocks. With prompts prefilled in chunks, S_j and W_j count the
+extra iterations and what they hold.
 
 Source: the Charnes–Cooper form of the equilibrium of Ao, Luo, Simchi-Levi, Wang (arXiv 2504.11320).
 """
@@ -29,10 +30,10 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fluidsched._checks import check_choice, check_real
+from fluidsched._checks import check_choice, check_count, check_real
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid.closed_forms import resource_load
-from fluidsched.fluid.coefficients import block_kv_work, busy_work
+from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
 from fluidsched.server import Server
 from fluidsched.workload import Workload
 
@@ -68,10 +69,14 @@ class FluidModel:
         Right-hand sides: 1 for time, 0 otherwise.
     kv_work : ndarray of shape (J,)
         W_j, rounded to blocks, token·iterations; also where memory is unlimited.
+    iterations : ndarray of shape (J,)
+        S_j, iterations a request is in the batch.
     fairness_floor : ndarray of shape (J,)
         f_j, the fraction of each type's demand that must be admitted.
     max_iteration_time : float
         T_max, s; inf for none.
+    chunk_tokens : int or None
+        Chunk of prefills, tokens; None: whole prompts.
     """
 
     workload: Workload
@@ -83,8 +88,10 @@ class FluidModel:
     rate_coefficient: NDArray[np.float64]
     limit: NDArray[np.float64]
     kv_work: NDArray[np.float64]
+    iterations: NDArray[np.float64]
     fairness_floor: NDArray[np.float64]
     max_iteration_time: float
+    chunk_tokens: int | None
 
     @cached_property
     def pieces(self) -> int:
@@ -170,6 +177,7 @@ def build_model(
     *,
     fairness_floor: ArrayLike | None = None,
     max_iteration_time: float | None = None,
+    chunk_tokens: int | None = None,
 ) -> FluidModel:
     """Assemble the program; see `FluidProgram` for the arguments."""
     if not isinstance(workload, Workload):
@@ -183,10 +191,14 @@ def build_model(
     names = ["time"] if pieces == 1 else [f"time[{i}]" for i in range(pieces)]
     rows = [*work]
     rate_coefficient = [*coefficients[:, 0]]
-    kv_work = _frozen(block_kv_work(workload, server.block_size))
+    kv_work, iterations = block_kv_work(workload, server.block_size), workload.iterations
+    if chunk_tokens is not None:
+        chunk_tokens = check_count("chunk_tokens", chunk_tokens, minimum=1)
+        more_iterations, more_work = chunk_overhead(workload, chunk_tokens, server.block_size)
+        kv_work, iterations = kv_work + more_work, iterations + more_iterations
     limits = {
         "kv": (kv_work, server.usable_kv_capacity),
-        "batch": (workload.iterations, server.max_batch_size),
+        "batch": (iterations, server.max_batch_size),
         "tokens": (workload.processed_tokens, server.token_budget),
     }
     for name, (use, capacity) in limits.items():
@@ -212,9 +224,11 @@ def build_model(
         matrix=_frozen(np.array(rows)),
         rate_coefficient=_frozen(np.array(rate_coefficient)),
         limit=_frozen(np.repeat([1.0, 0.0], [pieces, len(names) - pieces])),
-        kv_work=kv_work,
+        kv_work=_frozen(kv_work),
+        iterations=_frozen(iterations),
         fairness_floor=_frozen(_floors(workload, fairness_floor)),
         max_iteration_time=slowest,
+        chunk_tokens=chunk_tokens,
     )
 
 

@@ -44,6 +44,9 @@ class FluidProgram:
         Fractions f_j of every type's demand that must be admitted, in [0, 1].
     max_iteration_time : float, optional
         Upper limit on the mean iteration time, s: decodes then get a token at least that often on average.
+    chunk_tokens : int, optional
+        Prompts are prefilled in chunks of so many tokens, which keeps requests in the batch, and their KV
+        in memory, for longer. The optimum then bounds what servers reach that chunk this way, not others.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class FluidProgram:
         *,
         fairness_floor: ArrayLike | None = None,
         max_iteration_time: float | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
         self.model: FluidModel = build_model(
             workload,
@@ -75,6 +79,7 @@ class FluidProgram:
             objective,
             fairness_floor=fairness_floor,
             max_iteration_time=max_iteration_time,
+            chunk_tokens=chunk_tokens,
         )
         self._scaled = _Scaled(self.model, self.model.rate_alone)
 
@@ -125,6 +130,7 @@ def solve_fluid(
     *,
     fairness_floor: ArrayLike | None = None,
     max_iteration_time: float | None = None,
+    chunk_tokens: int | None = None,
 ) -> FluidSolution:
     """Solve the fluid program once; arguments and errors as for `FluidProgram`.
 
@@ -142,6 +148,7 @@ def solve_fluid(
         objective,
         fairness_floor=fairness_floor,
         max_iteration_time=max_iteration_time,
+        chunk_tokens=chunk_tokens,
     )
     return program.solve()
 

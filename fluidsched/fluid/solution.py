@@ -177,7 +177,7 @@ class FluidSolution:
     @property
     def batch_size(self) -> float:
         """Mean requests in an iteration, Σ a_j S_j / u."""
-        return self._in_batch(self.model.workload.iterations)
+        return self._in_batch(self.model.iterations)
 
     @property
     def batch_tokens(self) -> float:
@@ -424,6 +424,7 @@ class FluidSolution:
             "reward": self.reward.tolist(),
             "fairness_floor": floors.tolist(),
             "max_iteration_time": _files.to_jsonable(self.model.max_iteration_time),
+            "chunk_tokens": self.model.chunk_tokens,
             "admitted_rate": self.admitted_rate.tolist(),
             "iteration_rate": self.iteration_rate,
             "row_dual": self.row_dual.tolist(),
@@ -463,6 +464,7 @@ class FluidSolution:
             "reward",
             "fairness_floor",
             "max_iteration_time",
+            "chunk_tokens",
             "admitted_rate",
             "iteration_rate",
             "row_dual",
@@ -478,6 +480,7 @@ class FluidSolution:
             field["reward"] if field["objective"] == "rewards" else field["objective"],
             fairness_floor=field["fairness_floor"],
             max_iteration_time=None if slowest == "inf" else slowest,
+            chunk_tokens=field["chunk_tokens"],
         )
         if not np.allclose(model.reward, field["reward"], rtol=TOLERANCE, atol=0.0):
             raise InputError("fluid.reward", field["reward"], f"be what {field['objective']!r} means")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from fluid_cases import iteration_times, kv_blocks_held
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 import fluidsched as fs
 from fluidsched.errors import InputError
-from fluidsched.fluid import block_kv_work, busy_work
+from fluidsched.fluid import block_kv_work, busy_work, chunk_overhead
 
 lengths = st.tuples(st.integers(1, 200), st.integers(1, 60))
 
@@ -84,3 +86,39 @@ def test_a_function_has_no_busy_work() -> None:
     workload = fs.Workload([fs.RequestType("chat", 1.0, 100, 50)])
     with pytest.raises(InputError, match="piecewise affine for the fluid program"):
         busy_work(workload, fs.IterationTime.function(lambda batch: 0.01))
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=4),
+    st.integers(1, 150),
+    st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_chunks_add_iterations_and_what_they_hold(prompts: list[int], chunk: int, block: int | None) -> None:
+    """Every prefill iteration but the last is one more, and holds the prompt so far, in whole blocks."""
+    kind = fs.RequestType("a", 1.0, prompt_tokens=fs.lengths.empirical(prompts), output_tokens=5)
+    b = block or 1
+    more, held = [], []
+    for prompt in prompts:
+        before = range(chunk, prompt, chunk)
+        more.append(len(before))
+        held.append(sum(b * math.ceil(tokens / b) for tokens in before))
+    iterations, work = chunk_overhead(fs.Workload([kind]), chunk, block)
+    np.testing.assert_allclose([iterations[0], work[0]], [np.mean(more), np.mean(held)], rtol=1e-12)
+
+
+def test_chunked_prefill_in_the_program() -> None:
+    """Chunks cost slots and memory but no time; a chunk longer than every prompt changes nothing."""
+    workload = fs.Workload([fs.RequestType("a", 4.0, 3000, 50)])
+    server = fs.Server(60_000, fs.IterationTime.affine(0.01, 5e-5, 5e-5, 3e-7), max_batch_size=64)
+    whole, long, chunked = (
+        fs.solve_fluid(workload, server, chunk_tokens=chunk) for chunk in (None, 3000, 512)
+    )
+    np.testing.assert_array_equal(long.load, whole.load)
+    assert chunked.load[0] == whole.load[0]
+    assert np.all(chunked.load[1:] > whole.load[1:])
+    assert chunked.batch_size == pytest.approx(whole.batch_size * 55 / 50)
+    more = 512 * (1 + 2 + 3 + 4 + 5)
+    assert chunked.resident_kv == pytest.approx(whole.resident_kv * (1 + more / workload.kv_work[0]))
+    with pytest.raises(InputError, match="chunk_tokens"):
+        fs.solve_fluid(workload, server, chunk_tokens=0)

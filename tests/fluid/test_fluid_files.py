@@ -39,7 +39,12 @@ def test_json_keeps_rewards_floors_and_limits(tmp_path: Path) -> None:
     """Everything that defines the program survives a file."""
     fluid = overloaded()
     custom = fs.solve_fluid(
-        fluid.workload, fluid.server, [1.0, 7.5], fairness_floor=[0.01, 0.02], max_iteration_time=0.05
+        fluid.workload,
+        fluid.server,
+        [1.0, 7.5],
+        fairness_floor=[0.01, 0.02],
+        max_iteration_time=0.05,
+        chunk_tokens=256,
     )
     path = tmp_path / "fluid.json"
     custom.to_json(path)
@@ -48,6 +53,7 @@ def test_json_keeps_rewards_floors_and_limits(tmp_path: Path) -> None:
     assert again.reward.tolist() == [1.0, 7.5]
     assert again.model.fairness_floor.tolist() == [0.01, 0.02]
     assert again.model.max_iteration_time == 0.05
+    assert again.model.chunk_tokens == 256
     assert again.shadow_price == custom.shadow_price
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fluidsched as fs
 from fluidsched.errors import InfeasibleError, InputError
 
-LAW = settings(max_examples=40)
+LAW = settings(max_examples=25)
 
 
 @LAW
