@@ -189,10 +189,12 @@ class Journal:
         written = json.loads(parsed[2])
         if written.get("fingerprint") != self._header["fingerprint"]:
             keys = dict.fromkeys([*self._header, *written])
-            differing = [key for key in keys if written.get(key) != self._header.get(key)]
+            differing = ", ".join(
+                key for key in keys if key != "fingerprint" and written.get(key) != self._header.get(key)
+            )
             raise InputError(
                 str(self.path.parent),
-                f"a directory that holds another sweep (differing in {', '.join(differing)})",
+                f"a directory that holds another sweep (differing in {differing or 'the contents of a file'})",
                 "hold nothing or this very sweep",
                 remedy,
             )

@@ -13,6 +13,7 @@ import numpy as np
 
 import fluidsched
 from fluidsched._checks import check_count
+from fluidsched._files import fingerprint
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.sweeps.journal import Journal
 from fluidsched.sweeps.results import Format, SweepResult, choose_format, write_result
@@ -106,7 +107,8 @@ def sweep(
         if place.exists() or not place.absolute().parent.is_dir():
             raise InputError("directory", str(place), "be a directory, or a new name in an existing one")
         place.mkdir(exist_ok=True)
-    header = spec.to_dict() | {"version": fluidsched.__version__, "fingerprint": spec.fingerprint}
+    version = fluidsched.__version__
+    header = spec.to_dict() | {"version": version, "fingerprint": fingerprint([spec.fingerprint, version])}
     with contextlib.ExitStack() as stack:
         try:
             journal = stack.enter_context(

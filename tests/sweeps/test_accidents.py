@@ -20,6 +20,7 @@ import pytest
 from sweep_driver import the_spec
 from sweep_processes import HERE, Start, dask_cluster
 
+from fluidsched.errors import SimulationError
 from fluidsched.sweeps import sweep
 
 DRIVER = HERE / "sweep_driver.py"
@@ -247,3 +248,22 @@ def test_a_killed_dask_worker_costs_nothing(tmp_path: Path, undisturbed: Callabl
         result = sweep(spec, directory, executor=executor, workers=2, format="csv", progress=kill_one)
         assert processes[-1].poll() is not None
         assert result.path.read_bytes() == undisturbed(0.01)
+
+
+def test_a_lost_dask_scheduler_is_an_error_that_keeps_what_was_done(
+    tmp_path: Path, undisturbed: Callable[[float], bytes]
+) -> None:
+    pytest.importorskip("distributed", reason="needs the extra dask")
+    from distributed import Client
+
+    spec, directory = the_spec(CELLS, 0.01), tmp_path / "out"
+    with dask_cluster(tmp_path) as (address, processes), Client(address) as client:
+
+        def kill_scheduler(stage: str, done: int, total: int) -> None:
+            if done >= CELLS // 4:
+                processes[0].kill()
+
+        executor = client.get_executor(pure=False)
+        with pytest.raises(SimulationError, match=r"broke down .* of 200 cells are kept; run the same sweep"):
+            sweep(spec, directory, executor=executor, workers=2, format="csv", progress=kill_scheduler)
+    assert sweep(spec, directory, format="csv").path.read_bytes() == undisturbed(0.01)

@@ -103,7 +103,7 @@ def test_any_damage_behind_the_header_costs_only_the_records_it_hits(tmp_path: P
 
 def test_another_sweep_or_a_foreign_file_is_refused(tmp_path: Path) -> None:
     opened(tmp_path).close()
-    with pytest.raises(InputError, match=r"holds another sweep \(differing in seed, fingerprint\)"):
+    with pytest.raises(InputError, match=r"holds another sweep \(differing in seed\)"):
         Journal(
             tmp_path, {"schema": "test", "seed": 2, "fingerprint": "g"}, 10, join=False, retry_failed=False
         )

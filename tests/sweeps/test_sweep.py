@@ -202,10 +202,20 @@ def test_wrong_arguments_are_refused_by_name(tmp_path: Path, arguments: dict[str
         sweep(given.pop("spec"), tmp_path / given.pop("directory"), **given)
 
 
-def test_a_changed_spec_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_spec_library_or_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("one")
+    with_file = {"base": {"workload.file": str(file)}, "grid": {"x": [1]}, "function": "sweep_cells:draw"}
+    sweep(with_file, tmp_path / "with file", format="csv")
+    file.write_text("two")
+    with pytest.raises(InputError, match="differing in the contents of a file"):
+        sweep(with_file, tmp_path / "with file")
     sweep(SPEC, tmp_path, format="csv")
-    with pytest.raises(InputError, match=r"holds another sweep \(differing in base, fingerprint\)"):
+    with pytest.raises(InputError, match=r"holds another sweep \(differing in base\)"):
         sweep(the_spec(cells=60, seconds=0.1), tmp_path)
+    monkeypatch.setattr("fluidsched.__version__", "99")
+    with pytest.raises(InputError, match=r"holds another sweep \(differing in version\)"):
+        sweep(SPEC, tmp_path)
 
 
 def test_batch_size_follows_from_costs() -> None:
