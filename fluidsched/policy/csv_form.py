@@ -22,7 +22,8 @@ MATCH_COLUMNS = ["label", "prompt_min", "prompt_max", "output_min", "output_max"
 SEGMENT_FIELDS = ["boundary", "threshold", "buffer"]
 SHARED_FIELDS = [
     "kind", "block_iterations", "freeze", "max_in_service", "token_budget", "chunk_tokens",
-    "prefill_interval", "kv_limit_tokens", "watermark", "whole_prompt_admission", "order", "predictor", "preemption",
+    "prefill_interval", "kv_limit_tokens", "watermark", "whole_prompt_admission", "order", "predictor",
+    "preemption",
 ]  # fmt: skip
 SHARED_COLUMNS = ["schema", "policy", *SHARED_FIELDS, "lookahead_mode", "lookahead_headroom_tokens"]
 COLUMNS = ["row", "name", *MATCH_COLUMNS, *TYPE_FIELDS[1:], "boundary", "buffer", *SHARED_COLUMNS]

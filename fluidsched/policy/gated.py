@@ -51,6 +51,7 @@ IntArray = NDArray[np.int64]
 ROUNDING = 1e-12
 SLACK_TOLERANCE = 1e-4  # relative, of 1 + ε
 LONGEST_PERIOD = 2**31  # iterations
+MANY = 50_000  # types × stages from which the periods are tabulated more coarsely
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class GatedPlan:
 
 
 class _Spacing:
-    """Bounds on what spaced entries hold, tabulated: 12 periods per octave, others at the next below."""
+    """Bounds on what spaced entries hold, tabulated: 12 periods per octave (4 for many types), others at the
+    next below."""
 
     def __init__(self, problem: Problem, token_budget: float) -> None:
         decodes = min(problem.slots, token_budget / 2.0)
@@ -96,7 +98,8 @@ class _Spacing:
         self.most_in_service = min(problem.slots, decodes)
         self._profile: SpacedProfile = problem.memory_profile.spaced(lag)
         ages = self._profile.by_age.shape[2]
-        steps = np.exp2(np.arange(0.0, math.log2(ages) + 1 / 12, 1 / 12))
+        density = 12 if problem.size <= MANY else 4
+        steps = np.exp2(np.arange(0.0, math.log2(ages) + 1 / density, 1 / density))
         self._periods = np.unique(np.append(np.floor(steps), ages)).astype(np.int64)
         self._bounds = np.stack([self._profile.bound(int(k)) for k in self._periods])
         self._rows = np.arange(len(lag))
@@ -110,6 +113,14 @@ class _Spacing:
     def periods(self) -> IntArray:
         """The tabulated periods."""
         return self._periods
+
+
+def _spacing(problem: Problem, token_budget: float) -> _Spacing:
+    key = ("spacing", token_budget)
+    if key not in problem.shared:
+        problem.shared[key] = _Spacing(problem, token_budget)
+    spacing: _Spacing = problem.shared[key]
+    return spacing
 
 
 def _evaluate(
@@ -191,7 +202,7 @@ def plan_gated(
         raise InputError(
             "slack", "auto", "be a number where nothing limits the thresholds: there is no largest slack"
         )
-    spacing = _Spacing(problem, token_budget)
+    spacing = _spacing(problem, token_budget)
     windows = spacing.periods.tolist()
     if window is not None:
         windows = [check_count("block_iterations", window, minimum=1)]
@@ -202,7 +213,7 @@ def plan_gated(
     margin = 0.0 if slack == "auto" else slack
 
     def exists(offered: Problem) -> bool:
-        room = _Spacing(offered, token_budget)
+        room = _spacing(offered, token_budget)
         return any(not isinstance(_solve(offered, room, token_budget, k, margin), str) for k in windows)
 
     raise no_table("gated table", problem, fluid, margin, [p for p in plans if isinstance(p, str)], exists)

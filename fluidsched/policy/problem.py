@@ -92,7 +92,7 @@ class Problem:
 
     def at_rate(self, rate: FloatArray) -> Problem:
         """The same at other admitted rates, (A,); what is cached is about lengths and kept."""
-        _ = self.blocks  # one cache for all rates
+        _ = self.shared, self.memory_profile, self.work  # once for all rates
         other = copy.copy(self)
         object.__setattr__(other, "rate", rate)
         return other
@@ -142,12 +142,17 @@ class Problem:
     @cached_property
     def worst_profile(self) -> StageProfile:
         """Stages of the longest requests."""
-        return worst_profile(self.workload, self.padding)
+        return self.mean_profile if self.is_fixed else worst_profile(self.workload, self.padding)
 
     @cached_property
-    def blocks(self) -> dict[int, Any]:
-        """Block profiles by block length, filled on demand by `fluidsched.policy.wait`."""
+    def shared(self) -> dict[Any, Any]:
+        """What compilers derive from the lengths alone, kept for other rates."""
         return {}
+
+    @property
+    def size(self) -> int:
+        """Types times stages: what deriving something about all stages costs."""
+        return int(self.mean_profile.present.size)
 
     # ------------------------------------------------------------------ time and limits
 

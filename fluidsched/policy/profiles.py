@@ -226,6 +226,8 @@ def mean_profile(workload: Workload, padding: int = 0) -> StageProfile:
     >>> [float(total) for total in (profile.kv[0].sum(), profile.block(7).mean[0, -1])]
     [10962.0, 1575.0]
     """
+    if all(t.law.is_fixed for t in workload.types):
+        return worst_profile(workload, padding)
     laws = [t.law.output_profile() for t in workload.types]
     types = np.repeat(np.arange(len(laws)), [len(law[0]) for law in laws])
     outputs, weights, mean, square = (np.concatenate(parts) for parts in zip(*laws, strict=True))

@@ -66,6 +66,8 @@ __all__ = ["WaitCurve", "WaitPlan", "block_lengths", "plan_wait", "wait_certific
 IntArray = NDArray[np.int64]
 ROUNDING = 1e-12  # relative: n counts as ⌈x⌉ if it is within this of x
 SLACK_TOLERANCE = 1e-6  # relative, of 1 + ε, when the largest slack is sought
+SEARCH_TOLERANCE = 1e-3  # the same while block lengths are compared
+KEPT = 200_000  # types × stages up to which all block lengths' conditions are kept
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,21 @@ class _Block:
         self.rate = problem.rate
         self._quantile = problem.quantile
         self._limits = (problem.capacity, problem.slots, problem.server.token_budget)
-        shared: tuple[BlockProfile, FloatArray, FloatArray, IntArray] | None = problem.blocks.get(k)
+        shared: tuple[BlockProfile, FloatArray, FloatArray, IntArray] | None = problem.shared.get(
+            ("block", k)
+        )
         if shared is None:
-            memory = problem.memory_profile.block(k)
-            times = problem.mean_profile.block(k)
+            memory = times = problem.memory_profile.block(k)
+            if problem.memory_profile is not problem.mean_profile:
+                times = problem.mean_profile.block(k)
             base, per_prefill, per_decode, per_kv, per_attention = problem.coefficients.T
             work = per_decode[:, None, None] * times.decodes + per_kv[:, None, None] * times.decode_kv
             prefill = np.outer(per_prefill, problem.workload.mean_prompt_tokens)
             work[:, :, 0] += prefill + np.outer(per_attention, problem.workload.prefill_attention)
             largest = problem.workload.max_prompt_tokens + (-(-problem.workload.max_output_tokens // k) - 1)
-            shared = problem.blocks[k] = (memory, base, work, largest)
+            shared = (memory, base, work, largest)
+            if problem.size <= KEPT:
+                problem.shared["block", k] = shared
         self._memory, self._base, self._work, self._cohort = shared
 
     def times(self, n: FloatArray) -> FloatArray:
@@ -226,8 +233,10 @@ def _plan(problem: Problem, block: _Block, n: FloatArray) -> WaitPlan:
     )
 
 
-def _solve(problem: Problem, k: int, slack: Slack) -> WaitPlan | str:
-    """The plan for block length k, or why there is none."""
+def _solve(problem: Problem, k: int, slack: Slack, tolerance: float = SLACK_TOLERANCE) -> WaitPlan | str:
+    """The plan for block length k, or why there is none; `tolerance` of the largest 1 + ε, relative."""
+    if _memory_over_a_block(problem, k) > problem.capacity * (1 + ROUNDING):
+        return "memory"
     block = _Block(problem, k)
 
     def at(stretch: float) -> FloatArray | str:
@@ -244,7 +253,7 @@ def _solve(problem: Problem, k: int, slack: Slack) -> WaitPlan | str:
     high = 2.0 * low
     while not isinstance(found := at(high), str):
         best, low, high = found, high, 2.0 * high
-    while high - low > SLACK_TOLERANCE * low:
+    while high - low > tolerance * low:
         middle = (low + high) / 2.0
         found = at(middle)
         if isinstance(found, str):
@@ -255,7 +264,16 @@ def _solve(problem: Problem, k: int, slack: Slack) -> WaitPlan | str:
     return _plan(problem, block, best)
 
 
-def _plans(problem: Problem, slack: Slack, lengths: Sequence[int]) -> list[WaitPlan | str]:
+def _memory_over_a_block(problem: Problem, k: int) -> float:
+    """Mean KV over a full block at the least thresholds can be: a quick bound from below."""
+    low, high = problem.equilibrium(1.0, k)
+    if low > high:
+        return 0.0
+    least = np.maximum(problem.rate * low * (1 - ROUNDING), 1.0)
+    return float(least @ problem.memory_profile.kv[0].sum(axis=1)) / k
+
+
+def _check_limited(problem: Problem, slack: Slack) -> None:
     if slack == "auto" and math.isinf(problem.capacity) and math.isinf(problem.slots):
         raise InputError(
             "slack",
@@ -263,16 +281,24 @@ def _plans(problem: Problem, slack: Slack, lengths: Sequence[int]) -> list[WaitP
             "be a number where neither KV memory nor the batch is limited: there is no largest slack",
             "Give e.g. slack=0.1.",
         )
-    return [_solve(problem, k, slack) for k in lengths]
 
 
 def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterations: int | None) -> WaitPlan:
     """The best plan over the block lengths, or `InfeasibleError` with the reason and the largest load."""
     lengths = block_lengths(problem.mean_profile.stages, block_iterations)
-    plans = [p for p in _plans(problem, slack, lengths) if not isinstance(p, str)]
-    if plans:
-        return min(plans, key=lambda p: (p.wait, p.cycle_time))
+    _check_limited(problem, slack)
     margin = 0.0 if slack == "auto" else slack
+    best: WaitPlan | None = None
+    for k in lengths:
+        if best is not None and problem.equilibrium(1.0 + margin, k)[0] > 2.0 * (1.0 + margin) * best.wait:
+            break  # half a cycle alone is a longer wait, and cycles of longer blocks are longer
+        plan = _solve(problem, k, slack, SEARCH_TOLERANCE)
+        if not isinstance(plan, str) and (best is None or plan.wait < best.wait):
+            best = plan
+    if best is not None:
+        exact = _solve(problem, best.block_iterations, slack)
+        assert isinstance(exact, WaitPlan)
+        return exact
 
     def exists(offered: Problem) -> bool:
         return any(not isinstance(_solve(offered, k, margin), str) for k in lengths)
@@ -312,20 +338,17 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
         ]
     )
     ttft = queue / rate + cycle / 2.0 + plan.first_iteration
-    worst, unbounded = math.inf, not problem.is_bounded
-    if not unbounded:
-        block = problem.worst_profile.block(k)
-        worst = float((n @ block.mean).max())
+    longest_requests = problem.worst_profile.block(k)
+    worst = float((n @ longest_requests.mean).max()) if problem.is_bounded else math.inf
     blocks_per_life = np.asarray(problem.mean_profile.present[:, ::k].sum(axis=1))
     lost = float((workload.mean_output_tokens * (queue + arrivals + (blocks_per_life + 1.0) * n)).sum())
     outputs = float(rate @ workload.mean_output_tokens)
     prompts = float(n @ workload.max_prompt_tokens)
     earlier = n * (-(-workload.max_output_tokens // k) - 1)
-    first = problem.worst_profile.block(k)
     longest = problem.server.iteration_time(
         prompts,
         float(earlier.sum()),
-        float(n @ first.decode_kv[:, 0]),
+        float(n @ longest_requests.decode_kv[:, 0]),
         float(n @ workload.max_prompt_tokens.astype(np.float64) ** 2) / 2.0,
     )
     lengths_known = "certain" if problem.is_bounded else "probability"
@@ -472,7 +495,9 @@ def wait_curve(
         if block_iterations is None
         else [block_lengths(longest, k)[0] for k in block_iterations]
     )
-    plans = _plans(problem, check_slack(slack), lengths)
+    slack = check_slack(slack)
+    _check_limited(problem, slack)
+    plans = [_solve(problem, k, slack) for k in lengths]
 
     def column(name: str) -> FloatArray:
         return np.array([math.nan if isinstance(p, str) else getattr(p, name) for p in plans])

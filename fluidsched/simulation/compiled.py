@@ -1,0 +1,1168 @@
+r"""The compiled loops of the kernel: event to event instead of token to token.
+
+Everything that numba compiles is in this one file, because its cache looks at one file's date only: a change
+here recompiles everything, and nothing stale is ever run. In order: durations of runs, the calendar of
+completions, the state, what the rules share, `continuous` (the rules in which everybody in service runs)
+and `wait`. Rule numbers are those of `fluidsched.simulation.reference`, which these loops repeat.
+
+**Durations.** While n requests decode and nobody enters or leaves, iteration r = 0, 1, … of the run reads
+m + n r tokens of KV, so with affine pieces (c0, c_pf, c_dec, c_kv, c_attn) it lasts
+
+    T(r) = max_i ( a_i + b_i r ),    a_i = c0_i + c_dec_i n + c_kv_i m,    b_i = c_kv_i n,
+
+a convex, piecewise linear function of r. Between two crossings one piece rules, and a stretch of q
+iterations that starts with duration a and grows by b per iteration lasts q a + b q(q - 1)/2. If residents
+hold h tokens of KV in its first iteration and n more in each next one, the integral of KV over it is
+
+    a h q + (a n + b h) q(q - 1)/2 + b n (q - 1)q(2q - 1)/6.
+
+`decode_run` adds stretches up; `first_end` finds the first iteration whose end is at or after an instant, by
+the root of the quadratic and a look at its neighbours, in the arithmetic of `decode_run` itself.
+
+**Clocks and calendars.** Requests that always run together share a clock g that ticks once per iteration. A
+decode stores once
+
+    base = (KV tokens it holds) - g,        key = reading of the clock at which it finishes,
+
+and holds base + g from then on; the sums over a group, n and Σ (base + g), change by addition. With blocks
+of b tokens a group's decodes are also counted by base mod b: those with base + g ≡ 0 take a block next. Day
+`key mod D` of the group's calendar keeps its requests in a doubly linked list, and one bit per day says
+whether the list is empty, so adding and removing take constant time and finding the next completion one
+operation per 64 ticks passed over. Requests more than D ticks away share a day with nearer ones; a visitor
+of the day leaves them. `continuous` needs one group; `wait` has one per row, because a row's residents all
+move or all stand still.
+
+**Events.** At a decision the rule serves the running, preempts, admits. If prompts are being computed, one
+iteration is run; else as many as nothing can change in: until the next completion, the iteration memory
+ends at, the opening of an admission window, the end of a block, or the first end at or after an arrival
+that could enter, a hold time, the horizon, the end of the warm-up or a sampling instant. Waking for nothing
+is harmless: the decision is made again and comes out the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+NOBODY = -1
+FAR = 1 << 62
+
+
+# --------------------------------------------------------------------------- durations of runs
+
+
+@njit(cache=True, nogil=True)
+def batch_time(coef: Floats, n_pf: int, n_dec: int, k_dec: int, q_pf: float) -> float:
+    """Duration of one iteration, s: the largest of the affine pieces."""
+    longest = -math.inf
+    for i in range(coef.shape[0]):
+        duration = (
+            coef[i, 0] + coef[i, 1] * n_pf + coef[i, 2] * n_dec + coef[i, 3] * k_dec + coef[i, 4] * q_pf
+        )
+        longest = max(longest, duration)
+    return longest
+
+
+@njit(cache=True, nogil=True)
+def _stretch(coef: Floats, n: int, m: int, r: int, last: int) -> tuple[float, float, int]:
+    """Duration and slope of iteration r; the first one after it, at most `last`, with another piece."""
+    a = b = value = -math.inf
+    for i in range(coef.shape[0]):
+        b_i = coef[i, 3] * n
+        a_i = coef[i, 0] + coef[i, 2] * n + coef[i, 3] * m
+        value_i = a_i + b_i * r
+        if value_i > value or (value_i == value and b_i > b):
+            a, b, value = a_i, b_i, value_i
+    stop = last
+    for i in range(coef.shape[0]):
+        b_i = coef[i, 3] * n
+        if b_i > b:
+            crossing = (a - (coef[i, 0] + coef[i, 2] * n + coef[i, 3] * m)) / (b_i - b)
+            if crossing < stop:
+                stop = min(stop, max(r + 1, math.ceil(crossing)))
+    return value, b, stop
+
+
+@njit(cache=True, nogil=True)
+def decode_run(coef: Floats, n: int, m: int, held: int, k: int) -> tuple[float, float]:
+    """Duration (s) of k decode iterations and the integral of KV over them (token·s).
+
+    `m` tokens are read by the n decodes in the first iteration, `held` by all residents.
+    """
+    duration = area = 0.0
+    r = 0
+    while r < k:
+        value, slope, stop = _stretch(coef, n, m, r, k)
+        q = float(stop - r)
+        kv = float(held + n * r)
+        pairs = 0.5 * q * (q - 1.0)
+        duration += q * value + slope * pairs
+        area += value * kv * q + (value * n + slope * kv) * pairs
+        area += slope * n * (pairs * (2.0 * q - 1.0) / 3.0)
+        r = stop
+    return duration, area
+
+
+@njit(cache=True, nogil=True)
+def first_end(coef: Floats, n: int, m: int, start: float, instant: float, k: int) -> int:
+    """Smallest number of iterations, 1 … k, after which the run has reached `instant`; k if none has."""
+    elapsed = 0.0
+    r = 0
+    while True:
+        value, slope, stop = _stretch(coef, n, m, r, k)
+        q = float(stop - r)
+        through = elapsed + (q * value + slope * (0.5 * q * (q - 1.0)))
+        if stop == k or start + through >= instant:
+            break
+        elapsed = through
+        r = stop
+    remaining = instant - start - elapsed
+    first = value - 0.5 * slope
+    root = 1.0
+    if remaining > 0.0:
+        root = 2.0 * remaining / (first + math.sqrt(first * first + 2.0 * slope * remaining))
+    guess = stop - r if root >= q else max(1, math.ceil(root))
+    while guess > 1:
+        x = guess - 1.0
+        if start + (elapsed + (x * value + slope * (0.5 * x * (x - 1.0)))) < instant:
+            break
+        guess -= 1
+    while guess < stop - r:
+        x = float(guess)
+        if start + (elapsed + (x * value + slope * (0.5 * x * (x - 1.0)))) >= instant:
+            break
+        guess += 1
+    return r + guess
+
+
+# --------------------------------------------------------------------------- the calendar of completions
+
+_WORD = 64
+_LARGEST = 1 << 17
+_DE_BRUIJN = 0x03F79D71B4CB0A89
+
+_TRAILING = np.zeros(_WORD, dtype=np.int64)
+for _position in range(_WORD):
+    _TRAILING[(((1 << _position) * _DE_BRUIJN) & (2**64 - 1)) >> 58] = _position
+
+
+def calendar_days(longest: int, calendars: int) -> int:
+    """Return D, days of a calendar: a power of two ≥ 64, above `longest` unless that is too large."""
+    days = _WORD
+    while days <= longest and days * calendars < _LARGEST:
+        days *= 2
+    return days
+
+
+@njit(cache=True, nogil=True)
+def calendar_add(heads: Ints, bits: Ints, slots: Records, day: int, slot: int) -> None:
+    """Put `slot` on `day` (counted over all calendars)."""
+    head = heads[day]
+    slots[slot].later = head
+    slots[slot].earlier = NOBODY
+    if head == NOBODY:
+        bits[day >> 6] |= 1 << (day & 63)
+    else:
+        slots[head].earlier = slot
+    heads[day] = slot
+
+
+@njit(cache=True, nogil=True)
+def calendar_remove(heads: Ints, bits: Ints, slots: Records, day: int, slot: int) -> None:
+    """Take `slot` off `day`."""
+    before, after = slots[slot].earlier, slots[slot].later
+    if after != NOBODY:
+        slots[after].earlier = before
+    if before != NOBODY:
+        slots[before].later = after
+    else:
+        heads[day] = after
+        if after == NOBODY:
+            bits[day >> 6] &= ~(1 << (day & 63))
+
+
+@njit(cache=True, nogil=True)
+def calendar_next(bits: Ints, first: int, days: int, clock: int) -> int:
+    """Ticks from `clock` to the next day with anybody on it, 1 … days; the calendar begins at `first`."""
+    start = (clock + 1) & (days - 1)
+    base = first >> 6
+    words = days >> 6
+    word = start >> 6
+    pattern = bits[base + word] & (-1 << (start & 63))
+    while pattern == 0:
+        word = (word + 1) & (words - 1)
+        pattern = bits[base + word]
+    lowest = pattern & -pattern
+    day = (word << 6) + _TRAILING[((lowest * _DE_BRUIJN) >> 58) & 63]
+    return ((day - clock - 1) & (days - 1)) + 1
+
+
+# --------------------------------------------------------------------------- what the loops read and write
+#
+# State lies in arrays of records: a resident's numbers share a cache line, and a function is handed one
+# pointer where a structure of arrays would cost it an array header per field (measured: 3 to 5 times slower).
+
+
+def _record_type(integers: str, reals: str = "") -> np.dtype[np.void]:
+    fields: list[tuple[str, type]] = [(name, np.int64) for name in integers.split()]
+    return np.dtype(fields + [(name, np.float64) for name in reals.split()])
+
+
+#: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, and the measured window.
+RULES = _record_type(
+    "capacity admission block slots budget chunk reserve interval block_iterations whole_prompt decodes_first"
+    " gated restart",
+    "horizon warmup",
+)
+
+#: A request of the path and what becomes of it; times NaN where it did not happen.
+REQUEST = _record_type("prompt output row preemptions", "arrival admitted first_token finish")
+
+#: A row of the table (hold inf: none). rank: of its priority; turn: at place i the i-th row by (priority,
+#: row). Its newcomers are order[head:tail]. `gated`: recent[first:first + size] is a ring of the iterations
+#: of its last admissions, of which there were `admissions` and `passed` are outside the window; quota: how
+#: many more may enter in this decision.
+ROW = _record_type(
+    "threshold gate period rank turn head tail first size admissions passed quota",
+    "hold",
+)
+
+#: A resident. Slots are linked in the order of admission; `newer` also links the vacant ones. Prefilling:
+#: `done` of `target` tokens are computed, `chunk` more in this iteration. Decoding: base and key; earlier,
+#: later: its day. resumed: output tokens it had when admitted. partial: at place i the slot of the i-th that
+#: prefills, in the order of admission.
+SLOT = _record_type("request decodes base key resumed target done chunk older newer earlier later partial")
+
+#: Decodes that run together: clock, number, KV tokens and units they hold; the stack of their preempted
+#: requests; `wait`: whether the block serves them, and when they were last served.
+GROUP = _record_type("clock decodes held units top depth chosen", "last")
+
+#: A preempted request: the next one on its stack, output tokens kept, since when it waits, when last served.
+RETURNED = _record_type("below produced", "since served")
+
+#: Everything else.
+STATE = _record_type(
+    "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
+    " iterations batch_sizes batch_tokens preempted wasted peak_kv samples verdict kv_end emitted",
+    "busy kv_area resident_area waiting_area end sample_at sample_step",
+)
+
+Records = NDArray[np.void]
+Pointer = Any  # one record of such an array
+
+FINISHED, AT_HORIZON, STUCK = range(3)
+
+
+class Calendars(NamedTuple):
+    """A calendar of D days per group: heads of the days' lists (G·D,), bits; `phase` counts the decodes by
+    base mod block (G, b)."""
+
+    days: int
+    heads: Ints
+    bits: Ints
+    phase: Ints
+
+
+class Run(NamedTuple):
+    """All a loop reads and writes: one record of rules and of state; N requests, J rows, G groups, I pieces.
+
+    `order` sorts the requests by row, oldest first.
+    """
+
+    rules: Records
+    state: Records
+    coefficients: Floats
+    requests: Records
+    order: Ints
+    rows: Records
+    recent: Ints
+    slots: Records
+    groups: Records
+    calendars: Calendars
+    returned: Records
+    occupancy: Floats
+
+
+# --------------------------------------------------------------------------- residents
+
+
+@njit(cache=True, nogil=True)
+def _enter(s: Pointer, slots: Records, request: int) -> int:
+    """Give `request` a vacant slot, as the most recently admitted resident."""
+    slot = s.vacant
+    s.vacant = slots[slot].newer
+    slots[slot].request = request
+    slots[slot].older = s.newest
+    slots[slot].newer = NOBODY
+    if s.newest == NOBODY:
+        s.oldest = slot
+    else:
+        slots[s.newest].newer = slot
+    s.newest = slot
+    s.residents += 1
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _leave(s: Pointer, slots: Records, slot: int) -> None:
+    """Vacate `slot`."""
+    older, newer = slots[slot].older, slots[slot].newer
+    if older == NOBODY:
+        s.oldest = newer
+    else:
+        slots[older].newer = newer
+    if newer == NOBODY:
+        s.newest = older
+    else:
+        slots[newer].older = older
+    slots[slot].newer = s.vacant
+    s.vacant = slot
+    s.residents -= 1
+
+
+@njit(cache=True, nogil=True)
+def _units(rules: Pointer, tokens: int) -> int:
+    """Memory that this many KV tokens of one request take."""
+    if rules.block == 1:
+        return tokens
+    return (tokens + rules.block - 1) // rules.block
+
+
+@njit(cache=True, nogil=True)
+def _finish(run: Run, slot: int, now: float) -> None:
+    """The last iteration of the resident in `slot`, which does not decode any more, ended now."""
+    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    request = slots[slot].request
+    requests[request].finish = now
+    if rules.reserve > 0:
+        s.reserved -= _units(rules, requests[request].prompt + rules.reserve - 1)
+    _leave(s, slots, slot)
+
+
+@njit(cache=True, nogil=True)
+def _start_decode(
+    slots: Records, groups: Records, calendars: Calendars, group: int, slot: int, held: int, to_go: int
+) -> None:
+    """Let the resident that holds `held` tokens decode in its group, to finish in `to_go` ticks."""
+    clock = groups[group].clock
+    base = held - clock
+    key = clock + to_go
+    slots[slot].decodes = 1
+    slots[slot].base = base
+    slots[slot].key = key
+    block = calendars.phase.shape[1]
+    groups[group].decodes += 1
+    groups[group].held += held
+    if block > 1:
+        groups[group].units += (held + block - 1) // block
+        calendars.phase[group, base % block] += 1
+    day = group * calendars.days + (key & (calendars.days - 1))
+    calendar_add(calendars.heads, calendars.bits, slots, day, slot)
+
+
+@njit(cache=True, nogil=True)
+def _stop_decode(slots: Records, groups: Records, calendars: Calendars, group: int, slot: int) -> int:
+    """Take the resident out of its group's decodes; return the KV tokens it holds."""
+    base = slots[slot].base
+    held = base + groups[group].clock
+    block = calendars.phase.shape[1]
+    slots[slot].decodes = 0
+    groups[group].decodes -= 1
+    groups[group].held -= held
+    if block > 1:
+        groups[group].units -= (held + block - 1) // block
+        calendars.phase[group, base % block] -= 1
+    day = group * calendars.days + (slots[slot].key & (calendars.days - 1))
+    calendar_remove(calendars.heads, calendars.bits, slots, day, slot)
+    return held
+
+
+@njit(cache=True, nogil=True)
+def _units_held(groups: Records, calendars: Calendars, group: int) -> int:
+    """Memory the group's decodes hold, units."""
+    if calendars.phase.shape[1] == 1:
+        return groups[group].held
+    return groups[group].units
+
+
+@njit(cache=True, nogil=True)
+def _growth(groups: Records, calendars: Calendars, group: int, ticks: int) -> int:
+    """Units of memory that the group's decodes take within the next `ticks` ticks."""
+    decodes = groups[group].decodes
+    block = calendars.phase.shape[1]
+    if block == 1:
+        return decodes * ticks
+    grown = decodes * (ticks // block)
+    clock = groups[group].clock
+    for r in range(ticks % block):
+        grown += calendars.phase[group, (-clock - r) % block]
+    return grown
+
+
+@njit(cache=True, nogil=True)
+def _tick(groups: Records, calendars: Calendars, group: int, ticks: int) -> None:
+    """Let the group's decodes run `ticks` iterations."""
+    if calendars.phase.shape[1] > 1:
+        groups[group].units += _growth(groups, calendars, group, ticks)
+    groups[group].held += groups[group].decodes * ticks
+    groups[group].clock += ticks
+
+
+@njit(cache=True, nogil=True)
+def _to_completion(groups: Records, calendars: Calendars, group: int) -> int:
+    """Ticks to the next day of the group's calendar with anybody on it; the group has decodes."""
+    return calendar_next(calendars.bits, group * calendars.days, calendars.days, groups[group].clock)
+
+
+@njit(cache=True, nogil=True)
+def _complete(run: Run, group: int, now: float) -> None:
+    """Let those decodes of the group leave whose last iteration ended now."""
+    slots, groups, calendars = run.slots, run.groups, run.calendars
+    clock = groups[group].clock
+    slot = calendars.heads[group * calendars.days + (clock & (calendars.days - 1))]
+    while slot != NOBODY:
+        following = slots[slot].later
+        if slots[slot].key == clock:
+            _stop_decode(slots, groups, calendars, group, slot)
+            _finish(run, slot, now)
+        slot = following
+
+
+@njit(cache=True, nogil=True)
+def _emit(run: Run, group: int, slot: int, now: float) -> None:
+    """The prefill of `slot` is complete: it emits a token, then decodes or, if that was its last, leaves."""
+    requests, slots, groups, calendars = run.requests, run.slots, run.groups, run.calendars
+    request = slots[slot].request
+    resumed = slots[slot].resumed
+    if resumed == 0:
+        requests[request].first_token = now
+    to_go = requests[request].output - resumed - 1
+    if to_go == 0:
+        _finish(run, slot, now)
+    else:
+        _start_decode(slots, groups, calendars, group, slot, slots[slot].target, to_go)
+
+
+# --------------------------------------------------------------------------- the queue
+
+
+@njit(cache=True, nogil=True)
+def _join(run: Run, now: float) -> None:
+    """Rule 1: arrivals up to and at the instant have joined."""
+    s, requests, rows = run.state[0], run.requests, run.rows
+    arrived = s.arrived
+    while arrived < requests.size and requests[arrived].arrival <= now:
+        rows[requests[arrived].row].tail += 1
+        arrived += 1
+    s.waiting += arrived - s.arrived
+    s.arrived = arrived
+
+
+@njit(cache=True, nogil=True)
+def _preempt(run: Run, group: int, now: float) -> None:
+    """Rule 8: the newest resident, of this group, loses its place and waits on the group's stack."""
+    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    groups, returned, calendars = run.groups, run.returned, run.calendars
+    slot = s.newest
+    request = slots[slot].request
+    produced = slots[slot].resumed
+    held = slots[slot].done
+    served = groups[group].last
+    if slots[slot].decodes == 1:
+        produced = requests[request].output - (slots[slot].key - groups[group].clock)
+        held = _stop_decode(slots, groups, calendars, group, slot)
+    else:
+        s.partials -= 1  # prefilling slots are listed in the order of admission: it is the last
+        served = returned[request].served if requests[request].preemptions > 0 else requests[request].arrival
+    _leave(s, slots, slot)
+    if rules.restart:
+        produced = 0
+        requests[request].first_token = math.nan
+    s.wasted += held
+    s.preempted += 1
+    s.returned += 1
+    requests[request].preemptions += 1
+    returned[request].produced = produced
+    returned[request].since = now
+    returned[request].served = served
+    returned[request].below = groups[group].top
+    groups[group].top = request
+    groups[group].depth += 1
+
+
+@njit(cache=True, nogil=True)
+def _admit(run: Run, stack: int, row: int, now: float) -> int:
+    """Admit the request on top of `stack`, or if that is empty the oldest newcomer of `row`."""
+    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    groups, rows, returned = run.groups, run.rows, run.returned
+    request = groups[stack].top
+    if request != NOBODY:
+        groups[stack].top = returned[request].below
+        groups[stack].depth -= 1
+        s.returned -= 1
+        since = returned[request].since
+        produced = returned[request].produced
+    else:
+        request = run.order[rows[row].head]
+        rows[row].head += 1
+        s.waiting -= 1
+        since = requests[request].arrival
+        produced = 0
+        requests[request].admitted = now
+    waited = now - max(since, rules.warmup)
+    if waited > 0.0:
+        s.waiting_area += waited
+    slot = _enter(s, slots, request)
+    slots[slot].resumed = produced
+    slots[slot].target = requests[request].prompt + produced
+    slots[slot].done = 0
+    slots[slot].decodes = 0
+    slots[s.partials].partial = slot
+    s.partials += 1
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _next_hold(run: Run, row: int, now: float) -> float:
+    """Smallest arrival + hold of the row's newcomers that is later than now."""
+    requests, rows = run.requests, run.rows
+    low, high = rows[row].head, rows[row].tail
+    while low < high:
+        middle = (low + high) // 2
+        if requests[run.order[middle]].arrival + rows[row].hold > now:
+            high = middle
+        else:
+            low = middle + 1
+    if low == rows[row].tail:
+        return math.inf
+    return requests[run.order[low]].arrival + rows[row].hold
+
+
+# --------------------------------------------------------------------------- time and measures
+
+
+@njit(cache=True, nogil=True)
+def _sample(run: Run, held: int, now: float) -> None:
+    """Rule 25: a row of the occupancy series at the first decision at or after each point of the grid."""
+    s = run.state[0]
+    count = s.samples
+    run.occupancy[count, 0] = now
+    run.occupancy[count, 1] = held
+    run.occupancy[count, 2] = s.residents
+    run.occupancy[count, 3] = s.waiting + s.returned
+    count += 1
+    if count == run.occupancy.shape[0]:
+        count //= 2
+        for i in range(count):
+            run.occupancy[i] = run.occupancy[2 * i]
+        s.sample_step *= 2.0
+    s.samples = count
+    s.sample_at = (now // s.sample_step + 1.0) * s.sample_step
+
+
+@njit(cache=True, nogil=True)
+def _run_length(
+    run: Run, n: int, m: int, held: int, now: float, wake: float, k: int
+) -> tuple[int, float, float]:
+    """Iterations (at most k) to run before the next decision, their duration and their integral of KV.
+
+    They end at the first end at or after `wake`; an iteration that straddles the end of the warm-up or the
+    horizon is left to be run alone.
+    """
+    rules, coef = run.rules[0], run.coefficients
+    wake = min(wake, rules.horizon)
+    if now < rules.warmup:
+        wake = min(wake, rules.warmup)
+    duration, area = decode_run(coef, n, m, held, k)
+    if k > 1 and now + duration >= wake:
+        k = first_end(coef, n, m, now, wake, k)
+        duration, area = decode_run(coef, n, m, held, k)
+        end = now + duration
+        if k > 1 and (end > rules.horizon or now < rules.warmup < end):
+            k -= 1
+            duration, area = decode_run(coef, n, m, held, k)
+    return k, duration, area
+
+
+@njit(cache=True, nogil=True)
+def _account(
+    run: Run,
+    now: float,
+    duration: float,
+    area: float,
+    held: int,
+    size: int,
+    tokens: int,
+    emitted: int,
+    k: int,
+) -> bool:
+    """Count k iterations of `size` requests, `tokens` tokens and `emitted` output tokens each.
+
+    False if the horizon cut the (only) iteration. `held` tokens of KV are held in the last of them, `area` is
+    the integral over all.
+    """
+    s, rules = run.state[0], run.rules[0]
+    end = now + duration
+    if now >= rules.warmup and end <= rules.horizon:
+        s.busy += duration
+        s.kv_area += area
+        s.resident_area += duration * s.residents
+    elif end > rules.warmup:
+        inside = min(end, rules.horizon) - max(now, rules.warmup)
+        if inside > 0.0:
+            s.busy += inside
+            s.kv_area += inside * held
+            s.resident_area += inside * s.residents
+    if end > rules.horizon:
+        return False
+    s.iterations += k
+    s.batch_sizes += size * k
+    s.batch_tokens += tokens * k
+    s.peak_kv = max(s.peak_kv, held)
+    if end > rules.warmup:
+        s.emitted += emitted * k
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _close(run: Run, now: float, held: int, verdict: int) -> None:
+    """End the run now: verdict, KV, and the waiting of the preempted who still wait."""
+    s, rules, groups, returned = run.state[0], run.rules[0], run.groups, run.returned
+    s.verdict = verdict
+    s.kv_end = held
+    s.end = now
+    for stack in range(groups.size):
+        request = groups[stack].top
+        while request != NOBODY:
+            s.waiting_area += max(0.0, now - max(returned[request].since, rules.warmup))
+            request = returned[request].below
+
+
+# --------------------------------------------------------------------------- everybody in service runs
+
+
+@njit(cache=True, nogil=True)
+def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
+    """Rules 10 and 11 resident by resident, for when budget or memory do not cover all.
+
+    Returns units used and budget left; leaves in `chunk` what each resident gets, decodes included.
+    """
+    s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
+    slot = s.oldest
+    while slot != NOBODY:
+        slots[slot].chunk = 0
+        slot = slots[slot].newer
+    budget = rules.budget
+    passes = 2 if rules.decodes_first else 1
+    for turn in range(passes):
+        slot = s.oldest
+        while slot != NOBODY and budget > 0:
+            decodes = slots[slot].decodes == 1
+            if passes == 2 and decodes != (turn == 0):
+                slot = slots[slot].newer
+                continue
+            if decodes:
+                computed = slots[slot].base + groups[0].clock
+                tokens = 1
+            elif held_back:
+                slot = slots[slot].newer
+                continue
+            else:
+                computed = slots[slot].done
+                tokens = min(slots[slot].target - computed, budget, rules.chunk)
+            grown = _units(rules, computed + tokens) - _units(rules, computed)
+            gone = False
+            while used + grown > rules.capacity and not gone:
+                victim = s.newest
+                gone = victim == slot
+                held = slots[victim].done
+                if slots[victim].decodes == 1:
+                    held = slots[victim].base + groups[0].clock
+                used -= _units(rules, held + slots[victim].chunk)
+                budget += slots[victim].chunk
+                _preempt(run, 0, now)
+            if gone:
+                break  # it was the newest: nobody is left after it
+            slots[slot].chunk = tokens
+            used += grown
+            budget -= tokens
+            slot = slots[slot].newer
+    return used, budget
+
+
+@njit(cache=True, nogil=True)
+def _open_rows(run: Run, now: float) -> None:
+    """Rule 17: what each row may admit in this decision."""
+    rules, requests, rows = run.rules[0], run.requests, run.rows
+    for j in range(rows.size):
+        waiting = rows[j].tail - rows[j].head
+        rows[j].quota = 0
+        if waiting == 0:
+            continue
+        if not rules.gated:
+            rows[j].quota = FAR
+        elif waiting >= rows[j].gate or now >= requests[run.order[rows[j].head]].arrival + rows[j].hold:
+            rows[j].quota = rows[j].threshold - _in_window(run, j)
+
+
+@njit(cache=True, nogil=True)
+def _in_window(run: Run, row: int) -> int:
+    """Newcomers that the row admitted within its period, which ends with the iteration now planned."""
+    s, rows = run.state[0], run.rows
+    size = rows[row].size
+    oldest = s.iterations - rows[row].period
+    passed = rows[row].passed
+    while passed < rows[row].admissions and run.recent[rows[row].first + passed % size] <= oldest:
+        passed += 1
+    rows[row].passed = passed
+    return rows[row].admissions - passed
+
+
+_PAUSED = 2
+
+# Why nobody more was admitted.
+_NOBODY_MAY, _NO_ROOM_IN_BATCH, _NO_MEMORY = range(3)
+
+
+@njit(cache=True, nogil=True)
+def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
+    """Rules 13 to 15 and 19: admit while somebody may enter and fits; return why it ended."""
+    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    groups, rows, returned = run.groups, run.rows, run.returned
+    while budget > 0 and s.residents < rules.slots:
+        row = NOBODY
+        if s.returned > 0:
+            request = groups[0].top
+            target = requests[request].prompt + returned[request].produced
+        else:
+            request = NOBODY
+            for j in range(rows.size):
+                if rows[j].quota > 0 and rows[j].head < rows[j].tail:
+                    head = run.order[rows[j].head]
+                    if row == NOBODY or (rows[j].rank, head) < (rows[row].rank, request):
+                        row, request = j, head
+            if row == NOBODY:
+                return _NOBODY_MAY
+            target = requests[request].prompt
+        limit = rules.admission if s.residents > 0 else rules.capacity
+        chunk = min(target, budget, rules.chunk)
+        if rules.reserve > 0:
+            reserved = _units(rules, requests[request].prompt + rules.reserve - 1)
+            if s.reserved + reserved > limit or target > budget:
+                return _NO_MEMORY
+            s.reserved += reserved
+        elif used + _units(rules, target if rules.whole_prompt else chunk) > limit:
+            return _NO_MEMORY
+        slot = _admit(run, 0, max(row, 0), now)
+        slots[slot].chunk = chunk
+        used += _units(rules, chunk)
+        budget -= chunk
+        if row != NOBODY:
+            rows[row].quota -= 1
+            if rules.gated:
+                size = rows[row].size
+                run.recent[rows[row].first + rows[row].admissions % size] = s.iterations
+                rows[row].admissions += 1
+    return _NO_ROOM_IN_BATCH
+
+
+@njit(cache=True, nogil=True)
+def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
+    """Rules 10 and 11: units used, budget left, and whether it took a walk."""
+    s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
+    calendars = run.calendars
+    partials = s.partials
+    decodes = groups[0].decodes
+    budget = rules.budget - decodes
+    used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, 1)
+    simple = budget >= 0
+    if partials > 0 and simple:
+        wanted = 0
+        for i in range(partials):
+            slot = slots[i].partial
+            wanted += min(slots[slot].target - slots[slot].done, rules.chunk)
+        last = partials == 1 and slots[0].partial == s.newest
+        simple = not held_back and (wanted <= budget or rules.decodes_first or last)
+        for i in range(partials):
+            slot = slots[i].partial
+            chunk = min(slots[slot].target - slots[slot].done, rules.chunk, max(budget, 0))
+            slots[slot].chunk = chunk
+            budget -= chunk
+            used += _units(rules, slots[slot].done + chunk)
+        simple = simple and used <= rules.capacity
+    elif simple:
+        while used > rules.capacity:
+            _preempt(run, 0, now)
+            budget += 1
+            used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, 1)
+    if simple:
+        return used, budget, False
+    used = _units_held(groups, calendars, 0)
+    for i in range(partials):
+        used += _units(rules, slots[slots[i].partial].done)
+    used, budget = _walk(run, held_back, used, now)
+    return used, budget, True
+
+
+@njit(cache=True, nogil=True)
+def _fit(run: Run, room: int, k: int) -> int:
+    """Most ticks, at most k, that the chosen groups may run within `room` units."""
+    groups, calendars = run.groups, run.calendars
+    decodes = 0
+    for group in range(groups.size):
+        decodes += groups[group].chosen * groups[group].decodes
+    block = calendars.phase.shape[1]
+    if decodes * (k // block + 1) <= room:
+        return k
+    ticks = room // decodes * block
+    room %= decodes
+    while block > 1 and ticks < k:
+        for group in range(groups.size):
+            if groups[group].chosen == 1:
+                room -= calendars.phase[group, (-groups[group].clock - ticks) % block]
+        if room < 0:
+            break
+        ticks += 1
+    return min(k, ticks)
+
+
+@njit(cache=True, nogil=True)
+def _pause(run: Run) -> None:
+    """Stop the decodes the budget did not reach (`chunk` 0); `_resume` lets them go on."""
+    s, slots, groups, calendars = run.state[0], run.slots, run.groups, run.calendars
+    slot = s.oldest
+    while slot != NOBODY:
+        if slots[slot].decodes == 1 and slots[slot].chunk == 0:
+            slots[slot].target = slots[slot].key - groups[0].clock
+            slots[slot].done = _stop_decode(slots, groups, calendars, 0, slot)
+            slots[slot].decodes = _PAUSED
+        slot = slots[slot].newer
+
+
+@njit(cache=True, nogil=True)
+def _resume(run: Run) -> None:
+    """Let those that paused decode from the next iteration on, with as much to go as before."""
+    s, slots, groups, calendars = run.state[0], run.slots, run.groups, run.calendars
+    slot = s.oldest
+    while slot != NOBODY:
+        if slots[slot].decodes == _PAUSED:
+            _start_decode(slots, groups, calendars, 0, slot, slots[slot].done, slots[slot].target)
+        slot = slots[slot].newer
+
+
+@njit(cache=True, nogil=True)
+def _prefill(run: Run, now: float) -> None:
+    """The chunks of the iteration that ended now are computed."""
+    s, requests, slots, groups = run.state[0], run.requests, run.slots, run.groups
+    left = 0
+    for i in range(s.partials):
+        slot = slots[i].partial
+        slots[slot].done += slots[slot].chunk
+        if slots[slot].done == slots[slot].target:
+            group = 0 if groups.size == 1 else requests[slots[slot].request].row
+            _emit(run, group, slot, now)
+        else:
+            slots[left].partial = slot
+            left += 1
+    s.partials = left
+
+
+@njit(cache=True, nogil=True)
+def continuous(run: Run) -> None:
+    """Run `vllm`, `capped`, `sarathi`, `orca` or `gated` from an empty system to its end."""
+    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    groups, rows, calendars, coef = run.groups, run.rows, run.calendars, run.coefficients
+    now = 0.0
+    while True:
+        _join(run, now)
+        held = groups[0].held
+        for i in range(s.partials):
+            held += slots[slots[i].partial].done
+        if now >= rules.horizon:
+            _close(run, now, held, AT_HORIZON)
+            return
+        if now >= s.sample_at:
+            _sample(run, held, now)
+
+        # The decision.
+        preempted, wasted = s.preempted, s.wasted
+        held_back = s.since_prefill < rules.interval - 1 and s.queue_left == 0 and groups[0].decodes > 0
+        used, budget, walked = _serve(run, held_back, now)
+        evicting = s.preempted > preempted
+        held -= s.wasted - wasted
+        ended = _NO_ROOM_IN_BATCH
+        if not (held_back or evicting):
+            _open_rows(run, now)
+            ended = _admit_waiting(run, used, budget, now)
+            if rules.gated and s.residents == 0 and s.waiting > 0:  # rule 18
+                for j in range(rows.size):
+                    rows[j].passed = rows[j].admissions
+                _open_rows(run, now)
+                ended = _admit_waiting(run, used, budget, now)
+        if not held_back:
+            s.queue_left = s.waiting + s.returned > 0
+
+        # Nobody in service: wait for an arrival or a timer.
+        if s.residents == 0:
+            if evicting:
+                continue
+            wake = math.inf
+            if s.arrived < requests.size:
+                wake = requests[s.arrived].arrival
+            for j in range(rows.size):
+                if rules.gated and rows[j].threshold > 0:
+                    wake = min(wake, _next_hold(run, j, now))
+            if wake >= rules.horizon:
+                wake = rules.horizon
+            if wake == math.inf:
+                verdict = FINISHED if s.waiting == 0 else STUCK
+                _close(run, now, 0, verdict)
+                return
+            now = wake
+            continue
+
+        # Decodes only: as many iterations as nothing can change in.
+        if s.partials == 0 and not walked:
+            decodes = groups[0].decodes
+            k = _to_completion(groups, calendars, 0)
+            if rules.capacity < FAR:
+                k = _fit(run, rules.capacity - _units_held(groups, calendars, 0), k)
+            wake = s.sample_at
+            if evicting:
+                k = 1
+            elif held_back:
+                k = min(k, rules.interval - 1 - s.since_prefill)
+            elif ended == _NOBODY_MAY or (ended == _NO_MEMORY and s.returned == 0 and rows.size > 1):
+                if s.arrived < requests.size:
+                    wake = min(wake, requests[s.arrived].arrival)
+                if rules.gated:
+                    for j in range(rows.size):
+                        if rows[j].threshold > 0 and rows[j].head < rows[j].tail:
+                            wake = min(wake, _next_hold(run, j, now))
+                            if _in_window(run, j) == rows[j].threshold:
+                                size = rows[j].size
+                                oldest = run.recent[rows[j].first + rows[j].passed % size]
+                                k = min(k, oldest + rows[j].period - s.iterations)
+            elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < requests.size:
+                wake = min(wake, requests[s.arrived].arrival)  # whether anybody waits matters to rule 16
+            reads = held + decodes
+            k, duration, area = _run_length(run, decodes, reads, reads, now, wake, k)
+            if not _account(
+                run, now, duration, area, reads + decodes * (k - 1), decodes, decodes, decodes, k
+            ):
+                _close(run, rules.horizon, held, AT_HORIZON)
+                return
+            now += duration
+            s.since_prefill = min(s.since_prefill + k, FAR)
+            _tick(groups, calendars, 0, k)
+            _complete(run, 0, now)
+            continue
+
+        # One iteration with prompts, or with residents that pause.
+        if walked:
+            _pause(run)
+        decodes = groups[0].decodes
+        reads = groups[0].held + decodes
+        prompts = size = 0
+        emitted = decodes
+        attention = 0.0
+        for i in range(s.partials):
+            slot = slots[i].partial
+            chunk = slots[slot].chunk
+            if chunk > 0:
+                size += 1
+                prompts += chunk
+                attention += chunk * (slots[slot].done + 0.5 * chunk)
+                emitted += slots[slot].done + chunk == slots[slot].target
+        if decodes + prompts == 0:
+            _resume(run)
+            continue  # rule 12
+        duration = batch_time(coef, prompts, decodes, reads, attention)
+        holds = held + decodes + prompts
+        if not _account(
+            run, now, duration, duration * holds, holds, decodes + size, decodes + prompts, emitted, 1
+        ):
+            _close(run, rules.horizon, held, AT_HORIZON)
+            return
+        now += duration
+        s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + 1, FAR)
+        _tick(groups, calendars, 0, 1)
+        _complete(run, 0, now)
+        if walked:
+            _resume(run)
+        _prefill(run, now)
+
+
+# --------------------------------------------------------------------------- wait
+
+
+@njit(cache=True, nogil=True)
+def _has_expired(run: Run, row: int, now: float) -> bool:
+    """Rule 23: somebody of the row, waiting or resident, has not been served for `hold`."""
+    requests, groups, rows, returned = run.requests, run.groups, run.rows, run.returned
+    hold = rows[row].hold
+    if hold == math.inf:
+        return False
+    if groups[row].decodes > 0 and now >= groups[row].last + hold:
+        return True
+    if rows[row].head < rows[row].tail and now >= requests[run.order[rows[row].head]].arrival + hold:
+        return True
+    request = groups[row].top
+    while request != NOBODY:
+        if now >= returned[request].served + hold:
+            return True
+        request = returned[request].below
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _next_timer(run: Run, now: float) -> float:
+    """Rule 23: the first instant later than now at which a hold expires."""
+    groups, rows, returned = run.groups, run.rows, run.returned
+    wake = math.inf
+    for j in range(rows.size):
+        hold = rows[j].hold
+        if hold == math.inf or rows[j].threshold == 0:
+            continue
+        wake = min(wake, _next_hold(run, j, now))
+        if groups[j].decodes > 0 and groups[j].last + hold > now:
+            wake = min(wake, groups[j].last + hold)
+        request = groups[j].top
+        while request != NOBODY:
+            if returned[request].served + hold > now:
+                wake = min(wake, returned[request].served + hold)
+            request = returned[request].below
+    return wake
+
+
+@njit(cache=True, nogil=True)
+def _start_block(run: Run, now: float) -> None:
+    """Rule 20: choose the rows whose gate is met and admit their cohorts."""
+    s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
+    rows = run.rows
+    for j in range(rows.size):
+        waiting = groups[j].depth + rows[j].tail - rows[j].head
+        groups[j].chosen = 0
+        if rows[j].threshold > 0:
+            groups[j].chosen = waiting >= rows[j].gate or _has_expired(run, j, now)
+    for i in range(rows.size):
+        j = rows[i].turn
+        if groups[j].chosen == 1:
+            waiting = groups[j].depth + rows[j].tail - rows[j].head
+            for _ in range(min(rows[j].threshold, waiting, rules.slots - s.residents)):
+                slot = _admit(run, j, j, now)
+                slots[slot].chunk = slots[slot].target
+
+
+@njit(cache=True, nogil=True)
+def _serve_block(run: Run, now: float) -> tuple[int, int]:
+    """Rule 21: preempt until the next iteration fits; decodes to serve and tokens they read."""
+    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    groups, calendars = run.groups, run.calendars
+    while True:
+        decodes = reads = needed = 0
+        for j in range(groups.size):
+            needed += _units_held(groups, calendars, j)
+            if groups[j].chosen == 1 and groups[j].decodes > 0:
+                decodes += groups[j].decodes
+                reads += groups[j].held + groups[j].decodes
+                needed += _growth(groups, calendars, j, 1)
+        for i in range(s.partials):
+            needed += _units(rules, slots[slots[i].partial].target)
+        if needed <= rules.capacity or decodes + s.partials == 0:
+            return decodes, reads
+        _preempt(run, requests[slots[s.newest].request].row, now)
+
+
+@njit(cache=True, nogil=True)
+def wait(run: Run) -> None:
+    """Run `wait` from an empty system to its end."""
+    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    groups, calendars, coef = run.groups, run.calendars, run.coefficients
+    now = 0.0
+    left = 0
+    while True:
+        _join(run, now)
+        held = 0
+        for j in range(groups.size):
+            held += groups[j].held
+        if now >= rules.horizon:
+            _close(run, now, held, AT_HORIZON)
+            return
+        if now >= s.sample_at:
+            _sample(run, held, now)
+
+        # The decision.
+        wasted = s.wasted
+        decodes = reads = 0
+        if left > 0:
+            decodes, reads = _serve_block(run, now)
+        if decodes == 0:
+            left = rules.block_iterations
+            _start_block(run, now)
+            decodes, reads = _serve_block(run, now)
+        held -= s.wasted - wasted
+
+        # Nobody to serve: wait for an arrival or a timer.
+        if decodes + s.partials == 0:
+            left = 0
+            wake = _next_timer(run, now)
+            if s.arrived < requests.size:
+                wake = min(wake, requests[s.arrived].arrival)
+            wake = min(wake, rules.horizon)
+            if wake == math.inf:
+                verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK
+                _close(run, now, held, verdict)
+                return
+            idle = wake - max(now, rules.warmup)
+            if idle > 0.0:
+                s.kv_area += idle * held
+                s.resident_area += idle * s.residents
+            now = wake
+            continue
+
+        if s.partials == 0:
+            k = left
+            for j in range(groups.size):
+                if groups[j].chosen == 1 and groups[j].decodes > 0:
+                    k = min(k, _to_completion(groups, calendars, j))
+            if rules.capacity < FAR and k > 1:
+                room = rules.capacity
+                for j in range(groups.size):
+                    room -= _units_held(groups, calendars, j)
+                k = _fit(run, room, k)
+            holds = held + decodes
+            k, duration, area = _run_length(run, decodes, reads, holds, now, s.sample_at, k)
+            holds += decodes * (k - 1)
+            size = tokens = emitted = decodes
+        else:
+            k = 1
+            prompts = 0
+            emitted = size = decodes + s.partials
+            attention = 0.0
+            for i in range(s.partials):
+                prompt = slots[slots[i].partial].target
+                prompts += prompt
+                attention += 0.5 * prompt * prompt
+            tokens = decodes + prompts
+            holds = held + tokens
+            duration = batch_time(coef, prompts, decodes, reads, attention)
+            area = duration * holds
+        if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
+            _close(run, rules.horizon, held, AT_HORIZON)
+            return
+        now += duration
+        left -= k
+        for j in range(groups.size):
+            if groups[j].chosen == 1:
+                groups[j].last = now
+                _tick(groups, calendars, j, k)
+                _complete(run, j, now)
+        _prefill(run, now)

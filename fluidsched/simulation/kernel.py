@@ -1,0 +1,297 @@
+r"""The fast kernel: the reference simulator's schedule without stepping through tokens.
+
+Between two events the composition of the batch is constant, so k iterations with b decodes that read M tokens
+of KV in the first last k c0 + k c_dec b + c_kv (k M + b k(k - 1)/2) seconds on each affine piece, and cost a
+handful of operations whatever k is. `compiled` has the loops and explains them; this module prepares flat
+arrays for them, runs paths in parallel threads (the loops release the interpreter's lock), and returns what
+`fluidsched.simulation.reference` returns: the same admissions, order, preemptions and statuses, times equal
+up to rounding.
+
+Only affine pieces have sums in closed form: a server whose iteration time is any other function of the batch
+is for the reference engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched._checks import check_count, check_real
+from fluidsched.policy.table import PolicyTable
+from fluidsched.server import Server
+from fluidsched.simulation import compiled
+from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
+from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
+
+if TYPE_CHECKING:
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["run_kernel", "run_many"]
+
+
+def run_kernel(
+    path: ArrivalPath,
+    server: Server,
+    table: PolicyTable,
+    *,
+    horizon: float | None,
+    warmup: float = 0.0,
+    occupancy_points: int = 0,
+) -> EngineRun:
+    """Run one table on one path, from event to event.
+
+    Parameters
+    ----------
+    path : ArrivalPath
+        N requests. Those that arrive after the horizon stay `unfinished`.
+    server : Server
+        Its iteration time must be affine or the largest of affine pieces.
+    table : PolicyTable
+        Kind "vllm", "capped", "sarathi", "orca", "gated" or "wait".
+    horizon : float or None
+        End of the run, s; None: until empty or stuck.
+    warmup : float
+        Start of the measured window, s.
+    occupancy_points : int
+        Points of the occupancy series; 0: none.
+
+    Returns
+    -------
+    EngineRun
+        Equal to `run_reference`'s up to rounding.
+
+    Raises
+    ------
+    InputError
+        See `limits.check_run`; also for an iteration time without affine pieces.
+
+    Examples
+    --------
+    >>> from fluidsched import ArrivalPath, IterationTime, Server, baselines
+    >>> path = ArrivalPath.from_arrays([0.0, 0.5], [4, 2], [2, 1])
+    >>> server = Server(10, IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+    >>> run = run_kernel(path, server, baselines.vllm(), horizon=None)
+    >>> run.finish_s.tolist(), run.kv_token_s
+    ([2.0, 2.0], 11.0)
+    """
+    coefficients = server.iteration_time.require_coefficients("the kernel")
+    classes = check_run(path, server, table)
+    end = np.inf if horizon is None else check_real("horizon", horizon, above=0.0)
+    warmup = check_real("warmup", warmup, minimum=0.0)
+    points = check_count("occupancy_points", occupancy_points)
+
+    rejected = never_fits(path, server, table)
+    joins = np.flatnonzero(~rejected) if rejected.any() else slice(None)
+    run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points)
+    if table.kind == "wait":
+        compiled.wait(run)
+    else:
+        compiled.continuous(run)
+    return _engine_run(run, table, rejected, joins, points)
+
+
+def run_many(
+    paths: Sequence[ArrivalPath],
+    server: Server,
+    table: PolicyTable,
+    *,
+    horizon: float | None,
+    warmup: float = 0.0,
+    occupancy_points: int = 0,
+    threads: int | None = None,
+) -> list[EngineRun]:
+    """Run one table on every path, in parallel threads.
+
+    Parameters
+    ----------
+    paths : sequence of ArrivalPath
+        R paths, one per replication.
+    server, table, horizon, warmup, occupancy_points
+        See `run_kernel`.
+    threads : int, optional
+        Threads to use; None: one per processor this process may use. The results do not depend on it.
+
+    Returns
+    -------
+    list of EngineRun
+        R runs, in the order of `paths`.
+    """
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(check_count("threads", threads, minimum=1), max(len(paths), 1))
+
+    def run(path: ArrivalPath) -> EngineRun:
+        return run_kernel(
+            path, server, table, horizon=horizon, warmup=warmup, occupancy_points=occupancy_points
+        )
+
+    if threads == 1:
+        return [run(path) for path in paths]
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fluidsched")
+    try:
+        return [future.result() for future in [pool.submit(run, path) for path in paths]]
+    finally:  # an interrupt ends the run after the replications in progress
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ------------------------------------------------------------------ flat arrays for the loops, and back
+
+
+def _prepare(
+    path: ArrivalPath,
+    classes: NDArray[np.int64],
+    joins: slice | NDArray[np.int64],
+    server: Server,
+    table: PolicyTable,
+    coefficients: NDArray[np.float64],
+    horizon: float,
+    warmup: float,
+    points: int,
+) -> compiled.Run:
+    """Everything a loop reads and writes, empty system; the loops allocate nothing."""
+    rules = _rules(server, table)
+    rules["horizon"], rules["warmup"] = horizon, warmup
+    requests = np.zeros(len(classes[joins]), dtype=compiled.REQUEST)
+    for name, column in (
+        ("arrival", path.arrival_s),
+        ("prompt", path.prompt_tokens),
+        ("output", path.output_tokens),
+        ("row", classes),
+    ):
+        requests[name] = column[joins]
+    for name in ("admitted", "first_token", "finish"):
+        requests[name] = np.nan
+    rows, order = _rows(table, requests["row"])
+    groups = np.zeros(len(rows) if table.kind == "wait" else 1, dtype=compiled.GROUP)
+    groups["top"] = compiled.NOBODY
+    groups["chosen"] = 1
+    days = compiled.calendar_days(int(requests["output"].max(initial=1)), len(groups))
+    size = min(len(requests), int(rules["slots"][0]))
+    if table.kind != "wait":  # admission looks at memory, and a resident takes one unit at least
+        size = min(size, int(rules["capacity"][0]))
+    slots = np.zeros(max(size, 1), dtype=compiled.SLOT)
+    slots["newer"] = np.arange(1, len(slots) + 1)
+    return compiled.Run(
+        rules=rules,
+        state=_initial_state(path, points, horizon),
+        coefficients=np.ascontiguousarray(coefficients),
+        requests=requests,
+        order=order,
+        rows=rows,
+        recent=np.zeros(int(rows["size"].sum()), dtype=np.int64),
+        slots=slots,
+        groups=groups,
+        calendars=compiled.Calendars(
+            days=days,
+            heads=np.full(len(groups) * days, compiled.NOBODY, dtype=np.int64),
+            bits=np.zeros(len(groups) * days // 64, dtype=np.int64),
+            phase=np.zeros((len(groups), int(rules["block"][0])), dtype=np.int64),
+        ),
+        returned=np.zeros(len(requests), dtype=compiled.RETURNED),
+        occupancy=np.zeros((2 * points, 4)),
+    )
+
+
+def _rules(server: Server, table: PolicyTable) -> NDArray[np.void]:
+    limits = effective_limits(server, table)
+    rules = np.zeros(1, dtype=compiled.RULES)
+    for name in ("capacity", "admission", "block", "slots", "budget", "chunk", "reserve"):
+        rules[name] = getattr(limits, name)
+    rules["interval"] = table.prefill_interval or 1
+    rules["block_iterations"] = table.block_iterations or 1
+    rules["whole_prompt"] = table.whole_prompt_admission
+    rules["decodes_first"] = table.kind in ("sarathi", "orca")
+    rules["gated"] = table.kind == "gated"
+    rules["restart"] = table.preemption == "restart"
+    return rules
+
+
+def _rows(table: PolicyTable, of_request: NDArray[np.int64]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """The table's rows, and the requests sorted by row, oldest first."""
+    rows = np.zeros(len(table.types), dtype=compiled.ROW)
+    for name in ("threshold", "gate", "period"):
+        values = [getattr(row, name) for row in table.types]
+        rows[name] = [UNLIMITED if value is None else value for value in values]
+    rows["hold"] = [np.inf if row.max_hold_s is None else row.max_hold_s for row in table.types]
+    priority = np.array([np.inf if row.priority is None else row.priority for row in table.types])
+    rows["rank"] = np.searchsorted(np.sort(priority), priority)
+    rows["turn"] = np.argsort(priority, kind="stable")
+    if len(rows) == 1:
+        counts = np.array([len(of_request)])
+        order = np.arange(len(of_request))
+    else:
+        counts = np.bincount(of_request, minlength=len(rows))
+        order = np.argsort(of_request, kind="stable")
+    rows["head"] = rows["tail"] = np.cumsum(counts) - counts
+    if table.kind == "gated":
+        rows["size"] = np.minimum(rows["threshold"], counts)
+        rows["first"] = np.cumsum(rows["size"]) - rows["size"]
+    return rows, order
+
+
+def _initial_state(path: ArrivalPath, points: int, horizon: float) -> NDArray[np.void]:
+    state = np.zeros(1, dtype=compiled.STATE)
+    state["oldest"] = state["newest"] = compiled.NOBODY
+    state["since_prefill"] = UNLIMITED
+    span = horizon if horizon < np.inf else float(path.arrival_s[-1]) if len(path) else 0.0
+    state["sample_at"] = 0.0 if points else np.inf
+    state["sample_step"] = span / points if points and span > 0.0 else np.inf
+    return state
+
+
+#: Fields of `EngineRun` and of the loops' state that are the same numbers.
+COUNTERS = {
+    "iterations": "iterations",
+    "batch_size_sum": "batch_sizes",
+    "batch_token_sum": "batch_tokens",
+    "emitted_tokens": "emitted",
+    "preempted": "preempted",
+    "wasted_tokens": "wasted",
+    "peak_kv": "peak_kv",
+    "kv_end": "kv_end",
+}
+
+
+def _engine_run(
+    run: compiled.Run,
+    table: PolicyTable,
+    rejected: NDArray[np.bool_],
+    joins: slice | NDArray[np.int64],
+    points: int,
+) -> EngineRun:
+    requests, state = run.requests, run.state[0]
+    end = float(state["end"])
+    verdict = VERDICTS[state["verdict"]]
+    unfinished = np.isnan(requests["finish"])
+    arrived = requests["arrival"][: state["arrived"]]
+    newcomers = arrived[np.isnan(requests["admitted"][: state["arrived"]])]
+    waited = np.maximum(0.0, end - np.maximum(newcomers, run.rules["warmup"])).sum()
+    starved = np.unique(requests["row"][unfinished]) if verdict == "stuck" else ()
+
+    def spread(values: NDArray[Any], elsewhere: float) -> NDArray[Any]:
+        whole = np.full(len(rejected), elsewhere, dtype=values.dtype)
+        whole[joins] = values
+        return whole
+
+    status = np.where(unfinished, STATUSES.index("unfinished"), STATUSES.index("finished")).astype(np.int8)
+    return EngineRun(
+        admitted_s=spread(requests["admitted"], np.nan),
+        first_token_s=spread(requests["first_token"], np.nan),
+        finish_s=spread(requests["finish"], np.nan),
+        preemptions=spread(requests["preemptions"], 0),
+        status=spread(status, STATUSES.index("rejected")),
+        end_s=end,
+        verdict=verdict,
+        starved_types=tuple(table.types[j].name for j in starved),
+        busy_s=float(state["busy"]),
+        kv_token_s=float(state["kv_area"]),
+        resident_s=float(state["resident_area"]),
+        waiting_s=float(state["waiting_area"] + waited),
+        occupancy=run.occupancy[: state["samples"]].copy() if points else None,
+        **{field: int(state[name]) for field, name in COUNTERS.items()},
+    )

@@ -1,0 +1,187 @@
+"""Random small systems for the equality of kernel and reference: paths, servers and tables with every knob.
+
+Two kinds. *Dyadic*: times and coefficients are multiples of 2^-13, so that all sums are exact in both engines
+and ties (an arrival at an iteration's end, a hold that expires there) really happen. *Real*: the same times
+irrational factors, so that they do not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from fluidsched.policy.table import Lookahead, Match, PolicyTable, TableType
+from fluidsched.server import IterationTime, Server
+from fluidsched.simulation.records import EngineRun, IterationSummary
+from fluidsched.simulation.reference import run_reference
+from fluidsched.workload import ArrivalPath
+
+KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait")
+NEAR = 1e-9
+
+
+@dataclass(frozen=True)
+class Case:
+    path: ArrivalPath
+    server: Server
+    table: PolicyTable
+    horizon: float | None
+    warmup: float
+    points: int
+    dyadic: bool
+
+    def run(self, engine: Any, **options: Any) -> EngineRun:
+        return engine(
+            self.path,
+            self.server,
+            self.table,
+            horizon=self.horizon,
+            warmup=self.warmup,
+            occupancy_points=self.points,
+            **options,
+        )
+
+
+IRRATIONAL = {"time": math.pi / 3, "coefficient": math.e / 2.5, "hold": math.sqrt(2), "window": math.sqrt(3)}
+
+
+def _number(draw: st.DrawFn, dyadic: bool, low: int, high: int, unit: float, what: str) -> float:
+    """A multiple of `unit`, stretched in real cases by a factor of its own, so that ties are accidents."""
+    return draw(st.integers(low, high)) * unit * (1.0 if dyadic else IRRATIONAL[what])
+
+
+def _maybe(draw: st.DrawFn, strategy: st.SearchStrategy[Any]) -> Any:
+    return draw(st.none() | strategy)
+
+
+@st.composite
+def cases(draw: st.DrawFn, kind: str, dyadic: bool) -> Case:
+    count = draw(st.integers(0, 40))
+    longest_prompt = draw(st.sampled_from([1, 4, 30]))
+    longest_output = draw(st.sampled_from([1, 5, 25, 100]))
+    burst = draw(st.sampled_from([0, 1, 8, 64]))
+    gaps = [_number(draw, dyadic, 0, burst, 0.25, "time") for _ in range(count)]
+    prompts = [draw(st.integers(1, longest_prompt)) for _ in range(count)]
+    outputs = [draw(st.integers(1, longest_output)) for _ in range(count)]
+    types = draw(st.integers(1, 3)) if kind in ("gated", "wait") else 1
+    path = ArrivalPath.from_arrays(
+        np.cumsum(np.array(gaps, dtype=np.float64)),
+        np.array(prompts, dtype=np.int64),
+        np.array(outputs, dtype=np.int64),
+        np.array([draw(st.integers(0, types - 1)) for _ in range(count)], dtype=np.int64),
+        type_names=tuple("abc"[:types]),
+    )
+    return Case(
+        path,
+        draw(servers(kind, dyadic, longest_prompt + longest_output)),
+        draw(tables(kind, dyadic, types, longest_output)),
+        _maybe(draw, st.just(_number(draw, dyadic, 1, 400, 0.25, "window"))),
+        draw(st.just(0.0) | st.just(_number(draw, dyadic, 0, 100, 0.25, "window"))),
+        draw(st.sampled_from([0, 3, 50])),
+        dyadic,
+    )
+
+
+@st.composite
+def servers(draw: st.DrawFn, kind: str, dyadic: bool, longest: int) -> Server:
+    unit = 2.0**-10
+    pieces = [
+        [
+            _number(draw, dyadic, 1 if i == 0 else -200, 300, unit, "coefficient"),
+            *(_number(draw, dyadic, 0, top, unit / 8, "coefficient") for top in (40, 40, 9, 2)),
+        ]
+        for i in range(draw(st.integers(1, 3)))
+    ]
+    capacity = draw(st.sampled_from([math.inf, longest, 1.5 * longest, 3 * longest, 10 * longest]))
+    block = _maybe(draw, st.sampled_from([1, 2, 5, 16]))
+    if block is not None and capacity < block:
+        block = 1
+    return Server(
+        capacity,
+        IterationTime.pieces(pieces),
+        max_batch_size=_maybe(draw, st.integers(1, 12)),
+        token_budget=_maybe(draw, st.integers(1, 60)) if kind != "wait" else None,
+        block_size=block,
+    )
+
+
+@st.composite
+def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output: int) -> PolicyTable:
+    restart = st.sampled_from(["recompute", "recompute", "restart"])
+    shared: dict[str, Any] = {"max_in_service": _maybe(draw, st.integers(1, 10)), "preemption": draw(restart)}
+    if kind != "wait":
+        shared["token_budget"] = _maybe(draw, st.integers(1, 60))
+        shared["watermark"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.5]))
+        shared["kv_limit_tokens"] = _maybe(draw, st.integers(1, 300))
+    if kind in ("vllm", "capped", "sarathi", "gated"):
+        shared["chunk_tokens"] = _maybe(draw, st.integers(1, 20))
+        shared["prefill_interval"] = _maybe(draw, st.integers(1, 9))
+        shared["whole_prompt_admission"] = draw(st.booleans())
+    if kind == "orca":
+        shared["lookahead"] = Lookahead("reserve", longest_output + draw(st.integers(0, 3)))
+    if kind == "wait":
+        shared.update(freeze=True, block_iterations=draw(st.integers(1, 9)))
+    if kind not in ("gated", "wait"):
+        return PolicyTable("table", kind, (TableType("*"),), **shared)
+    rows = []
+    for name in "abc"[:types]:
+        threshold = draw(st.integers(0, 6))
+        least = min(1, threshold) if kind == "wait" else 0
+        rows.append(
+            TableType(
+                name,
+                Match(label=name),
+                threshold=threshold,
+                gate=draw(st.integers(least, threshold)),
+                period=draw(st.integers(1, 12)) if kind == "gated" else None,
+                max_hold_s=_maybe(draw, st.just(_number(draw, dyadic, 1, 40, 0.25, "hold"))),
+                priority=_maybe(draw, st.integers(0, 2)),
+            )
+        )
+    return PolicyTable("table", kind, tuple(rows), **shared)
+
+
+def run_reference_and_judge(case: Case) -> tuple[EngineRun, bool]:
+    """The reference's run, and whether rounding may decide: real numbers, and an instant that matters within
+    NEAR of an iteration's end."""
+    ends: list[float] = [0.0]
+
+    def see(summary: IterationSummary) -> None:
+        ends.append(summary.end_s)
+
+    run = case.run(run_reference, on_iteration=see)
+    instants = [case.path.arrival_s, [case.warmup], [] if case.horizon is None else [case.horizon]]
+    starts = np.concatenate([case.path.arrival_s, ends])
+    instants += [starts + row.max_hold_s for row in case.table.types if row.max_hold_s is not None]
+    wanted = np.concatenate(instants)
+    wanted = wanted[wanted > 0.0]
+    at = np.unique(ends)
+    place = np.searchsorted(at, wanted)
+    distance = np.minimum(
+        np.abs(wanted - at[np.minimum(place, len(at) - 1)]), np.abs(wanted - at[np.maximum(place - 1, 0)])
+    )
+    near = distance <= NEAR * np.maximum(wanted, 1.0)
+    return run, bool(near.any()) and not case.dyadic
+
+
+def assert_same_run(kernel: EngineRun, reference: EngineRun) -> None:
+    """Everything discrete equal; everything measured within 1e-9 relative."""
+    for name in ("verdict", "starved_types", "iterations", "batch_size_sum", "batch_token_sum",
+                 "emitted_tokens", "preempted", "wasted_tokens", "peak_kv", "kv_end"):  # fmt: skip
+        assert getattr(kernel, name) == getattr(reference, name), name
+    for name in ("preemptions", "status"):
+        np.testing.assert_array_equal(getattr(kernel, name), getattr(reference, name), err_msg=name)
+    for name in ("admitted_s", "first_token_s", "finish_s", "end_s", "busy_s", "kv_token_s", "resident_s",
+                 "waiting_s"):  # fmt: skip
+        np.testing.assert_allclose(
+            getattr(kernel, name), getattr(reference, name), rtol=1e-9, atol=1e-12, err_msg=name
+        )
+    if reference.occupancy is None:
+        assert kernel.occupancy is None
+    else:
+        assert kernel.occupancy is not None
+        np.testing.assert_allclose(kernel.occupancy, reference.occupancy, rtol=1e-9)
