@@ -1,66 +1,719 @@
-"""Arrival processes: when requests of one type come.
+"""Arrival processes: when the requests of one type come.
 
-An arrival process draws the times 0 < t_1 ≤ t_2 ≤ ... < H of one type from a random stream. The processes
-here draw *gaps in units of the mean gap* one after another from the stream, so that with the same stream
+A process draws the times 0 ≤ t_1 ≤ t_2 ≤ ... < H of one type from a random stream. It is a *shape*: the type's
+arrival rate λ sets the mean number of requests per second, the process how they are spread. Write N(h) for the
+number of arrivals in a window of h seconds. Every process here has E N(h) = λh for every window that starts
+at 0, so rates, and the fluid program, see only λ (a time-varying profile: over whole periods). How far from
+Poisson a process is shows in the *index of dispersion* I(h) = Var N(h) / E N(h); `ArrivalProcess.dispersion`
+is its limit for long windows, 1 for Poisson.
 
-- a longer horizon only adds arrivals (the earlier ones stay), and
-- multiplying the rate by ζ divides every time by ζ.
+====================  ========================================================  ==============================
+process               what comes                                                I(∞)
+====================  ========================================================  ==============================
+`poisson`             independent exponential gaps                              1
+`renewal`             independent gamma gaps of given cv (0: equal gaps)        cv²
+`markov_modulated`    Poisson whose rate jumps with a Markov chain              1 + 2 π R D r / λ
+`time_varying`        Poisson whose rate follows a periodic profile             1 (given the profile)
+`batches`             several requests at each epoch of another process         Var B / E B + E B · I_epochs
+`closed_loop`         users who wait for an answer, think, and ask again        cv² of a user's cycle
+`superposition`       several independent processes together                    Σ_i share_i · I_i
+====================  ========================================================  ==============================
 
-Poisson: gaps are independent and exponential with mean 1/λ; the number of arrivals in a window of length h is
-Poisson with mean λh, independent of other windows.
+(D is the deviation matrix of the modulating chain, π its stationary law, r its rates, R = diag(r).)
+
+Renewal-like processes and modulating chains start in their stationary state: the first gap has the density
+P(gap > x)/E[gap], the first state its long-run share of time. Otherwise E N(h) = λh would fail for short h.
+
+Rules kept by every process, so that runs can share random numbers:
+
+- a longer horizon only adds arrivals (the earlier ones stay);
+- *speeding up* by ζ, i.e. rate ζλ with the process `accelerated` by ζ, divides every time by ζ. Processes
+  without a clock of their own (`poisson`, `renewal`, `batches` of them, `closed_loop`) are their own accelerated
+  version; `markov_modulated` and `time_varying` state durations in seconds, which are divided by ζ.
+
+Time-varying and modulated rates are inverted, not thinned: unit-rate Poisson times s_n are mapped by
+t_n = Λ⁻¹(s_n), Λ(t) = ∫_0^t λ(u) du, which is exact for piecewise constant rates.
 """
 
 from __future__ import annotations
 
+import abc
 import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from fluidsched._checks import check_real
+from fluidsched._checks import check_choice, check_count, check_keys, check_real
 from fluidsched.errors import InputError
-from fluidsched.workload.lengths import FloatArray
+from fluidsched.workload import lengths
+from fluidsched.workload.lengths import FloatArray, LengthLaw
+from fluidsched.workload.path import seed_sequence
 
-__all__ = ["poisson"]
+__all__ = [
+    "ArrivalProcess",
+    "batches",
+    "closed_loop",
+    "from_dict",
+    "markov_modulated",
+    "poisson",
+    "renewal",
+    "superposition",
+    "time_varying",
+]
 
 MAX_REQUESTS = 10**8
-"""Largest expected number of requests of one draw."""
+"""Largest expected number of requests, or of jumps of a modulating chain, of one draw."""
+
+MAX_CV = 100.0
+"""Largest coefficient of variation of a gap."""
+
+MAX_USERS = 10**7
+"""Largest number of users of one closed loop."""
 
 
-def poisson(rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
-    """Arrival times of a Poisson process on [0, horizon).
+class ArrivalProcess(abc.ABC):
+    """How the arrivals of a type are spread over time; made by the functions of `fluidsched.arrivals`."""
 
-    Parameters
-    ----------
-    rate : float
-        Requests per second, at least 0.
-    horizon : float
-        Length of the window in seconds, positive.
-    rng : numpy.random.Generator
-        Stream to draw from.
+    def sample(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        """Arrival times on [0, horizon).
 
-    Returns
-    -------
-    float64[N]
-        Times in seconds since the start of the window, ascending.
+        Parameters
+        ----------
+        rate : float
+            λ, mean requests per second, at least 0.
+        horizon : float
+            Length of the window in seconds, positive.
+        rng : numpy.random.Generator
+            Stream to draw from; advanced.
+
+        Returns
+        -------
+        float64[N]
+            Times in seconds since the start of the window, ascending.
+
+        Examples
+        --------
+        >>> poisson().sample(2.0, 3.0, np.random.default_rng(1)).round(3)
+        array([0.537, 0.691])
+        """
+        rate = check_real("rate", rate, minimum=0)
+        horizon = check_real("horizon", horizon, above=0)
+        if rate * horizon == 0:
+            return np.empty(0)
+        _check_expected(rate * horizon, "requests")
+        return self._times(rate, horizon, rng)
+
+    @abc.abstractmethod
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        """As `sample`, with checked arguments and a positive expected number."""
+
+    @abc.abstractmethod
+    def dispersion(self, rate: float) -> float:
+        """I(∞) = lim Var N(h) / E N(h) at `rate` requests per second; 1 for Poisson.
+
+        Examples
+        --------
+        >>> batches(lengths.fixed(4)).dispersion(rate=2.0)
+        4.0
+        """
+
+    @abc.abstractmethod
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        """The process on a clock `zeta` times as fast: durations in seconds divided by `zeta` > 0."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments it was made with, as plain data with the maker's name; read back by `from_dict`."""
+
+
+@dataclass(frozen=True)
+class _Poisson(ArrivalProcess):
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        return _before(_sums(rng.standard_exponential, rate * horizon) / rate, horizon)
+
+    def dispersion(self, rate: float) -> float:
+        return 1.0
+
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"process": "poisson"}
+
+    def __repr__(self) -> str:
+        return "poisson()"
+
+
+def poisson() -> ArrivalProcess:
+    """Poisson arrivals: independent exponential gaps, the default of every request type.
 
     Examples
     --------
-    >>> poisson(2.0, 3.0, np.random.default_rng(1)).round(3)
-    array([0.537, 0.691])
+    >>> len(poisson().sample(100.0, 60.0, np.random.default_rng(7)))
+    6010
     """
-    rate = check_real("rate", rate, minimum=0)
-    horizon = check_real("horizon", horizon, above=0)
-    expected = rate * horizon
-    if expected == 0:
-        return np.empty(0)
+    return _Poisson()
+
+
+@dataclass(frozen=True)
+class _Renewal(ArrivalProcess):
+    cv: float
+
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        return _renewal_times(rate, horizon, rng, sources=1, cv=self.cv, offset=0.0)
+
+    def dispersion(self, rate: float) -> float:
+        return self.cv**2
+
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"process": "renewal", "cv": self.cv}
+
+    def __repr__(self) -> str:
+        return f"renewal(cv={self.cv:g})"
+
+
+def renewal(cv: float) -> ArrivalProcess:
+    """Independent gamma gaps with coefficient of variation `cv`: smoother than Poisson below 1, burstier above.
+
+    The gap is Gamma(k)/(kλ) with k = 1/cv²; at cv = 1 the process is Poisson, at cv = 0 all gaps are 1/λ and
+    only the phase is random, uniform. The first gap has the stationary excess law: U·Gamma(k + 1)/(kλ), U
+    uniform on [0, 1).
+
+    Parameters
+    ----------
+    cv : float
+        Standard deviation of a gap over its mean, 0 to 100. vLLM's ``--burstiness`` is 1/cv².
+
+    Examples
+    --------
+    >>> times = renewal(cv=0).sample(2.0, 3.0, np.random.default_rng(1))
+    >>> np.diff(times)
+    array([0.5, 0.5, 0.5, 0.5, 0.5])
+    >>> renewal(cv=3).dispersion(rate=2.0)
+    9.0
+    """
+    return _Renewal(check_real("cv", cv, minimum=0, maximum=MAX_CV))
+
+
+@dataclass(frozen=True)
+class _ClosedLoop(ArrivalProcess):
+    users: int
+    think_cv: float
+    response_share: float
+
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        return _renewal_times(
+            rate, horizon, rng, sources=self.users, cv=self.think_cv, offset=self.response_share
+        )
+
+    def dispersion(self, rate: float) -> float:
+        return ((1 - self.response_share) * self.think_cv) ** 2
+
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "process": "closed_loop",
+            "users": self.users,
+            "think_cv": self.think_cv,
+            "response_share": self.response_share,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"closed_loop(users={self.users}, think_cv={self.think_cv:g}, "
+            f"response_share={self.response_share:g})"
+        )
+
+
+def closed_loop(users: int, think_cv: float = 1.0, response_share: float = 0.0) -> ArrivalProcess:
+    """A fixed number of users, each asking, waiting for the answer, thinking, and asking again.
+
+    Each user asks at the epochs of an own stationary renewal process with gap = response time + think time.
+    The mean gap is users/λ, so give the type the rate λ = users / (mean response + mean think time). The
+    response takes the constant share `response_share` of the mean gap; the think time is gamma with
+    coefficient of variation `think_cv` (1: exponential, 0: constant).
+
+    **What is approximated.** Paths are drawn before the simulation, so the answer's real time cannot feed back:
+    the assumed response time stands for it. In a true closed loop at most `users` requests are in the system,
+    and a slow server slows its users down; here a slow server meets an unchanged stream, queues grow, and a
+    user may ask again before the answer has come. So throughput and latency near and above capacity are
+    those of an open system. Exact are: the long-run rate, when `response_share` is right; that a user's requests
+    are at least the assumed response time apart, so no user sends bursts; and the limit of many users, which
+    is Poisson. Users are not labelled in the path and prompts do not grow from turn to turn.
+
+    Parameters
+    ----------
+    users : int
+        Number of users, at least 1.
+    think_cv : float, optional
+        Coefficient of variation of the think time, 0 to 100.
+    response_share : float, optional
+        Assumed response time over mean gap, in [0, 1).
+
+    Examples
+    --------
+    40 users who think 18 s on average and wait 2 s for an answer:
+
+    >>> process = closed_loop(users=40, think_cv=1.0, response_share=2 / 20)
+    >>> process.dispersion(rate=40 / 20)
+    0.81
+    """
+    return _ClosedLoop(
+        check_count("users", users, minimum=1, maximum=MAX_USERS),
+        check_real("think_cv", think_cv, minimum=0, maximum=MAX_CV),
+        check_real("response_share", response_share, minimum=0, maximum=math.nextafter(1.0, 0.0)),
+    )
+
+
+@dataclass(frozen=True)
+class _MarkovModulated(ArrivalProcess):
+    relative_rate: tuple[float, ...]
+    mean_sojourn: tuple[float, ...]
+    transition: tuple[tuple[float, ...], ...] | None
+
+    @cached_property
+    def _jumps(self) -> FloatArray:
+        """Jump probabilities, float64[K, K]."""
+        if self.transition is not None:
+            return np.array(self.transition)
+        count = len(self.relative_rate)
+        return (1 - np.eye(count)) / (count - 1)
+
+    @cached_property
+    def _shares(self) -> FloatArray:
+        """π, long-run share of time in each state, float64[K]."""
+        jumps = self._jumps
+        count = len(jumps)
+        equations = np.vstack([jumps.T - np.eye(count), np.ones(count)])
+        visits = np.linalg.lstsq(equations, np.append(np.zeros(count), 1.0), rcond=None)[0]
+        time = visits * np.array(self.mean_sojourn)
+        return np.asarray(time / time.sum())
+
+    @cached_property
+    def _unit_rate(self) -> FloatArray:
+        """Rate in each state when λ = 1, float64[K]."""
+        relative = np.array(self.relative_rate)
+        return np.asarray(relative / (self._shares @ relative))
+
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        _check_expected(horizon / float(self._shares @ np.array(self.mean_sojourn)), "changes of the rate")
+        chain, clock = _streams(rng, 2)
+        cumulative = np.cumsum(self._jumps, axis=1)
+        rows = [row[: int(np.argmax(row >= row[-1])) + 1].tolist() for row in cumulative]
+        start = np.cumsum(self._shares)
+        state = int(np.searchsorted(start / start[-1], chain.random(), side="right"))
+        sojourns = np.array(self.mean_sojourn)
+        ends, masses = [np.zeros(1)], [np.zeros(1)]
+        while ends[-1][-1] <= horizon:
+            uniforms = chain.random((256, 2))
+            states = np.empty(len(uniforms), dtype=np.int64)
+            for index, uniform in enumerate(uniforms[:, 1].tolist()):
+                states[index] = state
+                row = rows[state]
+                state = min(bisect_right(row, uniform * row[-1]), len(row) - 1)
+            stay = -np.log1p(-uniforms[:, 0]) * sojourns[states]
+            mass = stay * self._unit_rate[states]
+            ends.append(np.cumsum(np.concatenate([ends[-1][-1:], stay]))[1:])
+            masses.append(np.cumsum(np.concatenate([masses[-1][-1:], mass]))[1:])
+        return _inverted(np.concatenate(ends), np.concatenate(masses), rate, horizon, clock)
+
+    def dispersion(self, rate: float) -> float:
+        jumps, sojourns, shares = self._jumps, np.array(self.mean_sojourn), self._shares
+        generator = (jumps - np.eye(len(jumps))) / sojourns[:, None]
+        deviation = np.linalg.inv(np.outer(np.ones(len(jumps)), shares) - generator) - shares
+        rates = rate * self._unit_rate
+        return 1.0 + 2.0 * float((shares * rates) @ deviation @ self._unit_rate)
+
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        return _MarkovModulated(
+            self.relative_rate, tuple(s / zeta for s in self.mean_sojourn), self.transition
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "process": "markov_modulated",
+            "relative_rate": list(self.relative_rate),
+            "mean_sojourn": list(self.mean_sojourn),
+        }
+        if self.transition is not None:
+            data["transition"] = [list(row) for row in self.transition]
+        return data
+
+    def __repr__(self) -> str:
+        rates, stays = (", ".join(f"{v:g}" for v in row) for row in (self.relative_rate, self.mean_sojourn))
+        return f"markov_modulated([{rates}], mean_sojourn=[{stays}] s)"
+
+
+def markov_modulated(
+    relative_rate: ArrayLike, mean_sojourn: ArrayLike, transition: ArrayLike | None = None
+) -> ArrivalProcess:
+    """Poisson arrivals whose rate jumps between K levels with a Markov chain: quiet times and bursts.
+
+    In state i requests come at a rate proportional to `relative_rate[i]` (scaled so that the mean is λ) for an
+    exponential time of mean `mean_sojourn[i]`. Each type has a chain of its own: types do not burst together.
+
+    Parameters
+    ----------
+    relative_rate : float[K]
+        Rates of the states up to a common factor, at least 0, not all 0; K ≥ 2.
+    mean_sojourn : float[K]
+        Mean time of a visit to each state, seconds, positive.
+    transition : float[K, K], optional
+        Probabilities of the next state: zero diagonal, rows of sum 1, every state reachable from every other.
+        By default all other states are equally likely.
+
+    Examples
+    --------
+    Ten times the rate for half a minute every five minutes or so:
+
+    >>> process = markov_modulated([1, 10], mean_sojourn=[270, 30])
+    >>> round(process.dispersion(rate=4.0), 1)
+    437.2
+    """
+    relative = _number_row("relative_rate", relative_rate, minimum=0)
+    if len(relative) < 2:
+        raise InputError("relative_rate", f"{len(relative)} states", "have at least 2", "Or use poisson().")
+    sojourns = _number_row("mean_sojourn", mean_sojourn, above=0, size=len(relative))
+    if max(relative) == 0:
+        raise InputError("relative_rate", "all zero", "have a positive entry")
+    rows = None
+    if transition is not None:
+        given = list(transition) if isinstance(transition, (Sequence, np.ndarray)) else []
+        if len(given) != len(relative):
+            raise InputError("transition", transition, f"be {len(relative)} rows of {len(relative)} numbers")
+        rows = tuple(
+            _number_row(f"transition[{i}]", row, minimum=0, size=len(relative)) for i, row in enumerate(given)
+        )
+        for index, row in enumerate(rows):
+            if row[index] != 0 or abs(math.fsum(row) - 1) > 1e-9:
+                raise InputError(
+                    f"transition[{index}]", list(row), f"sum to 1 with 0 in place {index} (a jump leaves)"
+                )
+        reached = np.linalg.matrix_power((np.array(rows) > 0) + np.eye(len(rows)), len(rows)) > 0
+        if not reached.all():
+            source, target = np.argwhere(~reached)[0].tolist()
+            raise InputError(
+                "transition",
+                f"no way from state {source} to {target}",
+                "lead from every state to every other",
+            )
+    return _MarkovModulated(relative, sojourns, rows)
+
+
+@dataclass(frozen=True)
+class _TimeVarying(ArrivalProcess):
+    relative_rate: tuple[float, ...]
+    step: tuple[float, ...]
+
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        steps = np.array(self.step)
+        edges = np.concatenate([[0.0], np.cumsum(steps)])
+        period = edges[-1]
+        mass = np.concatenate([[0.0], np.cumsum(np.array(self.relative_rate) * steps)])
+        mass *= period / mass[-1]
+        whole, rest = divmod(horizon, period)
+        expected = rate * float(whole * mass[-1] + np.interp(rest, edges, mass))
+        _check_expected(expected, "requests")
+        turns, rests = np.divmod(_sums(rng.standard_exponential, expected), rate * mass[-1])
+        times = turns * period + np.interp(rests, rate * mass, edges)
+        return _before(np.maximum.accumulate(times), horizon)
+
+    def dispersion(self, rate: float) -> float:
+        return 1.0
+
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        return _TimeVarying(self.relative_rate, tuple(s / zeta for s in self.step))
+
+    def to_dict(self) -> dict[str, Any]:
+        step = self.step[0] if len(set(self.step)) == 1 else list(self.step)
+        return {"process": "time_varying", "relative_rate": list(self.relative_rate), "step": step}
+
+    def __repr__(self) -> str:
+        return f"time_varying({len(self.step)} steps, period {math.fsum(self.step):g} s)"
+
+
+def time_varying(relative_rate: ArrayLike, step: float | ArrayLike) -> ArrivalProcess:
+    """Poisson arrivals whose rate follows a piecewise constant profile, repeated for ever.
+
+    Only the shape of the profile matters: it is scaled so that its mean over a period is λ. Over windows that
+    are not whole periods the expected number is the profile's, not λ times the window. A smooth rate is given by
+    its means over short steps. Types that share a profile rise and fall together.
+
+    Parameters
+    ----------
+    relative_rate : float[K]
+        Rates of the steps up to a common factor, at least 0, not all 0.
+    step : float or float[K]
+        Duration of each step, seconds, positive; one number for equal steps.
+
+    Examples
+    --------
+    >>> hours = np.arange(24)
+    >>> day = time_varying(1 - 0.8 * np.cos(2 * np.pi * (hours + 0.5) / 24), step=3600)
+    >>> times = day.sample(1.0, 86400, np.random.default_rng(1))
+    >>> np.histogram(times, bins=4, range=(0, 86400))[0]
+    array([10530, 32707, 32880, 10606])
+    """
+    relative = _number_row("relative_rate", relative_rate, minimum=0)
+    if max(relative) == 0:
+        raise InputError("relative_rate", "all zero", "have a positive entry")
+    if np.ndim(step) == 0:
+        steps = (check_real("step", step, above=0),) * len(relative)
+    else:
+        steps = _number_row("step", step, above=0, size=len(relative))
+    return _TimeVarying(relative, steps)
+
+
+@dataclass(frozen=True)
+class _Batches(ArrivalProcess):
+    size: LengthLaw
+    epochs: ArrivalProcess
+
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        clock, sizes = _streams(rng, 2)
+        times = self.epochs.sample(rate / self.size.mean, horizon, clock)
+        return np.repeat(times, self.size.sample(sizes, len(times)))
+
+    def dispersion(self, rate: float) -> float:
+        mean = self.size.mean
+        variance = self.size.moment(2) - mean**2
+        return variance / mean + mean * self.epochs.dispersion(rate / mean)
+
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        return _Batches(self.size, self.epochs.accelerated(zeta))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"process": "batches", "size": self.size.to_dict(), "epochs": self.epochs.to_dict()}
+
+    def __repr__(self) -> str:
+        return f"batches({self.size!r}, epochs={self.epochs!r})"
+
+
+def batches(size: int | LengthLaw, epochs: ArrivalProcess | None = None) -> ArrivalProcess:
+    """Requests that come several at a time: batch b brings B_b requests at one instant.
+
+    Parameters
+    ----------
+    size : int or LengthLaw
+        Law of the number of requests in a batch, from `fluidsched.lengths` (at least 1 each).
+    epochs : ArrivalProcess, optional
+        When batches come, at rate λ/E[B]; Poisson by default.
+
+    Examples
+    --------
+    >>> batches(3).sample(3.0, 2.0, np.random.default_rng(3)).round(2)
+    array([0.38, 0.38, 0.38, 1.08, 1.08, 1.08])
+    """
+    if epochs is None:
+        epochs = poisson()
+    if not isinstance(epochs, ArrivalProcess):
+        raise InputError("epochs", epochs, "be an arrival process", "Make one with fluidsched.arrivals.")
+    if not isinstance(size, LengthLaw):
+        size = lengths.fixed(check_count("size", size, minimum=1, remedy="Or give a law from lengths."))
+    return _Batches(size, epochs)
+
+
+@dataclass(frozen=True)
+class _Superposition(ArrivalProcess):
+    processes: tuple[ArrivalProcess, ...]
+    shares: tuple[float, ...]
+
+    def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
+        streams = _streams(rng, len(self.processes))
+        parts = zip(self.processes, self._fractions, streams, strict=True)
+        times = [process.sample(rate * share, horizon, stream) for process, share, stream in parts]
+        return np.sort(np.concatenate(times))
+
+    @cached_property
+    def _fractions(self) -> list[float]:
+        total = math.fsum(self.shares)
+        return [share / total for share in self.shares]
+
+    def dispersion(self, rate: float) -> float:
+        parts = zip(self.processes, self._fractions, strict=True)
+        return math.fsum(share * process.dispersion(rate * share) for process, share in parts)
+
+    def accelerated(self, zeta: float) -> ArrivalProcess:
+        return _Superposition(tuple(p.accelerated(zeta) for p in self.processes), self.shares)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "process": "superposition",
+            "processes": [p.to_dict() for p in self.processes],
+            "shares": list(self.shares),
+        }
+
+    def __repr__(self) -> str:
+        return f"superposition({len(self.processes)} processes)"
+
+
+def superposition(processes: Sequence[ArrivalProcess], shares: ArrayLike) -> ArrivalProcess:
+    """Several independent processes together; what joined types (`Workload.merged`) bring.
+
+    Where all parts are Poisson, or follow one profile, so does the whole: then that process is returned.
+
+    Parameters
+    ----------
+    processes : sequence of ArrivalProcess
+        The parts, at least one.
+    shares : float[I]
+        Each part's share of the rate, up to a common factor: at least 0, not all 0.
+
+    Examples
+    --------
+    >>> superposition([renewal(0), renewal(2)], shares=[3, 1]).dispersion(rate=1.0)
+    1.0
+    >>> superposition([poisson(), poisson()], shares=[3, 1])
+    poisson()
+    """
+    parts = tuple(processes)
+    for index, part in enumerate(parts):
+        if not isinstance(part, ArrivalProcess):
+            raise InputError(f"processes[{index}]", part, "be an arrival process")
+    weights = _number_row("shares", shares, minimum=0, size=len(parts))
+    if max(weights) == 0:
+        raise InputError("shares", "all zero", "have a positive entry")
+    if len(parts) == 1 or (len(set(parts)) == 1 and isinstance(parts[0], (_Poisson, _TimeVarying))):
+        return parts[0]
+    return _Superposition(parts, weights)
+
+
+_MAKERS: dict[str, tuple[Callable[..., ArrivalProcess], tuple[str, ...], tuple[str, ...]]] = {
+    # name: (function, required arguments, optional arguments)
+    "poisson": (poisson, (), ()),
+    "renewal": (renewal, ("cv",), ()),
+    "markov_modulated": (markov_modulated, ("relative_rate", "mean_sojourn"), ("transition",)),
+    "time_varying": (time_varying, ("relative_rate", "step"), ()),
+    "batches": (batches, ("size",), ("epochs",)),
+    "closed_loop": (closed_loop, ("users",), ("think_cv", "response_share")),
+    "superposition": (superposition, ("processes", "shares"), ()),
+}
+
+
+def from_dict(argument: str, data: object) -> ArrivalProcess:
+    """Read a process from plain data, ``{"process": "renewal", "cv": 2.0}``; errors name the field.
+
+    Examples
+    --------
+    >>> from_dict("arrivals", {"process": "renewal", "cv": 2.0})
+    renewal(cv=2)
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(argument, data, 'be an object with the field "process"')
+    name = check_choice(f"{argument}.process", data.get("process"), tuple(_MAKERS))
+    maker, required, optional = _MAKERS[name]
+    arguments = check_keys(argument, data, None, ("process", *required), optional)
+    del arguments["process"]
+    if "size" in arguments:
+        arguments["size"] = lengths.from_dict(f"{argument}.size", arguments["size"])
+    if "epochs" in arguments:
+        arguments["epochs"] = from_dict(f"{argument}.epochs", arguments["epochs"])
+    if "processes" in arguments:
+        given = arguments["processes"]
+        if not isinstance(given, (list, tuple)):
+            raise InputError(f"{argument}.processes", given, "be a list")
+        arguments["processes"] = [from_dict(f"{argument}.processes[{i}]", p) for i, p in enumerate(given)]
+    try:
+        return maker(**arguments)
+    except InputError as error:
+        raise InputError(
+            f"{argument}.{error.argument}", error.received, error.required, error.remedy
+        ) from None
+
+
+def _number_row(
+    argument: str,
+    given: ArrayLike,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    size: int | None = None,
+) -> tuple[float, ...]:
+    """Return a non-empty row of numbers as a tuple, each checked; `size`: how many there must be."""
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str):
+        raise InputError(argument, given, "be a list of numbers")
+    values = list(given)
+    if not values or (size is not None and len(values) != size):
+        raise InputError(argument, f"{len(values)} numbers", f"hold {size or 'at least one'}")
+    return tuple(
+        check_real(f"{argument}[{i}]", v, minimum=minimum, above=above) for i, v in enumerate(values)
+    )
+
+
+def _check_expected(expected: float, what: str) -> None:
     if expected > MAX_REQUESTS:
         remedy = "Use a shorter horizon or a lower rate."
         raise InputError(
-            "horizon", f"{expected:.3g} expected requests", f"give at most {MAX_REQUESTS:,}", remedy
+            "horizon", f"{expected:.3g} expected {what}", f"give at most {MAX_REQUESTS:,}", remedy
         )
-    gaps = rng.standard_exponential(int(expected + 6 * math.sqrt(expected)) + 16)
-    times = np.cumsum(gaps) / rate
-    while times[-1] < horizon:
-        gaps = np.concatenate([gaps, rng.standard_exponential(int(6 * math.sqrt(expected)) + 16)])
-        times = np.cumsum(gaps) / rate
+
+
+def _streams(rng: np.random.Generator, count: int) -> list[np.random.Generator]:
+    """Independent streams seeded from the next numbers of `rng`."""
+    return [np.random.default_rng(child) for child in seed_sequence(rng).spawn(count)]
+
+
+def _before(times: FloatArray, horizon: float) -> FloatArray:
+    """The ascending times below the horizon."""
     return times[: np.searchsorted(times, horizon)]
+
+
+def _sums(draw: Callable[[int], FloatArray], total: float, first: FloatArray | float = 0.0) -> FloatArray:
+    """Partial sums of successive draws of mean 1 added to `first`, along axis 0, until all are above `total`.
+
+    `draw(n)` gives the next n draws (rows). How many are drawn at a time does not change the sums.
+    """
+    enough = total * (1 + 1e-12)  # what is drawn too many is cut off later; too few would lose arrivals
+    gaps = draw(int(total + 4 * math.sqrt(total)) + 4)
+    gaps[0] += first
+    sums = np.cumsum(gaps, axis=0)
+    while sums[-1].min() <= enough:
+        gaps = np.concatenate([gaps, draw(len(gaps) // 4 + 4)])
+        sums = np.cumsum(gaps, axis=0)
+    return sums
+
+
+def _renewal_times(
+    rate: float, horizon: float, rng: np.random.Generator, *, sources: int, cv: float, offset: float
+) -> FloatArray:
+    """Superposition of stationary renewal processes with gap (offset + (1 − offset) G)·sources/rate, E[G] = 1.
+
+    The first gap of each is a uniform share of a *length-biased* gap: with probability `offset` an ordinary
+    one, otherwise one with the length-biased gamma (shape k + 1 for k) in place of G.
+    """
+
+    def gamma(shape: float, size: tuple[int, ...]) -> FloatArray:
+        if cv == 0:
+            return np.ones(size)
+        return rng.standard_gamma(shape, size) * cv**2
+
+    def gap(variable: FloatArray) -> FloatArray:
+        return offset + (1 - offset) * variable
+
+    shape = 1 / cv**2 if cv > 0 else math.inf
+    uniforms = rng.random((sources, 2))
+    plain, biased = gamma(shape, (sources,)), gamma(shape + 1, (sources,))
+    first = uniforms[:, 0] * gap(np.where(uniforms[:, 1] < offset, plain, biased))
+    cycle = sources / rate
+    later = _sums(lambda rows: gap(gamma(shape, (rows, sources))), horizon / cycle, first)
+    times = np.concatenate([first, later.ravel()]) * cycle
+    return np.sort(times[times < horizon])
+
+
+def _inverted(
+    knots: FloatArray, mass: FloatArray, rate: float, horizon: float, rng: np.random.Generator
+) -> FloatArray:
+    """Poisson arrivals with the piecewise linear cumulative rate that is rate·mass at `knots` (beyond horizon)."""
+    expected = rate * float(np.interp(horizon, knots, mass))
+    _check_expected(expected, "requests")
+    return _before(np.interp(_sums(rng.standard_exponential, expected), rate * mass, knots), horizon)

@@ -26,6 +26,7 @@ import numpy as np
 
 from fluidsched._checks import check_count
 from fluidsched.errors import InputError
+from fluidsched.workload.arrivals import superposition
 from fluidsched.workload.lengths import IntArray, JointLaw, joint
 from fluidsched.workload.model import Range, RequestType, Workload
 from fluidsched.workload.path import ArrivalPath
@@ -196,12 +197,13 @@ def _partition(ranges: Sequence[Range]) -> bool:
 
 
 def _joined(part: list[RequestType], *, whole: bool) -> RequestType:
-    """One type in place of `part`: rates added, laws mixed in proportion to the rates."""
+    """One type in place of `part`: rates added, laws mixed in proportion to the rates, arrivals superposed."""
     if len(part) == 1:
         return part[0]
     if len({member.priority for member in part}) > 1:
         raise InputError("types", "types of different priority", "join types of one priority only")
     rate = math.fsum(member.arrival_rate for member in part)
+    shares = [member.arrival_rate for member in part] if rate > 0 else [1.0] * len(part)
     if whole:
         prompt_range, output_range = WHOLE, WHOLE
     else:
@@ -215,12 +217,11 @@ def _joined(part: list[RequestType], *, whole: bool) -> RequestType:
     return RequestType(
         type_name(prompt_range, output_range),
         rate,
-        lengths=_mixture(
-            [m.law for m in part], [m.arrival_rate for m in part] if rate > 0 else [1.0] * len(part)
-        ),
+        lengths=_mixture([m.law for m in part], shares),
         prompt_range=prompt_range,
         output_range=output_range,
         priority=part[0].priority,
+        arrivals=superposition([m.arrivals for m in part], shares),
     )
 
 

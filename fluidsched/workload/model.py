@@ -28,7 +28,8 @@ from numpy.typing import ArrayLike
 from fluidsched import _files
 from fluidsched._checks import check_count, check_keys, check_real
 from fluidsched.errors import InputError
-from fluidsched.workload import arrivals
+from fluidsched.workload import arrivals as processes
+from fluidsched.workload.arrivals import ArrivalProcess
 from fluidsched.workload.lengths import (
     FloatArray,
     IndependentLengths,
@@ -76,6 +77,9 @@ class RequestType:
         recognised by its name as label.
     priority : float, optional
         Smaller goes first, where a policy looks at it.
+    arrivals : ArrivalProcess, optional
+        How the requests are spread over time, from `fluidsched.arrivals`; Poisson by default. The fluid program
+        sees only the mean rate.
 
     Attributes
     ----------
@@ -98,6 +102,7 @@ class RequestType:
     prompt_range: Range | None = None
     output_range: Range | None = None
     priority: float | None = None
+    arrivals: ArrivalProcess = field(default_factory=processes.poisson)
     law: JointLaw = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +149,13 @@ class RequestType:
                 )
         if self.priority is not None:
             store["priority"] = check_real(f"priority of type {self.name!r}", self.priority)
+        if not isinstance(self.arrivals, ArrivalProcess):
+            raise InputError(
+                f"arrivals of type {self.name!r}",
+                self.arrivals,
+                "be an arrival process",
+                "Make one with e.g. arrivals.renewal(cv=2).",
+            )
         for attribute, value in store.items():
             object.__setattr__(self, attribute, value)
 
@@ -160,6 +172,8 @@ class RequestType:
             given = getattr(self, argument)
             if given is not None:
                 data[argument] = list(given) if isinstance(given, tuple) else given
+        if self.arrivals != processes.poisson():
+            data["arrivals"] = self.arrivals.to_dict()
         return data
 
     @classmethod
@@ -176,7 +190,8 @@ class RequestType:
         return hash(_files.fingerprint(self.to_dict()))
 
     def __repr__(self) -> str:
-        return f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s, {self.law!r})"
+        spread = "" if self.arrivals == processes.poisson() else f", {self.arrivals!r}"
+        return f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s{spread}, {self.law!r})"
 
 
 def _marginal(argument: str, given: object) -> LengthLaw:
@@ -213,13 +228,16 @@ def _joint_to_dict(law: JointLaw) -> dict[str, Any]:
 
 def _type_from_dict(place: str, data: object) -> RequestType:
     """Read a request type; errors say where, e.g. "types[2].output_tokens.mean"."""
-    optional = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range", "priority")
+    lengths = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range")
+    optional = (*lengths, "priority", "arrivals")
     given = check_keys(place, data, None, ("name", "arrival_rate"), optional)
     for argument in ("prompt_tokens", "output_tokens"):
         if isinstance(given.get(argument), Mapping):
             given[argument] = from_dict(f"{place}.{argument}", given[argument])
     if given.get("lengths") is not None:
         given["lengths"] = _joint_from_dict(f"{place}.lengths", given["lengths"])
+    if "arrivals" in given:
+        given["arrivals"] = processes.from_dict(f"{place}.arrivals", given["arrivals"])
     for argument in ("prompt_range", "output_range"):
         value = given.get(argument)
         if value is not None:
@@ -274,11 +292,13 @@ class Workload:
         members = tuple(types)
         if not members:
             raise InputError("types", "none", "hold at least one RequestType")
+        seen: set[str] = set()
         for index, member in enumerate(members):
             if not isinstance(member, RequestType):
                 raise InputError(f"types[{index}]", member, "be a RequestType")
-            if member.name in (earlier.name for earlier in members[:index]):
+            if member.name in seen:
                 raise InputError(f"types[{index}].name", member.name, "be unique in the workload")
+            seen.add(member.name)
         texts = {"name": name, "description": description, "source": source}
         for argument, text in texts.items():
             if not isinstance(text, str):
@@ -358,7 +378,7 @@ class Workload:
         return read_only(outputs * prompts + outputs * (outputs - 1) / 2)
 
     def with_rates(self, arrival_rate: ArrayLike) -> Workload:
-        """The same types with other rates, float[J], requests per second."""
+        """The same types with other rates, float[J], requests per second; arrival processes keep their clock."""
         rates = np.asarray(arrival_rate)
         if rates.shape != (len(self),):
             raise InputError("arrival_rate", f"shape {rates.shape}", f"have one rate per type ({len(self)})")
@@ -368,8 +388,34 @@ class Workload:
         return Workload(types, self.name, self.description, self.source)
 
     def scaled(self, zeta: float) -> Workload:
-        """All rates times `zeta` ≥ 0."""
-        return self.with_rates(self.arrival_rate * check_real("zeta", zeta, minimum=0))
+        """The same demand `zeta` ≥ 0 times as fast: rates times `zeta`, all times divided by `zeta`.
+
+        With one seed the scaled workload brings the same requests, sooner. So profiles and bursts that last a
+        stated number of seconds get shorter too; to put more requests into the same profile use `with_rates`.
+        """
+        zeta = check_real("zeta", zeta, minimum=0)
+        types = [
+            dataclasses.replace(
+                t,
+                arrival_rate=t.arrival_rate * zeta,
+                arrivals=t.arrivals.accelerated(zeta) if zeta > 0 else t.arrivals,
+            )
+            for t in self.types
+        ]
+        return Workload(types, self.name, self.description, self.source)
+
+    def with_arrivals(self, process: ArrivalProcess) -> Workload:
+        """The same types and rates, every type with this arrival process (each type draws its own times).
+
+        Examples
+        --------
+        >>> from fluidsched import arrivals
+        >>> steady = Workload([RequestType("chat", 4.0, 512, 128)])
+        >>> steady.with_arrivals(arrivals.renewal(cv=3)).types[0]
+        RequestType('chat', 4 req/s, renewal(cv=3), prompt fixed(tokens=512), output fixed(tokens=128))
+        """
+        types = [dataclasses.replace(t, arrivals=process) for t in self.types]
+        return Workload(types, self.name, self.description, self.source)
 
     def at_load(self, x: float, server: Server) -> Workload:
         """Rates scaled so that the largest load of the fluid solution on `server` is `x`.
@@ -442,7 +488,7 @@ class Workload:
         return result
 
     def sample(self, horizon: float, seed: Seed) -> ArrivalPath:
-        """Draw a path: independent Poisson arrivals per type on [0, horizon), lengths from the types' laws.
+        """Draw a path on [0, horizon): arrivals from each type's process, lengths from its law, independently.
 
         Each type has its own two random streams (times, lengths), derived from `seed` and the type's *name*.
         So with one seed a type's requests stay the same when other types are added, removed, reordered or
@@ -474,7 +520,7 @@ class Workload:
                 )
                 for purpose in (0, 1)
             )
-            drawn = arrivals.poisson(member.arrival_rate, horizon, time_stream)
+            drawn = member.arrivals.sample(member.arrival_rate, horizon, time_stream)
             prompt, output = member.law.sample(length_stream, len(drawn))
             times.append(drawn)
             prompts.append(prompt)

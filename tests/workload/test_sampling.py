@@ -37,14 +37,14 @@ def of_type(path: fs.ArrivalPath, name: str) -> list[tuple[float, int, int]]:
 
 def test_gaps_are_exponential() -> None:
     """Kolmogorov–Smirnov test of 20 000 gaps."""
-    times = fs.arrivals.poisson(4.0, 5000.0, np.random.default_rng(2))
+    times = fs.arrivals.poisson().sample(4.0, 5000.0, np.random.default_rng(2))
     gaps = np.diff(times, prepend=0.0)
     assert stats.kstest(gaps, "expon", args=(0, 1 / 4)).pvalue > ERROR_RATE
 
 
 def test_counts_are_poisson_and_independent_from_window_to_window() -> None:
     """Index of dispersion of 5 000 windows is χ²; neighbouring counts are uncorrelated (normal, sd 1/√n)."""
-    times = fs.arrivals.poisson(3.0, 5000.0, np.random.default_rng(4))
+    times = fs.arrivals.poisson().sample(3.0, 5000.0, np.random.default_rng(4))
     counts = np.bincount(times.astype(int), minlength=5000)
     dispersion = counts.var(ddof=0) * 5000 / counts.mean()
     assert ERROR_RATE / 2 < stats.chi2(4999).cdf(dispersion) < 1 - ERROR_RATE / 2
@@ -55,7 +55,7 @@ def test_counts_are_poisson_and_independent_from_window_to_window() -> None:
 def test_number_of_arrivals_is_poisson_also_when_few_are_expected() -> None:
     """4 000 draws with mean 0.7 against the Poisson law: Pearson's test."""
     rng = np.random.default_rng(6)
-    counts = np.array([len(fs.arrivals.poisson(0.7, 1.0, rng)) for _ in range(4000)])
+    counts = np.array([len(fs.arrivals.poisson().sample(0.7, 1.0, rng)) for _ in range(4000)])
     observed = np.bincount(np.minimum(counts, 4), minlength=5)
     law = stats.poisson(0.7)
     expected = 4000 * np.array([*law.pmf(range(4)), law.sf(3)])
@@ -138,7 +138,7 @@ def test_a_longer_horizon_only_adds_requests(seed: int) -> None:
 
 def test_simultaneous_arrivals_are_ordered_by_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """Same instant: the type with the smaller index first."""
-    monkeypatch.setattr(fs.arrivals, "poisson", lambda rate, horizon, rng: np.array([1.0, 2.0, 2.0]))
+    monkeypatch.setattr(fs.arrivals.ArrivalProcess, "sample", lambda *_: np.array([1.0, 2.0, 2.0]))
     path = mix({"a": 1.0, "bb": 1.0}).sample(10.0, seed=1)
     assert path.arrival_s.tolist() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     assert path.type is not None
