@@ -20,7 +20,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what readers of the code and type checkers see; at run time `__getattr__` loads each on first use
+if (
+    TYPE_CHECKING
+):  # what readers of the code and type checkers see; at run time `__getattr__` loads each on first use
     from fluidsched import bounds as bounds
     from fluidsched import errors as errors
     from fluidsched import plots as plots
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # what readers of the code and type checkers see; at run time
     from fluidsched.fluid import FluidProgram as FluidProgram
     from fluidsched.fluid import FluidSolution as FluidSolution
     from fluidsched.fluid import solve_fluid as solve_fluid
+    from fluidsched.fluid import solve_transient as solve_transient
     from fluidsched.planning import plan as plan
     from fluidsched.policy import PolicyTable as PolicyTable
     from fluidsched.policy import baselines as baselines
@@ -65,6 +68,7 @@ _PUBLIC = {
     "solve_fluid": "fluidsched.fluid",
     "FluidSolution": "fluidsched.fluid",
     "FluidProgram": "fluidsched.fluid",
+    "solve_transient": "fluidsched.fluid",
     "compile_policy": "fluidsched.policy",
     "PolicyTable": "fluidsched.policy",
     "baselines": "fluidsched.policy.baselines",

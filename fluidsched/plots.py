@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from fluidsched.fluid import FluidSolution
+    from fluidsched.fluid import FluidSolution, TransientSolution
     from fluidsched.simulation import SimulationResult
 
-__all__ = ["COLOURS", "kv_occupancy", "latency_distribution", "load_curve", "style"]
+__all__ = ["COLOURS", "kv_occupancy", "latency_distribution", "load_curve", "style", "transient"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1, 1, 1)), "-")
@@ -231,4 +231,51 @@ def load_curve(
     axes.set_xlabel("offered rate (req/s)")
     axes.set_ylabel(ylabel)
     axes.legend(loc="upper left")
+    return axes
+
+
+def transient(solution: TransientSolution, *, ax: Axes | None = None) -> Axes:
+    """Offered, admitted and possible rates over time, with the backlog behind them on its own axis.
+
+    The possible rate is what the period's replicas carry of the period's mix: backlog grows where the offered
+    rate lies above it.
+
+    Parameters
+    ----------
+    solution : TransientSolution
+        A plan against demand that varies in time.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes of the rates; the backlog is drawn on a twin of it.
+    """
+    axes = _axes(ax)
+    unit, name = (3600.0, "h") if solution.time[-1] >= 7200.0 else (60.0, "min")
+    time = solution.time / unit
+    offered = solution.problem.arrival_rate.sum(axis=1)
+    possible = np.divide(offered, solution.load, out=np.full_like(offered, np.nan), where=solution.load > 0.0)
+    with style():
+        behind = axes.twinx()
+        behind.set_ylabel("backlog, shaded (requests)")
+    behind.fill_between(time, solution.backlog.sum(axis=1), color=COLOURS[5], alpha=0.3, lw=0)
+    behind.set_ylim(bottom=0.0)
+    behind.yaxis.set_major_formatter("{x:,.0f}")
+    behind.grid(visible=False)
+    behind.spines["right"].set_visible(True)
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    lines = {
+        "offered": offered,
+        "admitted": solution.admitted_rate.sum(axis=1),
+        "possible": possible,
+    }
+    for position, (label, rate) in enumerate(lines.items()):
+        axes.stairs(rate, time, baseline=None, label=label, **_look(position))
+    axes.set_xlabel(f"time ({name})")
+    axes.set_ylabel("rate (req/s)")
+    axes.set_ylim(bottom=0.0)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return axes

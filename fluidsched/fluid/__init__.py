@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
+from fluidsched.fluid.demand import demand_rates, sinusoidal_rates
 from fluidsched.fluid.program import FluidProgram, solve_fluid
 from fluidsched.fluid.sensitivity import RateSweep, ranging, sweep_load, sweep_rates
 from fluidsched.fluid.solution import FluidSolution
+from fluidsched.fluid.transient import solve_transient
+from fluidsched.fluid.transient_solution import TransientSolution
 
 __all__ = [
     "FluidProgram",
     "FluidSolution",
     "RateSweep",
+    "TransientSolution",
     "block_kv_work",
     "busy_work",
     "chunk_overhead",
+    "demand_rates",
     "ranging",
+    "sinusoidal_rates",
     "solve_fluid",
+    "solve_transient",
     "sweep_load",
     "sweep_rates",
 ]

@@ -23,7 +23,7 @@ def logarithmic(low: float, high: float) -> st.SearchStrategy[float]:
 @st.composite
 def workloads(draw: Any, max_types: int = 5, rates: st.SearchStrategy[float] | None = None) -> Workload:
     """1 to `max_types` types of fixed lengths; now and then one without arrivals."""
-    rate = rates or st.one_of(st.just(0.0), logarithmic(0.01, 100.0))
+    rate = rates if rates is not None else st.one_of(st.just(0.0), logarithmic(0.01, 100.0))
     types = [
         RequestType(
             f"type {j}",
