@@ -63,6 +63,7 @@ def solve_transient(
     ramp_down: float = math.inf,
     initial_replicas: float | None = None,
     max_iteration_time: float | None = None,
+    chunk_tokens: int | None = None,
 ) -> TransientSolution:
     """Plan admissions, and replicas where they may vary, against demand that varies in time.
 
@@ -95,6 +96,8 @@ def solve_transient(
         N before the first period, from which the ramps count; by default the first period starts freely.
     max_iteration_time : float, optional
         Upper limit on the mean iteration time, s.
+    chunk_tokens : int, optional
+        Chunk of prefills, tokens; whole prompts by default.
 
     Returns
     -------
@@ -122,7 +125,9 @@ def solve_transient(
     ([0.0, 120.0, 0.0, 0.0], 7200.0)
     """
     h = check_real("step", step, above=0.0)
-    model = build_model(workload, server, reward, max_iteration_time=max_iteration_time)
+    model = build_model(
+        workload, server, reward, max_iteration_time=max_iteration_time, chunk_tokens=chunk_tokens
+    )
     rate = demand_rates(demand, workload, h)
     high = _per_period("replicas", replicas, len(rate))
     low = high if min_replicas is None else _per_period("min_replicas", min_replicas, len(rate))
