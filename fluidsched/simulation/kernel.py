@@ -268,8 +268,8 @@ def _engine_run(
     end = float(state["end"])
     verdict = VERDICTS[state["verdict"]]
     unfinished = np.isnan(requests["finish"])
-    arrived = requests["arrival"][: state["arrived"]]
-    newcomers = arrived[np.isnan(requests["admitted"][: state["arrived"]])]
+    # by the end, not by the last decision: arrivals during an iteration that the horizon cuts wait too
+    newcomers = requests["arrival"][(requests["arrival"] <= end) & np.isnan(requests["admitted"])]
     waited = np.maximum(0.0, end - np.maximum(newcomers, run.rules["warmup"])).sum()
     starved = np.unique(requests["row"][unfinished]) if verdict == "stuck" else ()
 
