@@ -16,6 +16,7 @@ accounts.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fluidsched.server import Server
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["TOLERANCE", "Audit", "check_laws"]
+__all__ = ["TOLERANCE", "Audit", "check_agreement", "check_laws"]
 
 TOLERANCE = 1e-9
 """Relative tolerance where sums of floats are compared."""
@@ -91,6 +92,32 @@ def check_laws(path: ArrivalPath, server: Server, run: EngineRun, *, warmup: flo
     )
     window = max(run.end_s - warmup, 0.0)
     _hold("busy time within the window", run.busy_s <= window * (1 + TOLERANCE), f"{run.busy_s!r} s")
+
+
+def check_agreement(run: EngineRun, reference: EngineRun) -> None:
+    """Verify that a run of the kernel is the reference's: same decisions, times equal up to rounding.
+
+    An arrival within rounding of a decision instant may be seen by one engine only; that is refused too.
+
+    Raises
+    ------
+    SimulationError
+        Naming the first field that differs.
+    """
+    scale = max(reference.end_s, 1e-300)
+    for field in fields(EngineRun):
+        ours, theirs = getattr(run, field.name), getattr(reference, field.name)
+        if isinstance(ours, np.ndarray) and ours.dtype.kind == "f":
+            same = field.name == "occupancy" or np.allclose(
+                ours, theirs, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True
+            )
+        elif isinstance(ours, np.ndarray):
+            same = np.array_equal(ours, theirs)
+        elif isinstance(ours, float):
+            same = _close(ours, theirs, max(abs(theirs), scale))
+        else:
+            same = ours == theirs
+        _hold(f"the kernel's {field.name} is the reference's", same, f"{ours!r} and {theirs!r}")
 
 
 class Audit:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from fluidsched._checks import check_choice, check_count, check_real
 from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
-from fluidsched.simulation.laws import Audit, check_laws
+from fluidsched.simulation.laws import Audit, check_agreement, check_laws
 from fluidsched.simulation.limits import check_run, never_fits
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
@@ -32,7 +32,7 @@ __all__ = ["simulate"]
 
 Progress = Callable[[str, int, int], None]
 
-ENGINES = ("reference",)
+ENGINES = ("kernel", "reference")
 
 OCCUPANCY_POINTS = 512
 """Grid points of every run's occupancy series."""
@@ -50,7 +50,7 @@ def simulate(
     warmup: float | None = None,
     replications: int | None = None,
     seed: Seed = 0,
-    engine: str = "reference",
+    engine: Literal["kernel", "reference"] = "kernel",
     check: bool = False,
     oversize: Literal["raise", "reject"] = "raise",
     progress: Progress | None = None,
@@ -75,10 +75,12 @@ def simulate(
         R, independent paths drawn from the workload; 16 by default. A path is one replication.
     seed : int, SeedSequence or Generator
         Source of the R paths.
-    engine : {"reference"}
-        "reference" is the definition in plain Python.
+    engine : {"kernel", "reference"}
+        "kernel" is compiled, and runs replications in parallel threads. "reference" is the definition in
+        plain Python, some hundred times slower; it alone follows an iteration time that is any function.
     check : bool
-        Verify the laws of `fluidsched.simulation.laws` in every run.
+        Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel the first replication of
+        every policy also runs on the reference engine, which must agree and whose every batch is audited.
     oversize : {"raise", "reject"}
         What to do with requests that can never fit: an error before the run, or status `rejected`.
     progress : callable, optional
@@ -111,6 +113,8 @@ def simulate(
     check_choice("oversize", oversize, ("raise", "reject"))
     if not isinstance(server, Server):
         raise InputError("server", server, "be a Server")
+    if engine == "kernel":
+        server.iteration_time.require_coefficients('engine="kernel"')
     if isinstance(workload, ArrivalPath):
         paths, horizon = _replayed(workload, horizon, replications)
     elif isinstance(workload, Workload):
@@ -125,13 +129,20 @@ def simulate(
                 _refuse_oversize(path, server, table)
 
     engine_runs: list[list[EngineRun]] = []
-    total = len(tables) * len(paths)
     for table in tables:
-        runs = []
-        for path in paths:
-            runs.append(_run(path, server, table, horizon, warmup, check))
+        stage = f"simulate {table.name}"
+        done = len(engine_runs) * len(paths)
+        settings = _Settings(server, table, horizon, warmup)
+        runs = _kernel_runs(paths, settings) if engine == "kernel" else []
+        for r, path in enumerate(paths):
+            if engine == "reference":
+                runs.append(_reference_run(path, settings, audited=check))
+            elif check and r == 0:
+                check_agreement(runs[0], _reference_run(path, settings, audited=True))
+            if check:
+                check_laws(path, server, runs[r], warmup=warmup)
             if progress is not None:
-                progress(f"simulate {table.name}", len(engine_runs) * len(paths) + len(runs), total)
+                progress(stage, done + r + 1, len(tables) * len(paths))
         engine_runs.append(runs)
     return SimulationResult.collect(
         tables,
@@ -146,15 +157,31 @@ def simulate(
     )
 
 
-def _run(
-    path: ArrivalPath,
-    server: Server,
-    table: PolicyTable,
-    horizon: float | None,
-    warmup: float,
-    check: bool,
-) -> EngineRun:
-    audit = Audit(path, server, table, horizon=horizon, warmup=warmup) if check else None
+class _Settings(NamedTuple):
+    """What all runs of one policy share."""
+
+    server: Server
+    table: PolicyTable
+    horizon: float | None
+    warmup: float
+
+
+def _kernel_runs(paths: Sequence[ArrivalPath], settings: _Settings) -> list[EngineRun]:
+    from fluidsched.simulation.kernel import run_many
+
+    return run_many(
+        paths,
+        settings.server,
+        settings.table,
+        horizon=settings.horizon,
+        warmup=settings.warmup,
+        occupancy_points=OCCUPANCY_POINTS,
+    )
+
+
+def _reference_run(path: ArrivalPath, settings: _Settings, *, audited: bool) -> EngineRun:
+    server, table, horizon, warmup = settings
+    audit = Audit(path, server, table, horizon=horizon, warmup=warmup) if audited else None
     run = run_reference(
         path,
         server,
@@ -166,7 +193,6 @@ def _run(
     )
     if audit is not None:
         audit.check(run)
-        check_laws(path, server, run, warmup=warmup)
     return run
 
 

@@ -10,6 +10,7 @@ from simulation_cases import engine_table, path_of, run_checked, server_of, type
 
 from fluidsched.policy import baselines
 from fluidsched.policy.table import Lookahead
+from fluidsched.queues.embedded import embedded_queue_mean
 from fluidsched.server import IterationTime, Server
 from fluidsched.simulation import simulate
 from fluidsched.simulation.measures import interval
@@ -55,7 +56,8 @@ def test_one_at_a_time_is_a_lindley_recursion():
         assert_allclose(run.finish_s[i], finish, rtol=1e-12)
 
 
-def test_md1_against_pollaczek_khinchine():
+@pytest.mark.parametrize("engine", ["kernel", "reference"])
+def test_md1_against_pollaczek_khinchine(engine):
     """o = 1, one at a time, T ≡ 1: M/D/1, mean wait ρ/(2(1 - ρ)) and ρ busy.
 
     Fixed seed; under the null a fresh seed fails with probability 2·10⁻⁴ (two t tests at 10⁻⁴ each). Warm-up
@@ -65,7 +67,9 @@ def test_md1_against_pollaczek_khinchine():
     workload = Workload([RequestType("one", rho, prompt_tokens=1, output_tokens=1)])
     server = Server(10, IterationTime.affine(1.0, 0.0, 0.0, 0.0))
     table = engine_table("capped", max_in_service=1)
-    runs = simulate(workload, server, table, horizon=8000.0, warmup=500.0, replications=12, seed=11)
+    runs = simulate(
+        workload, server, table, horizon=8000.0, warmup=500.0, replications=12, seed=11, engine=engine
+    )
     measured = runs.measures("capped")
     for values, expected in (
         (measured["mean_scheduling_delay"], rho / (2 * (1 - rho))),
@@ -76,7 +80,8 @@ def test_md1_against_pollaczek_khinchine():
         assert error < 0.03 * expected
 
 
-def test_resident_kv_meets_the_fluid_equilibrium():
+@pytest.mark.parametrize("engine", ["kernel", "reference"])
+def test_resident_kv_meets_the_fluid_equilibrium(engine):
     """At half the fluid boundary mean KV is M* = ΔT* Σ λ_j W_j, ΔT* = d0/(1 - d1 Σ λ_j W_j).
 
     ζ-scaled (λ = 200/s, 80 residents): what remains of the fluctuations' bias is O(1/ζ), taken as 1 %. The t
@@ -89,7 +94,7 @@ def test_resident_kv_meets_the_fluid_equilibrium():
     workload = Workload([RequestType("one", rate, prompt_tokens=p, output_tokens=o)])
     server = Server(10 * equilibrium, IterationTime.paper(d0, d1))
     table = engine_table("capped", max_in_service=1000)
-    runs = simulate(workload, server, table, horizon=20.0, warmup=2.0, replications=12, seed=3)
+    runs = simulate(workload, server, table, horizon=20.0, warmup=2.0, replications=12, seed=3, engine=engine)
     values = runs.measures("capped")["mean_kv"]
     half = stdtrit(len(values) - 1, 1 - 0.5e-4) * values.std(ddof=1) / np.sqrt(len(values))
     assert abs(values.mean() - equilibrium) <= half + 0.01 * equilibrium
@@ -117,8 +122,8 @@ def test_batching_beats_one_at_a_time():
 def test_eviction_collapse(preemption, per_second):
     """The cascade of p = 1, o = 2, C = 12 with 4 arrivals per iteration and a backlog.
 
-    Restart: 12 enter, 6 of them finish and 6 lose everything, so 3 of 4 are served for ever. With tokens kept the
-    six come back to finish in one iteration: 12 in three iterations, the 4 offered.
+    Restart: 12 enter, 6 of them finish and 6 lose everything, so 3 of 4 are served for ever. With tokens kept
+    the six come back to finish in one iteration: 12 in three iterations, the 4 offered.
     """
     arrivals = [(0.0, 1, 2)] * 20 + [(float(t), 1, 2) for t in range(1, 240) for _ in range(4)]
     run, _ = run_checked(
@@ -126,3 +131,24 @@ def test_eviction_collapse(preemption, per_second):
     )
     assert run.count("finished") == per_second * 240.0
     assert run.wasted_tokens == run.preempted
+
+
+@pytest.mark.parametrize(
+    ("threshold", "ratio", "literal"), [(4, 0.9, 5.23), (20, 0.95, 16.8), (20, 0.7, 9.6)]
+)
+def test_literal_wait_queue(threshold, ratio, literal):
+    """One type, T ≡ 1, λ = ratio·n: the time-average entry queue of Algorithm 1, independently simulated.
+
+    The figures are given to two or three digits, hence 1 % beside the t interval at 10⁻⁴; and the exact mean of
+    the embedded recursion plus half a cycle of arrivals bounds it.
+    """
+    rate = ratio * threshold
+    workload = Workload([RequestType("A", rate, prompt_tokens=1, output_tokens=1)])
+    table = typed_table("wait", {"A": {"threshold": threshold, "gate": threshold}})
+    runs = simulate(
+        workload, server_of(), table, horizon=80_000.0 / threshold, warmup=500.0, replications=8, seed=2
+    )
+    queue = runs.measures("wait")["mean_waiting"]
+    half = stdtrit(len(queue) - 1, 1 - 0.5e-4) * queue.std(ddof=1) / np.sqrt(len(queue))
+    assert abs(queue.mean() - literal) <= half + 0.01 * literal
+    assert queue.mean() <= embedded_queue_mean(threshold, rate) + rate / 2 + half

@@ -58,6 +58,29 @@ class TestSimulate:
         assert calls[0] == ("simulate vllm", 1, 4)
         assert calls[-1] == ("simulate sarathi", 4, 4)
 
+    def test_engines_agree_and_only_the_reference_follows_a_function(self):
+        runs = simulate(CHAT, SERVER, TABLES, horizon=20.0, replications=2, check=True)
+        reference = simulate(CHAT, SERVER, TABLES, horizon=20.0, replications=2, engine="reference")
+        for name, values in runs.measures("sarathi").items():
+            assert_allclose(values, reference.measures("sarathi")[name], rtol=1e-9, err_msg=name)
+        any_function = server_of(time=fs.IterationTime.function(lambda batch: 0.25))
+        with pytest.raises(InputError, match="iteration_time"):
+            simulate(CHAT, any_function, TABLES, horizon=20.0)
+        runs = simulate(CHAT, any_function, TABLES, horizon=20.0, replications=1, engine="reference")
+        assert SimulationResult.from_dict(json.loads(runs.to_json())).server is None
+
+    @pytest.mark.parametrize("engine", ["kernel", "reference"])
+    def test_who_arrives_in_a_cut_iteration_waits_until_the_horizon(self, engine):
+        """Arrival at 1.5 during the iteration 1–2, horizon 1.75 (the kernel once forgot this quarter second)."""
+        path = path_of((0.0, 2, 4), (1.5, 2, 1), horizon=1.75)
+        runs = simulate(path, server_of(), engine_table(), warmup=0.0, engine=engine, check=True)
+        assert runs.run("vllm").waiting_s == 0.25
+
+    def test_replications_use_the_seeds_children(self):
+        runs = simulate(CHAT, SERVER, TABLES, horizon=5.0, replications=2, seed=3)
+        for path, child in zip(runs.paths, np.random.SeedSequence(3).spawn(2), strict=True):
+            assert path == CHAT.sample(5.0, child)
+
     @pytest.mark.parametrize(
         ("changes", "argument"),
         [
@@ -104,9 +127,20 @@ class TestSimulate:
         assert runs.verdict("wait") == "stuck (A)"
         assert runs.measures("wait")["unfinished"].tolist() == [2.0]
 
+    @pytest.mark.parametrize(("rate", "verdict"), [(1.0, "stable"), (6.0, "unstable")])
+    def test_backlog_growth_tells_stable_from_unstable(self, rate, verdict):
+        """One at a time, 0.25 s each: 4 requests/s fit; one replication alone decides nothing."""
+        workload = Workload([RequestType("one", rate, prompt_tokens=1, output_tokens=1)])
+        server = server_of(time=fs.IterationTime.affine(0.25, 0.0, 0.0, 0.0))
+        table = engine_table("capped", max_in_service=1)
+        runs = simulate(workload, server, table, horizon=600.0, replications=6, seed=5)
+        assert runs.verdict("capped") == verdict
+        alone = simulate(workload, server, table, horizon=600.0, replications=1, seed=5)
+        assert alone.verdict("capped") == "undecided"
+
 
 class TestMeasures:
-    """Three requests with known times: prefill at 0–2, 2–4 with a decode, 4–7.5, 7.5–9 (see test_traces)."""
+    """Three requests with known times: iterations 0–2, 2–4, 4–7.5 and 7.5–9 (see test_traces)."""
 
     PATH = path_of((0.0, 4, 3), (0.5, 2, 1), (2.5, 8, 2))
     SERVER = server_of(40, MIXED)
@@ -134,7 +168,7 @@ class TestMeasures:
         assert set(values) == set(UNITS) - {"goodput"}
 
     def test_warmup_leaves_out_early_arrivals_and_early_finishes(self):
-        """Latencies look at who arrived since, throughput at who finished since (a finish at 4.0 is not after 4)."""
+        """Latencies look at who arrived since, throughput at who finished since; 4.0 is not after 4."""
         values, _ = self.measured(warmup=2.25)
         assert values["mean_ttft"] == 5.0
         assert values["completed"] == 3.0
@@ -143,6 +177,11 @@ class TestMeasures:
         assert values["completed"] == 2.0
         assert values["effective_throughput"] == 5 / 5
         assert values["output_throughput"] == 3 / 5
+
+    def test_backlog_growth(self):
+        """Cut at 6: three in the system at 3, two at the end."""
+        values, _ = self.measured(horizon=6.0)
+        assert values["backlog_growth"] == (2 - 3) / 3.0
 
     def test_goodput_needs_every_slo(self):
         assert self.measured(slo={"ttft": 4.0})[0]["goodput"] == 2 / 9
@@ -267,7 +306,7 @@ class TestResult:
 
     def test_prints(self, runs):
         text = repr(runs)
-        assert text.startswith("chat over 40 s, measured from 10 s on, 4 replications, reference engine")
+        assert text.startswith("chat over 40 s, measured from 10 s on, 4 replications, kernel engine")
         assert "throughput [req/s]" in text
         assert "sarathi" in runs._repr_html_()
 
