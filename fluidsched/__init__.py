@@ -32,6 +32,7 @@ if (
     from fluidsched.fluid import FluidSolution as FluidSolution
     from fluidsched.fluid import solve_fluid as solve_fluid
     from fluidsched.fluid import solve_transient as solve_transient
+    from fluidsched.fluid import stability_region as stability_region
     from fluidsched.planning import plan as plan
     from fluidsched.policy import PolicyTable as PolicyTable
     from fluidsched.policy import baselines as baselines
@@ -69,6 +70,7 @@ _PUBLIC = {
     "FluidSolution": "fluidsched.fluid",
     "FluidProgram": "fluidsched.fluid",
     "solve_transient": "fluidsched.fluid",
+    "stability_region": "fluidsched.fluid",
     "compile_policy": "fluidsched.policy",
     "PolicyTable": "fluidsched.policy",
     "baselines": "fluidsched.policy.baselines",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
 from fluidsched.fluid.demand import demand_rates, sinusoidal_rates
 from fluidsched.fluid.program import FluidProgram, solve_fluid
+from fluidsched.fluid.region import StabilityRegion, stability_region
 from fluidsched.fluid.sensitivity import RateSweep, ranging, sweep_load, sweep_rates
 from fluidsched.fluid.solution import FluidSolution
 from fluidsched.fluid.transient import solve_transient
@@ -14,6 +15,7 @@ __all__ = [
     "FluidProgram",
     "FluidSolution",
     "RateSweep",
+    "StabilityRegion",
     "TransientSolution",
     "block_kv_work",
     "busy_work",
@@ -23,6 +25,7 @@ __all__ = [
     "sinusoidal_rates",
     "solve_fluid",
     "solve_transient",
+    "stability_region",
     "sweep_load",
     "sweep_rates",
 ]

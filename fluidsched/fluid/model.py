@@ -32,7 +32,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched._checks import check_choice, check_count, check_real
 from fluidsched.errors import InfeasibleError, InputError
-from fluidsched.fluid.closed_forms import resource_load
 from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
 from fluidsched.server import Server
 from fluidsched.workload import Workload
@@ -137,14 +136,49 @@ class FluidModel:
             1/(the largest factor on all rates that the resource together with time allows); 0 without
             demand.
         """
-        use = np.asarray(rate, dtype=np.float64) @ self.matrix.T
-        busy = use[..., : self.pieces]
-        loads = [resource_load(self.base, busy)]
-        for row in range(self.pieces, len(self.row_names)):
-            loads.append(resource_load(self.base, busy, use[..., row] / -self.rate_coefficient[row]))
+        along = np.asarray(rate, dtype=np.float64) @ self.halfspaces.T
+        return np.asarray(np.maximum.reduceat(along, self._first_halfspace, axis=-1))
+
+    @cached_property
+    def halfspaces(self) -> NDArray[np.float64]:
+        """Normals g of the stability region {λ ≥ 0: g·λ ≤ 1 for every g}, shape (H, J), s.
+
+        One for each way a resource and the time rows can meet once u is eliminated (module
+        `closed_forms`).
+        """
+        return _frozen(np.concatenate(list(self._halfspaces.values())))
+
+    @cached_property
+    def halfspace_resources(self) -> tuple[str, ...]:
+        """The resource each half-space belongs to, in the order of `resources`, shape (H,)."""
+        return tuple(name for name, normals in self._halfspaces.items() for _ in normals)
+
+    @cached_property
+    def _halfspaces(self) -> dict[str, NDArray[np.float64]]:
+        base, busy = self.base, self.matrix[: self.pieces]
+        positive, negative = base > 0.0, base < 0.0
+        alone = [*busy[base >= 0.0]]
+        for c_n, w_n in zip(-base[negative], busy[negative], strict=True):
+            for c_i, w_i in zip(base[positive], busy[positive], strict=True):
+                alone.append((c_n * w_i + c_i * w_n) / (c_i + c_n))
+        normals = {"time": np.array(alone)}
+        for name, use, by_rate in zip(
+            self.row_names[self.pieces :],
+            self.matrix[self.pieces :],
+            self.rate_coefficient[self.pieces :],
+            strict=True,
+        ):
+            met = busy[positive] + np.outer(base[positive] / -by_rate, use)
+            normals[name] = np.concatenate([met, normals["time"]])
         if math.isfinite(self.max_iteration_time):
-            loads.append((busy / (1.0 - self.base / self.max_iteration_time)).max(axis=-1))
-        return np.stack(loads, axis=-1)
+            room = 1.0 - base[positive] / self.max_iteration_time
+            normals["iteration_time"] = np.concatenate([busy[positive] / room[:, None], normals["time"]])
+        return normals
+
+    @cached_property
+    def _first_halfspace(self) -> NDArray[np.intp]:
+        counts = [len(normals) for normals in self._halfspaces.values()]
+        return np.concatenate([[0], np.cumsum(counts[:-1])]).astype(np.intp)
 
     def iteration_rate(self, admitted_rate: NDArray[np.float64]) -> float:
         """Return the largest u the time rows allow: the server never idles between iterations."""
