@@ -26,7 +26,6 @@ import numbers
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -99,7 +98,7 @@ def _failure(cell: int, diagnosis: str) -> bytes:
 
 
 def _begin_worker(lifeline: Connection) -> None:
-    """End with the main process, however it ends; leave Ctrl-C to it; use one thread."""
+    """End with the main process, however it ends; leave Ctrl-C to it."""
 
     def end_with_main() -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -108,9 +107,6 @@ def _begin_worker(lifeline: Connection) -> None:
 
     threading.Thread(target=end_with_main, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["NUMBA_NUM_THREADS"] = "1"
-    if "numba" in sys.modules:
-        sys.modules["numba"].set_num_threads(1)
 
 
 # -- executors ------------------------------------------------------------------------------------------

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}",
-    "NUMBA_NUM_THREADS": "1",
-}
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}"}
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
