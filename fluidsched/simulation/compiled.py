@@ -16,8 +16,8 @@ hold h tokens of KV in its first iteration and n more in each next one, the inte
 
     a h q + (a n + b h) q(q - 1)/2 + b n (q - 1)q(2q - 1)/6.
 
-`decode_run` adds stretches up; `first_end` finds the first iteration whose end is at or after an instant, by
-the root of the quadratic and a look at its neighbours, in the arithmetic of `decode_run` itself.
+`decode_run` adds stretches up, and stops at the first iteration whose end is at or after an instant: the root
+of a quadratic, with a look at its neighbours in the arithmetic of the sum itself.
 
 **Clocks and calendars.** Requests that always run together share a clock g that ticks once per iteration. A
 decode stores once
@@ -51,6 +51,13 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+# Only the two loops are called from Python and cached; their parts are compiled into them.
+_loop = njit(cache=True, nogil=True, error_model="numpy")
+_part = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_inline = njit(
+    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True
+)
+
 NOBODY = -1
 FAR = 1 << 62
 
@@ -58,7 +65,7 @@ FAR = 1 << 62
 # --------------------------------------------------------------------------- durations of runs
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def batch_time(coef: Floats, n_pf: int, n_dec: int, k_dec: int, q_pf: float) -> float:
     """Duration of one iteration, s: the largest of the affine pieces."""
     longest = -math.inf
@@ -70,7 +77,7 @@ def batch_time(coef: Floats, n_pf: int, n_dec: int, k_dec: int, q_pf: float) -> 
     return longest
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _stretch(coef: Floats, n: int, m: int, r: int, last: int) -> tuple[float, float, int]:
     """Duration and slope of iteration r; the first one after it, at most `last`, with another piece."""
     a = b = value = -math.inf
@@ -90,56 +97,56 @@ def _stretch(coef: Floats, n: int, m: int, r: int, last: int) -> tuple[float, fl
     return value, b, stop
 
 
-@njit(cache=True, nogil=True)
-def decode_run(coef: Floats, n: int, m: int, held: int, k: int) -> tuple[float, float]:
-    """Duration (s) of k decode iterations and the integral of KV over them (token·s).
+@_inline
+def decode_run(
+    coef: Floats, n: int, m: int, held: int, start: float, instant: float, k: int
+) -> tuple[int, float, float]:
+    """Decode iterations until the first end at or after `instant`, at most k, that begin at `start`.
 
-    `m` tokens are read by the n decodes in the first iteration, `held` by all residents.
+    `m` tokens are read by the n decodes in the first iteration, `held` by all residents. Returns the number
+    of iterations, their duration (s) and the integral of KV over them (token·s).
     """
     duration = area = 0.0
-    r = 0
-    while r < k:
-        value, slope, stop = _stretch(coef, n, m, r, k)
-        q = float(stop - r)
-        kv = float(held + n * r)
-        pairs = 0.5 * q * (q - 1.0)
-        duration += q * value + slope * pairs
-        area += value * kv * q + (value * n + slope * kv) * pairs
-        area += slope * n * (pairs * (2.0 * q - 1.0) / 3.0)
-        r = stop
-    return duration, area
-
-
-@njit(cache=True, nogil=True)
-def first_end(coef: Floats, n: int, m: int, start: float, instant: float, k: int) -> int:
-    """Smallest number of iterations, 1 … k, after which the run has reached `instant`; k if none has."""
-    elapsed = 0.0
     r = 0
     while True:
         value, slope, stop = _stretch(coef, n, m, r, k)
         q = float(stop - r)
-        through = elapsed + (q * value + slope * (0.5 * q * (q - 1.0)))
-        if stop == k or start + through >= instant:
-            break
-        elapsed = through
-        r = stop
-    remaining = instant - start - elapsed
+        through = duration + (q * value + slope * (0.5 * q * (q - 1.0)))
+        reached = start + through >= instant
+        if reached:
+            q = _first_end(value, slope, start, duration, instant, q)
+            through = duration + (q * value + slope * (0.5 * q * (q - 1.0)))
+        duration = through
+        kv = float(held + n * r)
+        pairs = 0.5 * q * (q - 1.0)
+        area += value * kv * q + (value * n + slope * kv) * pairs
+        area += slope * n * (pairs * (2.0 * q - 1.0) * (1.0 / 3.0))
+        r += int(q)
+        if reached or r == k:
+            return r, duration, area
+
+
+@_inline
+def _first_end(value: float, slope: float, start: float, before: float, instant: float, most: float) -> float:
+    """Iterations of a stretch, 1 … most, after which `instant` is reached; it is after `most` of them.
+
+    The stretch follows `before` seconds of the run that began at `start`. The root of the quadratic is looked
+    at in the arithmetic of the run itself: its neighbours decide.
+    """
+    remaining = instant - start - before
+    if remaining <= 0.0 or most == 1.0:
+        return 1.0
     first = value - 0.5 * slope
-    root = 1.0
-    if remaining > 0.0:
-        root = 2.0 * remaining / (first + math.sqrt(first * first + 2.0 * slope * remaining))
-    guess = stop - r if root >= q else max(1, math.ceil(root))
-    while guess > 1:
-        x = guess - 1.0
-        if start + (elapsed + (x * value + slope * (0.5 * x * (x - 1.0)))) < instant:
+    x = math.ceil(2.0 * remaining / (first + math.sqrt(first * first + 2.0 * slope * remaining)))
+    x = min(max(x, 1.0), most)
+    while x > 1.0:
+        y = x - 1.0
+        if start + (before + (y * value + slope * (0.5 * y * (y - 1.0)))) < instant:
             break
-        guess -= 1
-    while guess < stop - r:
-        x = float(guess)
-        if start + (elapsed + (x * value + slope * (0.5 * x * (x - 1.0)))) >= instant:
-            break
-        guess += 1
-    return r + guess
+        x = y
+    while x < most and start + (before + (x * value + slope * (0.5 * x * (x - 1.0)))) < instant:
+        x += 1.0
+    return x
 
 
 # --------------------------------------------------------------------------- the calendar of completions
@@ -161,7 +168,7 @@ def calendar_days(longest: int, calendars: int) -> int:
     return days
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def calendar_add(heads: Ints, bits: Ints, slots: Records, day: int, slot: int) -> None:
     """Put `slot` on `day` (counted over all calendars)."""
     head = heads[day]
@@ -174,7 +181,7 @@ def calendar_add(heads: Ints, bits: Ints, slots: Records, day: int, slot: int) -
     heads[day] = slot
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def calendar_remove(heads: Ints, bits: Ints, slots: Records, day: int, slot: int) -> None:
     """Take `slot` off `day`."""
     before, after = slots[slot].earlier, slots[slot].later
@@ -188,7 +195,7 @@ def calendar_remove(heads: Ints, bits: Ints, slots: Records, day: int, slot: int
             bits[day >> 6] &= ~(1 << (day & 63))
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def calendar_next(bits: Ints, first: int, days: int, clock: int) -> int:
     """Ticks from `clock` to the next day with anybody on it, 1 … days; the calendar begins at `first`."""
     start = (clock + 1) & (days - 1)
@@ -293,7 +300,7 @@ class Run(NamedTuple):
 # --------------------------------------------------------------------------- residents
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _enter(s: Pointer, slots: Records, request: int) -> int:
     """Give `request` a vacant slot, as the most recently admitted resident."""
     slot = s.vacant
@@ -310,7 +317,7 @@ def _enter(s: Pointer, slots: Records, request: int) -> int:
     return slot
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _leave(s: Pointer, slots: Records, slot: int) -> None:
     """Vacate `slot`."""
     older, newer = slots[slot].older, slots[slot].newer
@@ -327,7 +334,7 @@ def _leave(s: Pointer, slots: Records, slot: int) -> None:
     s.residents -= 1
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _units(rules: Pointer, tokens: int) -> int:
     """Memory that this many KV tokens of one request take."""
     if rules.block == 1:
@@ -335,7 +342,7 @@ def _units(rules: Pointer, tokens: int) -> int:
     return (tokens + rules.block - 1) // rules.block
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _finish(run: Run, slot: int, now: float) -> None:
     """The last iteration of the resident in `slot`, which does not decode any more, ended now."""
     s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
@@ -346,7 +353,7 @@ def _finish(run: Run, slot: int, now: float) -> None:
     _leave(s, slots, slot)
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _start_decode(
     slots: Records, groups: Records, calendars: Calendars, group: int, slot: int, held: int, to_go: int
 ) -> None:
@@ -367,7 +374,7 @@ def _start_decode(
     calendar_add(calendars.heads, calendars.bits, slots, day, slot)
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _stop_decode(slots: Records, groups: Records, calendars: Calendars, group: int, slot: int) -> int:
     """Take the resident out of its group's decodes; return the KV tokens it holds."""
     base = slots[slot].base
@@ -384,7 +391,7 @@ def _stop_decode(slots: Records, groups: Records, calendars: Calendars, group: i
     return held
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _units_held(groups: Records, calendars: Calendars, group: int) -> int:
     """Memory the group's decodes hold, units."""
     if calendars.phase.shape[1] == 1:
@@ -392,7 +399,7 @@ def _units_held(groups: Records, calendars: Calendars, group: int) -> int:
     return groups[group].units
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _growth(groups: Records, calendars: Calendars, group: int, ticks: int) -> int:
     """Units of memory that the group's decodes take within the next `ticks` ticks."""
     decodes = groups[group].decodes
@@ -406,7 +413,7 @@ def _growth(groups: Records, calendars: Calendars, group: int, ticks: int) -> in
     return grown
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _tick(groups: Records, calendars: Calendars, group: int, ticks: int) -> None:
     """Let the group's decodes run `ticks` iterations."""
     if calendars.phase.shape[1] > 1:
@@ -415,13 +422,13 @@ def _tick(groups: Records, calendars: Calendars, group: int, ticks: int) -> None
     groups[group].clock += ticks
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _to_completion(groups: Records, calendars: Calendars, group: int) -> int:
     """Ticks to the next day of the group's calendar with anybody on it; the group has decodes."""
     return calendar_next(calendars.bits, group * calendars.days, calendars.days, groups[group].clock)
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _complete(run: Run, group: int, now: float) -> None:
     """Let those decodes of the group leave whose last iteration ended now."""
     slots, groups, calendars = run.slots, run.groups, run.calendars
@@ -435,7 +442,7 @@ def _complete(run: Run, group: int, now: float) -> None:
         slot = following
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _emit(run: Run, group: int, slot: int, now: float) -> None:
     """The prefill of `slot` is complete: it emits a token, then decodes or, if that was its last, leaves."""
     requests, slots, groups, calendars = run.requests, run.slots, run.groups, run.calendars
@@ -453,7 +460,7 @@ def _emit(run: Run, group: int, slot: int, now: float) -> None:
 # --------------------------------------------------------------------------- the queue
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _join(run: Run, now: float) -> None:
     """Rule 1: arrivals up to and at the instant have joined."""
     s, requests, rows = run.state[0], run.requests, run.rows
@@ -465,7 +472,7 @@ def _join(run: Run, now: float) -> None:
     s.arrived = arrived
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _preempt(run: Run, group: int, now: float) -> None:
     """Rule 8: the newest resident, of this group, loses its place and waits on the group's stack."""
     s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
@@ -497,7 +504,7 @@ def _preempt(run: Run, group: int, now: float) -> None:
     groups[group].depth += 1
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _admit(run: Run, stack: int, row: int, now: float) -> int:
     """Admit the request on top of `stack`, or if that is empty the oldest newcomer of `row`."""
     s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
@@ -529,7 +536,7 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
     return slot
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _next_hold(run: Run, row: int, now: float) -> float:
     """Smallest arrival + hold of the row's newcomers that is later than now."""
     requests, rows = run.requests, run.rows
@@ -548,7 +555,7 @@ def _next_hold(run: Run, row: int, now: float) -> float:
 # --------------------------------------------------------------------------- time and measures
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _sample(run: Run, held: int, now: float) -> None:
     """Rule 25: a row of the occupancy series at the first decision at or after each point of the grid."""
     s = run.state[0]
@@ -567,7 +574,7 @@ def _sample(run: Run, held: int, now: float) -> None:
     s.sample_at = (now // s.sample_step + 1.0) * s.sample_step
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _run_length(
     run: Run, n: int, m: int, held: int, now: float, wake: float, k: int
 ) -> tuple[int, float, float]:
@@ -580,18 +587,16 @@ def _run_length(
     wake = min(wake, rules.horizon)
     if now < rules.warmup:
         wake = min(wake, rules.warmup)
-    duration, area = decode_run(coef, n, m, held, k)
-    if k > 1 and now + duration >= wake:
-        k = first_end(coef, n, m, now, wake, k)
-        duration, area = decode_run(coef, n, m, held, k)
+    while True:
+        k, duration, area = decode_run(coef, n, m, held, now, wake, k)
         end = now + duration
-        if k > 1 and (end > rules.horizon or now < rules.warmup < end):
-            k -= 1
-            duration, area = decode_run(coef, n, m, held, k)
-    return k, duration, area
+        if k == 1 or not (end > rules.horizon or now < rules.warmup < end):
+            return k, duration, area
+        wake = math.inf
+        k -= 1
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _account(
     run: Run,
     now: float,
@@ -631,7 +636,7 @@ def _account(
     return True
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _close(run: Run, now: float, held: int, verdict: int) -> None:
     """End the run now: verdict, KV, and the waiting of the preempted who still wait."""
     s, rules, groups, returned = run.state[0], run.rules[0], run.groups, run.returned
@@ -648,7 +653,7 @@ def _close(run: Run, now: float, held: int, verdict: int) -> None:
 # --------------------------------------------------------------------------- everybody in service runs
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
     """Rules 10 and 11 resident by resident, for when budget or memory do not cover all.
 
@@ -697,7 +702,7 @@ def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
     return used, budget
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _open_rows(run: Run, now: float) -> None:
     """Rule 17: what each row may admit in this decision."""
     rules, requests, rows = run.rules[0], run.requests, run.rows
@@ -712,7 +717,7 @@ def _open_rows(run: Run, now: float) -> None:
             rows[j].quota = rows[j].threshold - _in_window(run, j)
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _in_window(run: Run, row: int) -> int:
     """Newcomers that the row admitted within its period, which ends with the iteration now planned."""
     s, rows = run.state[0], run.rows
@@ -731,7 +736,7 @@ _PAUSED = 2
 _NOBODY_MAY, _NO_ROOM_IN_BATCH, _NO_MEMORY = range(3)
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
     """Rules 13 to 15 and 19: admit while somebody may enter and fits; return why it ended."""
     s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
@@ -773,7 +778,7 @@ def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
     return _NO_ROOM_IN_BATCH
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
     """Rules 10 and 11: units used, budget left, and whether it took a walk."""
     s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
@@ -811,7 +816,7 @@ def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
     return used, budget, True
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _fit(run: Run, room: int, k: int) -> int:
     """Most ticks, at most k, that the chosen groups may run within `room` units."""
     groups, calendars = run.groups, run.calendars
@@ -833,7 +838,7 @@ def _fit(run: Run, room: int, k: int) -> int:
     return min(k, ticks)
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _pause(run: Run) -> None:
     """Stop the decodes the budget did not reach (`chunk` 0); `_resume` lets them go on."""
     s, slots, groups, calendars = run.state[0], run.slots, run.groups, run.calendars
@@ -846,7 +851,7 @@ def _pause(run: Run) -> None:
         slot = slots[slot].newer
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _resume(run: Run) -> None:
     """Let those that paused decode from the next iteration on, with as much to go as before."""
     s, slots, groups, calendars = run.state[0], run.slots, run.groups, run.calendars
@@ -857,7 +862,7 @@ def _resume(run: Run) -> None:
         slot = slots[slot].newer
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _prefill(run: Run, now: float) -> None:
     """The chunks of the iteration that ended now are computed."""
     s, requests, slots, groups = run.state[0], run.requests, run.slots, run.groups
@@ -874,7 +879,7 @@ def _prefill(run: Run, now: float) -> None:
     s.partials = left
 
 
-@njit(cache=True, nogil=True)
+@_loop
 def continuous(run: Run) -> None:
     """Run `vllm`, `capped`, `sarathi`, `orca` or `gated` from an empty system to its end."""
     s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
@@ -898,14 +903,15 @@ def continuous(run: Run) -> None:
         evicting = s.preempted > preempted
         held -= s.wasted - wasted
         ended = _NO_ROOM_IN_BATCH
-        if not (held_back or evicting):
+        cleared = not rules.gated
+        while not (held_back or evicting):
             _open_rows(run, now)
             ended = _admit_waiting(run, used, budget, now)
-            if rules.gated and s.residents == 0 and s.waiting > 0:  # rule 18
-                for j in range(rows.size):
-                    rows[j].passed = rows[j].admissions
-                _open_rows(run, now)
-                ended = _admit_waiting(run, used, budget, now)
+            if s.residents > 0 or s.waiting == 0 or cleared:
+                break
+            for j in range(rows.size):  # rule 18
+                rows[j].passed = rows[j].admissions
+            cleared = True
         if not held_back:
             s.queue_left = s.waiting + s.returned > 0
 
@@ -928,9 +934,12 @@ def continuous(run: Run) -> None:
             now = wake
             continue
 
-        # Decodes only: as many iterations as nothing can change in.
+        if walked:
+            _pause(run)
+        decodes = groups[0].decodes
+        reads = groups[0].held + decodes
         if s.partials == 0 and not walked:
-            decodes = groups[0].decodes
+            # Decodes only: as many iterations as nothing can change in.
             k = _to_completion(groups, calendars, 0)
             if rules.capacity < FAR:
                 k = _fit(run, rules.capacity - _units_held(groups, calendars, 0), k)
@@ -952,48 +961,37 @@ def continuous(run: Run) -> None:
                                 k = min(k, oldest + rows[j].period - s.iterations)
             elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < requests.size:
                 wake = min(wake, requests[s.arrived].arrival)  # whether anybody waits matters to rule 16
-            reads = held + decodes
             k, duration, area = _run_length(run, decodes, reads, reads, now, wake, k)
-            if not _account(
-                run, now, duration, area, reads + decodes * (k - 1), decodes, decodes, decodes, k
-            ):
-                _close(run, rules.horizon, held, AT_HORIZON)
-                return
-            now += duration
-            s.since_prefill = min(s.since_prefill + k, FAR)
-            _tick(groups, calendars, 0, k)
-            _complete(run, 0, now)
-            continue
-
-        # One iteration with prompts, or with residents that pause.
-        if walked:
-            _pause(run)
-        decodes = groups[0].decodes
-        reads = groups[0].held + decodes
-        prompts = size = 0
-        emitted = decodes
-        attention = 0.0
-        for i in range(s.partials):
-            slot = slots[i].partial
-            chunk = slots[slot].chunk
-            if chunk > 0:
-                size += 1
-                prompts += chunk
-                attention += chunk * (slots[slot].done + 0.5 * chunk)
-                emitted += slots[slot].done + chunk == slots[slot].target
-        if decodes + prompts == 0:
-            _resume(run)
-            continue  # rule 12
-        duration = batch_time(coef, prompts, decodes, reads, attention)
-        holds = held + decodes + prompts
-        if not _account(
-            run, now, duration, duration * holds, holds, decodes + size, decodes + prompts, emitted, 1
-        ):
+            holds = reads + decodes * (k - 1)
+            prompts = 0
+            size = tokens = emitted = decodes
+        else:
+            # One iteration with prompts, or with residents that pause.
+            k = 1
+            prompts = 0
+            size = emitted = decodes
+            attention = 0.0
+            for i in range(s.partials):
+                slot = slots[i].partial
+                chunk = slots[slot].chunk
+                if chunk > 0:
+                    size += 1
+                    prompts += chunk
+                    attention += chunk * (slots[slot].done + 0.5 * chunk)
+                    emitted += slots[slot].done + chunk == slots[slot].target
+            tokens = decodes + prompts
+            if tokens == 0:
+                _resume(run)
+                continue  # rule 12
+            duration = batch_time(coef, prompts, decodes, reads, attention)
+            holds = held + tokens
+            area = duration * holds
+        if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
             _close(run, rules.horizon, held, AT_HORIZON)
             return
         now += duration
-        s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + 1, FAR)
-        _tick(groups, calendars, 0, 1)
+        s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + k, FAR)
+        _tick(groups, calendars, 0, k)
         _complete(run, 0, now)
         if walked:
             _resume(run)
@@ -1003,7 +1001,7 @@ def continuous(run: Run) -> None:
 # --------------------------------------------------------------------------- wait
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _has_expired(run: Run, row: int, now: float) -> bool:
     """Rule 23: somebody of the row, waiting or resident, has not been served for `hold`."""
     requests, groups, rows, returned = run.requests, run.groups, run.rows, run.returned
@@ -1022,7 +1020,7 @@ def _has_expired(run: Run, row: int, now: float) -> bool:
     return False
 
 
-@njit(cache=True, nogil=True)
+@_part
 def _next_timer(run: Run, now: float) -> float:
     """Rule 23: the first instant later than now at which a hold expires."""
     groups, rows, returned = run.groups, run.rows, run.returned
@@ -1042,7 +1040,7 @@ def _next_timer(run: Run, now: float) -> float:
     return wake
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _start_block(run: Run, now: float) -> None:
     """Rule 20: choose the rows whose gate is met and admit their cohorts."""
     s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
@@ -1061,7 +1059,7 @@ def _start_block(run: Run, now: float) -> None:
                 slots[slot].chunk = slots[slot].target
 
 
-@njit(cache=True, nogil=True)
+@_inline
 def _serve_block(run: Run, now: float) -> tuple[int, int]:
     """Rule 21: preempt until the next iteration fits; decodes to serve and tokens they read."""
     s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
@@ -1081,7 +1079,7 @@ def _serve_block(run: Run, now: float) -> tuple[int, int]:
         _preempt(run, requests[slots[s.newest].request].row, now)
 
 
-@njit(cache=True, nogil=True)
+@_loop
 def wait(run: Run) -> None:
     """Run `wait` from an empty system to its end."""
     s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
