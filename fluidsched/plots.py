@@ -215,6 +215,8 @@ def load_curve(
         axes.plot(rate[~hollow], estimate[~hollow], "o", ms=3.5, color=look["color"])
         axes.plot(rate[hollow], estimate[hollow], "o", ms=4.5, mfc="white", color=look["color"])
     axes.set_yscale(scale)
+    if scale == "log":  # an interval may reach below 0: the band then runs off the axis
+        axes.set_ylim(bottom=0.6 * float(rows["estimate"].min()))
     if critical_rate is not None:
         axes.axvline(critical_rate, color="black", linewidth=1.0, linestyle=":")
         axes.annotate(
