@@ -2,11 +2,13 @@
 
 `Bound`: a number, or the reason why there is none. `wait_bounds`, `nested_wait_overflow`: the theorem
 constants of a table. `no_wait_floor`: what no scheduler can beat, per request. `stability_conditions`: rates
-from the literature. The exact queues of `fluidsched.queues` are published here too.
+from the literature. `hindsight_optimum`, `hindsight_bound`: the least total latency of a finite
+path. The exact queues of `fluidsched.queues` are published here too.
 """
 
 from fluidsched.bounds.bound import Bound
 from fluidsched.bounds.floor import NoWaitFloor, no_wait_floor
+from fluidsched.bounds.hindsight import Hindsight, hindsight_bound, hindsight_optimum
 from fluidsched.bounds.stability import stability_conditions
 from fluidsched.bounds.theorems import nested_wait_overflow, wait_bounds
 from fluidsched.queues import (
@@ -28,6 +30,7 @@ from fluidsched.queues import (
 
 __all__ = [
     "Bound",
+    "Hindsight",
     "NoWaitFloor",
     "QueueMoments",
     "critical_queue_bound",
@@ -39,6 +42,8 @@ __all__ = [
     "exact_buffer",
     "first_passage_probability",
     "fixed_cycle_ttft",
+    "hindsight_bound",
+    "hindsight_optimum",
     "lundberg_buffer",
     "lundberg_exponent",
     "nested_wait_overflow",

@@ -1,0 +1,463 @@
+r"""The hindsight optimum: the least total latency of a finite path, known in advance.
+
+**Setting.** Every iteration lasts ΔT (*unit iterations*), so time counts in rounds. Request i arrives at
+round a_i and is served in o_i rounds, in its k-th holding p_i + k − 1 tokens of at most C. Without
+preemption a schedule is a start round t_i ≥ a_i per request; its latency is t_i + o_i − a_i rounds.
+
+**Integer program** (Jaillet et al., arXiv 2502.07115). Requests with equal (p, o) are interchangeable, so
+let x_{c,t} be how many of class c start at round t and y_{c,t} how many still wait after it:
+
+    min  Σ_{c,t} y_{c,t} + Σ_i o_i
+    s.t. x_{c,t} + y_{c,t} = y_{c,t−1} + (arrivals of c at t)
+         Σ_c Σ_{k=1..o_c} (p_c + k − 1) x_{c,t−k+1} ≤ C                       in every round t
+         x ≥ 0 integer, y ≥ 0.
+
+A window of H rounds is used; those that wait at its end cost nothing further and take no memory, which can
+only lower the value. A solution that leaves nobody waiting is a schedule, hence optimal for every H.
+
+**LP relaxation and its certificate.** For any prices π_t ≥ 0 on memory,
+
+    L(π) = Σ_i ( o_i + min( H − a_i, min_{a_i≤t<H} { t − a_i + Σ_k π_{t+k−1} (p_i + k − 1) } ) ) − C Σ_t π_t
+
+is a lower bound, equal to the LP's value at its duals. The bound returned is L at the solver's duals,
+evaluated here: the solver's tolerance cannot overstate it.
+
+**What is covered.** A request that pauses and keeps its KV holds at every round at least what it would if
+its whole service were moved back against its end; so pausing (WAIT) never helps, nor does restarting from
+nothing. Preemption that drops the KV and keeps the tokens can help: there only the next bound holds.
+
+**Combinatorial bound**, for every policy and any length of path. Request i needs W_i = Σ_k (p_i + k − 1)
+token·rounds of memory; C are there per round. Its mean busy time M_i, weighted by what it holds, is at
+least d_i before its end, d_i = Σ_k (p_i + k − 1)(o_i − k + 1/2)/W_i. A machine of speed C that may split
+jobs anyhow minimises Σ M_i by always working on the smallest W_i present (Goemans 1997). Hence
+
+    Σ latency ≥ max( Σ_i (M_i + d_i − a_i), Σ_i o_i ),
+
+in O(N log N).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fluidsched._checks import check_choice, check_real
+from fluidsched.bounds.bound import Bound
+from fluidsched.errors import InputError, SolverError
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
+
+    from fluidsched.server import Server
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["Hindsight", "hindsight_bound", "hindsight_optimum"]
+
+_Int = npt.NDArray[np.int64]
+_Real = npt.NDArray[np.float64]
+
+_SOURCE = "arXiv 2502.07115"
+_GRID = 1e-9  # relative distance from whole rounds that counts as rounding of the arrival times
+_ANNEALING_STEPS = 200_000
+_PROOF_TOLERANCE = 1e-3  # rounds; the solver's own feasibility tolerance is 1e-6 per row
+_COVERS = {
+    "integer program": "no preemption that keeps tokens; unit iterations",
+    "LP relaxation": "no preemption that keeps tokens; unit iterations",
+    "combinatorial": "any policy; unit iterations",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Hindsight:
+    """What is known of the least total latency of a path.
+
+    Attributes
+    ----------
+    lower : float
+        No schedule has a smaller total E2E latency, s.
+    upper : float or None
+        Total E2E latency of the schedule `start`, s; equal to `lower` when it is optimal.
+    start : int64[N] or None
+        Rounds after the first arrival in which the requests of that schedule start.
+    method : str
+        "integer program", "LP relaxation" or "combinatorial".
+    requests : int
+        N.
+    iteration_time : float
+        ΔT, s.
+    """
+
+    lower: float
+    upper: float | None
+    start: _Int | None
+    method: str
+    requests: int
+    iteration_time: float
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            self.start.setflags(write=False)
+
+    @property
+    def is_optimal(self) -> bool:
+        """Whether the schedule is proved best."""
+        return self.upper is not None and self.upper <= self.lower
+
+    @property
+    def covers(self) -> str:
+        """Which schedules the lower bound holds for."""
+        return _COVERS[self.method]
+
+    def gap_of(self, total_latency: float) -> float:
+        """Certified gap of a policy: how far its total E2E latency (s) can be above the optimum, relatively."""
+        return check_real("total_latency", total_latency, minimum=0.0) / self.lower - 1.0
+
+    def to_bound(self) -> Bound:
+        """Lower bound on the mean E2E latency over the path's requests."""
+        formula = (
+            f"min Σ latency / N by the {self.method}"
+            if self.method != "combinatorial"
+            else "Σ (M + d − a) / N"
+        )
+        return Bound("mean_e2e", self.lower / self.requests, "s", "lower", formula, _SOURCE, self.covers)
+
+    def __repr__(self) -> str:
+        found = ""
+        if self.is_optimal:
+            found = ", attained"
+        elif self.upper is not None:
+            found = f", {self.upper:,.6g} s found ({self.gap_of(self.upper):.2%} above)"
+        return f"Hindsight: {self.requests:,} requests, total latency ≥ {self.lower:,.6g} s by {self.method}{found}"
+
+
+@dataclass(frozen=True)
+class _Instance:
+    """A path in rounds: class of each request, what a class holds per iteration, and the capacity.
+
+    `arrival` (N,), `kind` (N,), `held` (K, longest), zero beyond a class's `length` (K,).
+    """
+
+    arrival: _Int
+    kind: _Int
+    held: _Real
+    length: _Int
+    capacity: float
+    round_s: float
+
+    @property
+    def output(self) -> _Int:
+        return np.asarray(self.length[self.kind])
+
+
+def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 50.0) -> Hindsight:
+    """Best schedule of a short path in hindsight, by the integer program.
+
+    A schedule found by annealing starts the solver and fixes the window. If the limit is reached before the
+    proof is complete, the best schedule and the proved lower bound are returned; their distance is `gap_of(upper)`.
+
+    Parameters
+    ----------
+    path : ArrivalPath
+        Tens of requests, arriving at whole multiples of the iteration time after the first.
+    server : Server
+        Constant iteration time, finite KV capacity, no other limit.
+    time_limit : float
+        Seconds given to the solver.
+
+    Returns
+    -------
+    Hindsight
+
+    Examples
+    --------
+    Two requests that do not fit together: the short one first.
+
+    >>> import fluidsched as fs
+    >>> server = fs.Server(kv_capacity=8, iteration_time=fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+    >>> path = fs.ArrivalPath.from_arrays([0.0, 0.0], prompt_tokens=[4, 4], output_tokens=[5, 2])
+    >>> best = hindsight_optimum(path, server)
+    >>> best, best.start.tolist()
+    (Hindsight: 2 requests, total latency ≥ 9 s by integer program, attained, [2, 0])
+    """
+    from fluidsched.bounds._local_search import anneal
+
+    limit = check_real("time_limit", time_limit, above=0.0)
+    case = _instance(path, server)
+    steps = min(200 * len(path) ** 2, _ANNEALING_STEPS)
+    start = anneal(case.arrival, case.kind, case.held, case.length, case.capacity, steps)
+    found = int((start + case.output - case.arrival).sum())
+    window = int((start + case.output).max()) + int(case.length.max())
+    program = _Program(case, window)
+    lower, solution = program.integer(start, limit)
+    if solution is not None:
+        better = program.starts(solution)
+        total = int((better + case.output - case.arrival).sum())
+        if total < found and program.is_schedule(better):
+            start, found = better, total
+    # Latencies are whole rounds, so the proved bound may be rounded up (and never above what was found).
+    least = min(math.ceil(lower - _PROOF_TOLERANCE), found)
+    return Hindsight(
+        least * case.round_s, found * case.round_s, start, "integer program", len(path), case.round_s
+    )
+
+
+def hindsight_bound(
+    path: ArrivalPath,
+    server: Server,
+    *,
+    method: Literal["lp", "combinatorial"] = "lp",
+    time_limit: float = 600.0,
+) -> Hindsight:
+    """Lower bound on the total latency of a path in hindsight.
+
+    Parameters
+    ----------
+    path : ArrivalPath
+        Hundreds to a few thousand requests for "lp", any number for "combinatorial".
+    server : Server
+        Constant iteration time, finite KV capacity, no other limit.
+    method : {"lp", "combinatorial"}
+        Relaxation of the integer program, or the mean-busy-time bound, which holds for preemption too.
+    time_limit : float
+        Seconds given to the LP solver; its duals at that time still give a bound.
+
+    Returns
+    -------
+    Hindsight
+        `upper` and `start` are None.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> server = fs.Server(kv_capacity=8, iteration_time=fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+    >>> path = fs.ArrivalPath.from_arrays([0.0, 0.0], prompt_tokens=[4, 4], output_tokens=[5, 2])
+    >>> hindsight_bound(path, server, method="combinatorial")
+    Hindsight: 2 requests, total latency ≥ 7 s by combinatorial
+    """
+    check_choice("method", method, ("lp", "combinatorial"))
+    limit = check_real("time_limit", time_limit, above=0.0)
+    case = _instance(path, server)
+    if method == "combinatorial":
+        rounds, name = _mean_busy_bound(case), "combinatorial"
+    else:
+        window = int((_shortest_first(case) + case.output).max()) + 1
+        rounds, name = _Program(case, window).relaxed(limit), "LP relaxation"
+    return Hindsight(rounds * case.round_s, None, None, name, len(path), case.round_s)
+
+
+def _instance(path: ArrivalPath, server: Server) -> _Instance:
+    """Check that the path is one of unit iterations and write it in rounds."""
+    rows = server.iteration_time.coefficients
+    if rows is None or np.any(rows[:, 1:]):
+        raise InputError(
+            "server.iteration_time",
+            server.iteration_time,
+            "be constant",
+            "Use IterationTime.affine(base, 0.0, 0.0, 0.0): hindsight optima are computed for unit iterations.",
+        )
+    for name in ("max_batch_size", "token_budget"):
+        if getattr(server, name) is not None:
+            raise InputError(
+                f"server.{name}", getattr(server, name), "be None", "Only memory is modelled here."
+            )
+    if math.isinf(server.kv_capacity):
+        raise InputError(
+            "server.kv_capacity", server.kv_capacity, "be finite", "Nobody ever waits without a limit."
+        )
+    if len(path) == 0:
+        raise InputError("path", "no requests", "hold at least one request")
+    round_s = server.iteration_time.empty
+    exact = (path.arrival_s - path.arrival_s[0]) / round_s
+    arrival = np.rint(exact).astype(np.int64)
+    off = np.abs(exact - arrival) > _GRID * np.maximum(exact, 1.0)
+    if np.any(off):
+        i = int(np.argmax(off))
+        raise InputError(
+            f"path.arrival_s[{i}]",
+            float(path.arrival_s[i]),
+            f"be a whole number of iterations of {round_s:g} s after the first arrival",
+            "Round the arrival times to the iteration time.",
+        )
+    pairs = np.stack([path.prompt_tokens, path.output_tokens], axis=1)
+    classes, kind = np.unique(pairs, axis=0, return_inverse=True)
+    k = np.arange(int(classes[:, 1].max()))
+    served = k < classes[:, 1:]
+    held = np.where(served, server.block_rounded(classes[:, :1] + k), 0.0)
+    capacity = server.usable_kv_capacity
+    too_long = held.max(axis=1)[kind.ravel()] > capacity
+    if np.any(too_long):
+        i = int(np.argmax(too_long))
+        raise InputError(
+            f"path request {i}",
+            f"{path.prompt_tokens[i]:,} + {path.output_tokens[i]:,} tokens",
+            f"fit into the KV capacity of {capacity:,.0f} tokens",
+        )
+    return _Instance(
+        arrival, kind.ravel().astype(np.int64), held, classes[:, 1].astype(np.int64), capacity, round_s
+    )
+
+
+def _shortest_first(case: _Instance) -> _Int:
+    """Starts of the schedule that places requests by (arrival, KV work): it bounds the window of the LP."""
+    from fluidsched.bounds._local_search import anneal
+
+    return anneal(case.arrival, case.kind, case.held, case.length, case.capacity, 0)
+
+
+class _Program:
+    """The start-time program of an instance over a window of H rounds; columns x (K, H), then y (K, H)."""
+
+    def __init__(self, case: _Instance, window: int) -> None:
+        from scipy import sparse
+
+        self.case, self.window = case, window
+        classes, rounds = len(case.length), np.arange(window)
+        self.cells = cells = classes * window
+        rows, columns, values = [], [], []
+        for c in range(classes):
+            for k in range(int(case.length[c])):
+                inside = rounds[: window - k]
+                rows.append(inside + k)
+                columns.append(c * window + inside)
+                values.append(np.full(len(inside), case.held[c, k]))
+        index = np.arange(cells)
+        later = index[index % window > 0]
+        for column, row, value in (
+            (index, index, 1.0),
+            (cells + index, index, 1.0),
+            (cells + later - 1, later, -1.0),
+        ):
+            rows.append(window + row)
+            columns.append(column)
+            values.append(np.full(len(row), value))
+        triplets = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+        self.matrix: sp.csc_matrix = sparse.csc_matrix(triplets, shape=(window + cells, 2 * cells))
+        arrivals = np.zeros((classes, window))
+        np.add.at(arrivals, (case.kind, case.arrival), 1.0)
+        self.arrivals = arrivals
+
+    def relaxed(self, time_limit: float) -> float:
+        """L(π) at the duals of the LP relaxation, in rounds."""
+        solver = self._solver(time_limit)
+        solver.setOptionValue("solver", "ipm")
+        solver.setOptionValue("run_crossover", "off")  # a basis is not needed, and takes longest
+        solver.run()
+        duals = np.asarray(solver.getSolution().row_dual, dtype=np.float64)
+        if len(duals) == 0:
+            raise SolverError(
+                f"HiGHS returned no duals: {solver.modelStatusToString(solver.getModelStatus())}"
+            )
+        return self.lagrangian(np.maximum(-duals[: self.window], 0.0))
+
+    def lagrangian(self, price: _Real) -> float:
+        """L(π) of the module's text for prices (H,), in rounds."""
+        case, window = self.case, self.window
+        total = float(case.output.sum()) - case.capacity * float(price.sum())
+        rounds = np.arange(window)
+        for c in range(len(case.length)):
+            o = int(case.length[c])
+            # A start so late that the window cuts its service off pays for the part inside.
+            padded = np.append(price, np.zeros(o))
+            cost = rounds + np.array(np.correlate(padded, case.held[c, :o], mode="valid"))[:window]
+            best = np.minimum.accumulate(np.append(cost, float(window))[::-1])[::-1][:window]
+            total += float(self.arrivals[c] @ (best - rounds))
+        return total
+
+    def integer(self, start: _Int, time_limit: float) -> tuple[float, _Real | None]:
+        """Proved lower bound in rounds and the best solution's columns (None: none better), from a schedule."""
+        import highspy
+
+        solver = self._solver(time_limit)
+        for option, value in (("mip_rel_gap", 0.0), ("mip_abs_gap", 0.999)):  # values are whole numbers
+            solver.setOptionValue(option, value)
+        index = np.arange(self.cells, dtype=np.int32)
+        kinds = np.full(self.cells, int(highspy.HighsVarType.kInteger), dtype=np.uint8)
+        solver.changeColsIntegrality(self.cells, index, kinds)
+        guess = highspy.HighsSolution()
+        guess.col_value = list(self._columns(start))
+        solver.setSolution(guess)
+        solver.run()
+        info, output = solver.getInfo(), float(self.case.output.sum())
+        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            return info.mip_dual_bound + output, None
+        return info.mip_dual_bound + output, np.asarray(solver.getSolution().col_value)
+
+    def starts(self, columns: _Real) -> _Int:
+        """Start rounds (N,) of an integer solution, first come first within a class; H for those left waiting."""
+        counts = np.rint(columns[: self.cells]).astype(np.int64).reshape(len(self.case.length), self.window)
+        start = np.full(len(self.case.arrival), self.window, dtype=np.int64)
+        for c, row in enumerate(counts):
+            members = np.flatnonzero(self.case.kind == c)
+            members = members[np.argsort(self.case.arrival[members], kind="stable")]
+            times = np.repeat(np.arange(self.window), row)
+            start[members[: len(times)]] = times
+        return start
+
+    def is_schedule(self, start: _Int) -> bool:
+        """Whether everybody starts within the window and the memory suffices, beyond it too."""
+        if not (start < self.window).all():
+            return False
+        used = np.zeros(self.window + self.case.held.shape[1])
+        for k in range(self.case.held.shape[1]):
+            np.add.at(used, start + k, self.case.held[self.case.kind, k])
+        return bool(used.max() <= self.case.capacity)
+
+    def _columns(self, start: _Int) -> _Real:
+        x = np.zeros((len(self.case.length), self.window))
+        np.add.at(x, (self.case.kind, start), 1.0)
+        return np.concatenate([x.ravel(), np.cumsum(self.arrivals - x, axis=1).ravel()])
+
+    def _solver(self, time_limit: float) -> Any:
+        import highspy
+
+        from fluidsched.fluid._highs import new_highs
+
+        cells, window = self.cells, self.window
+        model = highspy.HighsLp()
+        model.num_col_, model.num_row_ = 2 * cells, window + cells
+        model.col_cost_ = np.append(np.zeros(cells), np.ones(cells))
+        model.col_lower_, model.col_upper_ = np.zeros(2 * cells), np.full(2 * cells, np.inf)
+        demand = self.arrivals.ravel()
+        model.row_lower_ = np.append(np.full(window, -np.inf), demand)
+        model.row_upper_ = np.append(np.full(window, self.case.capacity), demand)
+        model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+        model.a_matrix_.start_ = self.matrix.indptr
+        model.a_matrix_.index_ = self.matrix.indices
+        model.a_matrix_.value_ = self.matrix.data
+        solver = new_highs()
+        solver.setOptionValue("presolve", "choose")
+        solver.setOptionValue("time_limit", time_limit)
+        solver.passModel(model)
+        return solver
+
+
+def _mean_busy_bound(case: _Instance) -> float:
+    """max( Σ (M_i + d_i − a_i), Σ o_i ) in rounds; the machine works at speed C on the smallest W_i present."""
+    work = case.held.sum(axis=1)
+    k = np.arange(case.held.shape[1])
+    after = np.maximum(case.length[:, None] - k - 0.5, 0.0)
+    offset = (case.held * after).sum(axis=1) / work
+    arrival, kind = case.arrival.astype(np.float64), case.kind
+    order = np.argsort(arrival, kind="stable")
+    waiting: list[tuple[float, float]] = []  # (W, rounds of work left)
+    now, busy, next_one = 0.0, 0.0, 0
+    while next_one < len(order) or waiting:
+        if not waiting:
+            now = max(now, float(arrival[order[next_one]]))
+        while next_one < len(order) and arrival[order[next_one]] <= now:
+            size = float(work[kind[order[next_one]]])
+            heapq.heappush(waiting, (size, size / case.capacity))
+            next_one += 1
+        size, left = heapq.heappop(waiting)
+        until = math.inf if next_one == len(order) else float(arrival[order[next_one]])
+        span = min(left, until - now)
+        busy += (now + span / 2.0) * span * case.capacity / size  # this stretch's share of M
+        now += span
+        if left > span:
+            heapq.heappush(waiting, (size, left - span))
+    return max(busy + float((offset[kind] - arrival).sum()), float(case.output.sum()))

@@ -1,0 +1,192 @@
+"""Hindsight optimum: exact dynamic programs on tiny instances, order of the bounds, named families."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fluidsched as fs
+from fluidsched.bounds import hindsight_bound, hindsight_optimum
+from fluidsched.bounds.hindsight import _instance, _Program
+from fluidsched.errors import InputError
+
+UNIT = fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0)
+
+Requests = list[tuple[int, int, int]]  # arrival round, prompt, output
+
+
+def to_path(requests: Requests) -> fs.ArrivalPath:
+    arrival, prompt, output = zip(*sorted(requests), strict=True)
+    return fs.ArrivalPath.from_arrays(np.array(arrival, dtype=float), prompt, output)
+
+
+def optimum_by_dynamic_program(requests: Requests, capacity: int, *, preemption: bool) -> int:
+    """Least total latency over every choice in every round; state: the round and the tokens of each request.
+
+    Without preemption a request once started is served in every round. With it any subset is served, a request
+    keeping its tokens for free when left out (memory dropped): unit iterations make recomputing free.
+    """
+    shift = min(a for a, _, _ in requests)
+
+    @functools.cache
+    def cost(now: int, done: tuple[int, ...]) -> float:
+        present = [i for i, (a, _, o) in enumerate(requests) if a <= now and done[i] < o]
+        if all(d == o for d, (_, _, o) in zip(done, requests, strict=True)):
+            return 0.0
+        must = [] if preemption else [i for i in present if done[i] > 0]
+        free = [i for i in present if i not in must]
+        best = math.inf
+        for size in range(len(free) + 1):
+            for extra in itertools.combinations(free, size):
+                served = (*must, *extra)
+                if not served and len(present) > 0 and preemption:
+                    continue
+                if not served and all(a <= now for a, _, _ in requests):
+                    continue  # idling with everybody here never helps
+                if sum(requests[i][1] + done[i] for i in served) > capacity:
+                    continue
+                after = list(done)
+                for i in served:
+                    after[i] += 1
+                best = min(best, len(present) + cost(now + 1, tuple(after)))
+        return best
+
+    return int(cost(shift, (0,) * len(requests)))
+
+
+TINY = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5)
+
+
+@settings(max_examples=40)
+@given(TINY, st.integers(8, 14))
+def test_integer_program_equals_the_dynamic_program(requests: Requests, capacity: int) -> None:
+    best = hindsight_optimum(to_path(requests), fs.Server(capacity, UNIT))
+    assert best.is_optimal
+    assert best.upper == optimum_by_dynamic_program(requests, capacity, preemption=False)
+
+
+@settings(max_examples=40)
+@given(TINY, st.integers(8, 14))
+def test_bounds_are_in_order(requests: Requests, capacity: int) -> None:
+    """Combinatorial ≤ optimum with preemption; combinatorial, LP ≤ optimum without."""
+    path, server = to_path(requests), fs.Server(capacity, UNIT)
+    without = optimum_by_dynamic_program(requests, capacity, preemption=False)
+    combinatorial = hindsight_bound(path, server, method="combinatorial").lower
+    assert combinatorial <= optimum_by_dynamic_program(requests, capacity, preemption=True) + 1e-9
+    assert hindsight_bound(path, server).lower <= without + 1e-6
+
+
+def family(seed: int, requests: int = 60, spread: int = 60) -> fs.ArrivalPath:
+    """Prompts 1–5, outputs 1–20, arrivals uniform over `spread` rounds."""
+    rng = np.random.default_rng(seed)
+    prompts, outputs = rng.integers(1, 6, requests), rng.integers(1, 21, requests)
+    return fs.ArrivalPath.from_arrays(
+        np.sort(rng.integers(0, spread + 1, requests)).astype(float), prompts, outputs
+    )
+
+
+SERVER = fs.Server(100, UNIT)
+
+
+def test_schedule_is_feasible_and_costs_what_it_says() -> None:
+    path = family(0, requests=25, spread=10)
+    best = hindsight_optimum(path, SERVER, time_limit=5.0)
+    assert best.start is not None
+    assert np.all(best.start >= path.arrival_s - path.arrival_s[0])
+    used = np.zeros(200)
+    for t, p, o in zip(best.start, path.prompt_tokens, path.output_tokens, strict=True):
+        used[t : t + o] += p + np.arange(o)
+    assert used.max() <= 100
+    total = float((best.start + path.arrival_s[0] + path.output_tokens - path.arrival_s).sum())
+    assert best.upper == total
+    assert best.lower <= total
+    assert not best.start.flags.writeable
+
+
+def test_same_input_same_schedule_up_to_the_units() -> None:
+    """Iterations of 1/2 s at arrivals half as far apart: the same rounds, half the latency."""
+    path = family(1, requests=12, spread=6)
+    half = fs.ArrivalPath.from_arrays(path.arrival_s / 2, path.prompt_tokens, path.output_tokens)
+    slow, fast = fs.Server(60, UNIT), fs.Server(60, fs.IterationTime.affine(0.5, 0.0, 0.0, 0.0))
+    one, two = hindsight_optimum(path, slow), hindsight_optimum(half, fast)
+    assert one.is_optimal
+    assert two.lower == pytest.approx(one.lower / 2)
+
+
+def test_every_price_gives_a_bound_and_the_duals_the_best() -> None:
+    path = family(2, requests=30, spread=15)
+    case = _instance(path, SERVER)
+    program = _Program(case, 60)
+    value = program.relaxed(60.0)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert program.lagrangian(rng.exponential(0.02, 60)) <= value + 1e-6
+    assert program.lagrangian(np.zeros(60)) == float(path.output_tokens.sum())
+
+
+def test_policies_lie_above_the_bounds() -> None:
+    """No preemption here (the reservation of orca): every bound holds; vllm may preempt: the combinatorial one."""
+    path = family(3, spread=30)
+    table = fs.baselines.orca(max_output_tokens=20)
+    runs = fs.simulate(path, SERVER, [table, fs.baselines.vllm()], engine="reference")
+    combinatorial = hindsight_bound(path, SERVER, method="combinatorial")
+    relaxed = hindsight_bound(path, SERVER)
+    totals = {}
+    for name in runs.policies:
+        requests = runs.requests(name)
+        totals[name] = float((requests["finish_s"] - requests["arrival_s"]).sum())
+    assert all(combinatorial.gap_of(total) >= 0.0 for total in totals.values())
+    assert relaxed.gap_of(totals[table.name]) >= 0.0
+
+
+def test_bound_value_says_what_it_covers() -> None:
+    bound = hindsight_bound(family(0), SERVER, method="combinatorial").to_bound()
+    assert (bound.name, bound.direction, bound.unit) == ("mean_e2e", "lower", "s")
+    assert "any policy" in bound.condition
+    assert "no preemption" in hindsight_bound(family(0), SERVER).covers
+
+
+@pytest.mark.parametrize(
+    ("path", "server", "match"),
+    [
+        (family(0), fs.Server(100, fs.IterationTime.paper(1.0, 0.1)), "be constant"),
+        (family(0), fs.Server(100, UNIT, max_batch_size=4), "max_batch_size"),
+        (family(0), fs.Server(math.inf, UNIT), "be finite"),
+        (family(0), fs.Server(20, UNIT), "fit into the KV capacity"),
+        (fs.ArrivalPath.from_arrays([0.0, 0.3], [1, 1], [1, 1]), SERVER, r"arrival_s\[1\]"),
+        (fs.ArrivalPath.from_arrays([], [], []), SERVER, "at least one request"),
+    ],
+)
+def test_what_is_not_an_instance_is_named(path: fs.ArrivalPath, server: fs.Server, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        hindsight_bound(path, server)
+
+
+def test_long_paths_have_the_combinatorial_bound() -> None:
+    path = family(4, requests=50_000, spread=50_000)
+    assert hindsight_bound(path, SERVER, method="combinatorial").lower >= path.output_tokens.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0, 60, 90])
+def test_named_family_of_60_within_a_minute(spread: int) -> None:
+    """Optimal when requests come over 90 rounds; when all come at once, within 8 % after a minute."""
+    start = time.perf_counter()
+    best = hindsight_optimum(family(0, spread=spread), SERVER)
+    assert time.perf_counter() - start < 60.0
+    assert best.upper is not None
+    assert best.gap_of(best.upper) < (0.08 if spread < 90 else 1e-9)
+
+
+@pytest.mark.slow
+def test_lp_bound_of_2_000_requests() -> None:
+    path = family(0, requests=2000, spread=2000)
+    combinatorial = hindsight_bound(path, SERVER, method="combinatorial")
+    assert hindsight_bound(path, SERVER).lower > combinatorial.lower
