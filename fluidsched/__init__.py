@@ -30,6 +30,7 @@ if (
     from fluidsched.comparison import compare as compare
     from fluidsched.fluid import FluidProgram as FluidProgram
     from fluidsched.fluid import FluidSolution as FluidSolution
+    from fluidsched.fluid import Pool as Pool
     from fluidsched.fluid import solve_fluid as solve_fluid
     from fluidsched.fluid import solve_transient as solve_transient
     from fluidsched.fluid import stability_region as stability_region
@@ -70,6 +71,7 @@ _PUBLIC = {
     "FluidSolution": "fluidsched.fluid",
     "FluidProgram": "fluidsched.fluid",
     "solve_transient": "fluidsched.fluid",
+    "Pool": "fluidsched.fluid",
     "stability_region": "fluidsched.fluid",
     "compile_policy": "fluidsched.policy",
     "PolicyTable": "fluidsched.policy",

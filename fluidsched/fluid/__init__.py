@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
 from fluidsched.fluid.demand import demand_rates, sinusoidal_rates
+from fluidsched.fluid.pools import Pool, PoolsSolution, solve_pools
 from fluidsched.fluid.program import FluidProgram, solve_fluid
 from fluidsched.fluid.region import StabilityRegion, stability_region
 from fluidsched.fluid.sensitivity import RateSweep, ranging, sweep_load, sweep_rates
@@ -14,6 +15,8 @@ from fluidsched.fluid.transient_solution import TransientSolution
 __all__ = [
     "FluidProgram",
     "FluidSolution",
+    "Pool",
+    "PoolsSolution",
     "RateSweep",
     "StabilityRegion",
     "TransientSolution",
@@ -24,6 +27,7 @@ __all__ = [
     "ranging",
     "sinusoidal_rates",
     "solve_fluid",
+    "solve_pools",
     "solve_transient",
     "stability_region",
     "sweep_load",

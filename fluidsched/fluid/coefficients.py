@@ -20,6 +20,7 @@ is cut.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,14 @@ from fluidsched.server import IterationTime
 from fluidsched.workload import Workload
 from fluidsched.workload.lengths import IndependentLengths, JointLaw, LengthLaw
 
-__all__ = ["block_kv_work", "busy_work", "chunk_overhead"]
+__all__ = ["Stage", "block_kv_work", "busy_work", "chunk_overhead"]
+
+Stage = Literal["whole", "prefill", "decode"]
 
 
-def busy_work(workload: Workload, iteration_time: IterationTime) -> NDArray[np.float64]:
+def busy_work(
+    workload: Workload, iteration_time: IterationTime, stage: Stage = "whole"
+) -> NDArray[np.float64]:
     """Return w of every piece and type: seconds a request adds to its iterations, beyond their base.
 
     Parameters
@@ -40,6 +45,8 @@ def busy_work(workload: Workload, iteration_time: IterationTime) -> NDArray[np.f
         J types.
     iteration_time : IterationTime
         I affine pieces.
+    stage : {"whole", "prefill", "decode"}
+        Which part of a request's life is counted.
 
     Returns
     -------
@@ -63,10 +70,19 @@ def busy_work(workload: Workload, iteration_time: IterationTime) -> NDArray[np.f
     counts = np.stack(
         [prompt, workload.mean_output_tokens - 1.0, workload.kv_work - prompt, workload.prefill_attention]
     )
+    counts *= np.array(_COUNTED[stage])[:, None]
     return np.asarray(coefficients[:, 1:] @ counts, dtype=np.float64)
 
 
-def block_kv_work(workload: Workload, block_size: int | None) -> NDArray[np.float64]:
+# Whether a stage has prefilled tokens, decoded tokens, KV reads, prefill attention.
+_COUNTED: dict[Stage, tuple[float, ...]] = {
+    "whole": (1.0, 1.0, 1.0, 1.0),
+    "prefill": (1.0, 0.0, 0.0, 1.0),
+    "decode": (0.0, 1.0, 1.0, 0.0),
+}
+
+
+def block_kv_work(workload: Workload, block_size: int | None, stage: Stage = "whole") -> NDArray[np.float64]:
     """Return E[W] with every request's KV rounded up to whole blocks, token·iterations, shape (J,).
 
     Parameters
@@ -74,7 +90,9 @@ def block_kv_work(workload: Workload, block_size: int | None) -> NDArray[np.floa
     workload : Workload
         J types.
     block_size : int or None
-        Tokens per block; None or 1 gives `workload.kv_work`.
+        Tokens per block; None: single tokens.
+    stage : {"whole", "prefill", "decode"}
+        Which part of a request's life is counted.
 
     Examples
     --------
@@ -83,11 +101,16 @@ def block_kv_work(workload: Workload, block_size: int | None) -> NDArray[np.floa
     >>> block_kv_work(workload, 16).tolist()  # holds 15, 16, 17 tokens: 16 + 16 + 32
     [64.0]
     """
-    if block_size is None or block_size == 1:
-        return workload.kv_work
-    remainder = np.array([_remainder(member.law, block_size) for member in workload.types])
-    rounded = workload.kv_work + workload.mean_output_tokens * ((block_size - 1) / 2) + remainder
-    return np.asarray(rounded, dtype=np.float64)
+    block = block_size or 1
+    whole = workload.kv_work
+    if block > 1:
+        remainder = np.array([_remainder(member.law, block) for member in workload.types])
+        whole = whole + workload.mean_output_tokens * ((block - 1) / 2) + remainder
+    if stage == "whole":
+        return np.asarray(whole, dtype=np.float64)
+    laws = [member.law.prompt_law for member in workload.types]
+    prefill = np.array([float(law.weights @ (-(-law.values // block) * block)) for law in laws])
+    return prefill if stage == "prefill" else np.asarray(whole - prefill, dtype=np.float64)
 
 
 def _remainder(law: JointLaw, block_size: int) -> float:

@@ -32,16 +32,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched._checks import check_choice, check_count, check_real
 from fluidsched.errors import InfeasibleError, InputError
-from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
+from fluidsched.fluid.certificate import TOLERANCE
+from fluidsched.fluid.coefficients import Stage, block_kv_work, busy_work, chunk_overhead
 from fluidsched.server import Server
 from fluidsched.workload import Workload
 
 __all__ = ["TOLERANCE", "FluidModel", "Objective", "build_model"]
 
 Objective = Literal["requests", "output_tokens", "total_tokens", "rewards"]
-
-#: Relative tolerance within which a constraint counts as met, or as binding.
-TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,28 +210,35 @@ def build_model(
     fairness_floor: ArrayLike | None = None,
     max_iteration_time: float | None = None,
     chunk_tokens: int | None = None,
+    stage: Stage = "whole",
 ) -> FluidModel:
-    """Assemble the program; see `FluidProgram` for the arguments."""
+    """Assemble the program; see `FluidProgram` for the arguments, `coefficients` for stages."""
     if not isinstance(workload, Workload):
         raise InputError("workload", workload, "be a Workload")
     if not isinstance(server, Server):
         raise InputError("server", server, "be a Server")
     named, reward = _reward(workload, objective)
-    work = busy_work(workload, server.iteration_time)
+    work = busy_work(workload, server.iteration_time, stage)
     coefficients = server.iteration_time.require_coefficients("the fluid program")
     pieces = len(coefficients)
     names = ["time"] if pieces == 1 else [f"time[{i}]" for i in range(pieces)]
     rows = [*work]
     rate_coefficient = [*coefficients[:, 0]]
-    kv_work, iterations = block_kv_work(workload, server.block_size), workload.iterations
-    if chunk_tokens is not None:
+    kv_work = block_kv_work(workload, server.block_size, stage)
+    prompt, output = workload.mean_prompt_tokens, workload.mean_output_tokens
+    iterations, tokens = {
+        "whole": (output, workload.processed_tokens),
+        "prefill": (np.ones_like(output), prompt),
+        "decode": (output - 1.0, output - 1.0),
+    }[stage]
+    if chunk_tokens is not None and stage != "decode":
         chunk_tokens = check_count("chunk_tokens", chunk_tokens, minimum=1)
         more_iterations, more_work = chunk_overhead(workload, chunk_tokens, server.block_size)
         kv_work, iterations = kv_work + more_work, iterations + more_iterations
     limits = {
         "kv": (kv_work, server.usable_kv_capacity),
         "batch": (iterations, server.max_batch_size),
-        "tokens": (workload.processed_tokens, server.token_budget),
+        "tokens": (tokens, server.token_budget),
     }
     for name, (use, capacity) in limits.items():
         if capacity is not None and math.isfinite(capacity):

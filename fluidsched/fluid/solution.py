@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from fluidsched import _files
 from fluidsched._checks import check_choice, check_count, check_fields, check_real
 from fluidsched.errors import InputError
+from fluidsched.fluid.certificate import Certificate
 from fluidsched.fluid.model import TOLERANCE, FluidModel, Objective, build_model
 from fluidsched.server import Server
 from fluidsched.workload import Workload
@@ -52,31 +53,6 @@ _REWARD_UNITS = {
     "total_tokens": "tokens/s",
     "rewards": "reward/s",
 }
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Largest relative violation of each optimality condition; see the module's mathematics.
-
-    Attributes
-    ----------
-    primal_feasibility, dual_feasibility, complementary_slackness, gap : float
-        Dimensionless; 0 is perfect.
-    tolerance : float
-        What each may be at most.
-    """
-
-    primal_feasibility: float
-    dual_feasibility: float
-    complementary_slackness: float
-    gap: float
-    tolerance: float = TOLERANCE
-
-    @property
-    def ok(self) -> bool:
-        """Whether every condition holds within the tolerance (NaN does not)."""
-        violations = (self.primal_feasibility, self.dual_feasibility, self.complementary_slackness, self.gap)
-        return all(violation <= self.tolerance for violation in violations)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -303,7 +279,7 @@ class FluidSolution:
             0.0,
         )
         gap = abs(self.upper_bound - self.objective_value) / total
-        return Certificate(float(primal), dual, slackness, gap)
+        return Certificate(float(primal), dual, slackness, gap, TOLERANCE)
 
     @cached_property
     def _reduced(self) -> NDArray[np.float64]:

@@ -31,13 +31,12 @@ from __future__ import annotations
 
 import math
 
-import highspy
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched._checks import check_real
-from fluidsched.errors import InfeasibleError, InputError, SolverError
-from fluidsched.fluid._highs import new_highs
+from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.fluid._assembly import Assembly
 from fluidsched.fluid.demand import demand_rates
 from fluidsched.fluid.model import TOLERANCE, FluidModel, build_model
 from fluidsched.fluid.transient_solution import TransientModel, TransientSolution
@@ -190,7 +189,7 @@ def _solve(problem: TransientModel) -> TransientSolution:
     able = model.rate_alone * most
     unit = np.where(demand > 0.0, np.minimum(demand, able), able)
 
-    lp = _Assembly()
+    lp = Assembly()
     a = lp.columns(periods * types, 0.0, np.inf, np.tile(-h * model.reward * unit, periods))
     weight = np.repeat([h, h / 2], [periods - 1, 1])[:, None] * problem.holding_cost
     q = lp.columns(periods * types, 0.0, np.inf, (weight * unit * h).ravel())
@@ -225,7 +224,7 @@ def _solve(problem: TransientModel) -> TransientSolution:
     lp.add(ramp, n, 1.0)
     lp.add(ramp[1:], n[:-1], -1.0)
 
-    value, dual, cost_scale, effort = lp.minimise()
+    value, dual, cost_scale, effort, _, _ = lp.minimise("the multi-period program")
     admitted, backlog = _balanced(problem, value[a].reshape(periods, types) * unit)
     replicas = np.clip(value[n] * most, problem.min_replicas, problem.max_replicas)
     row_dual = np.maximum(-dual[resource], 0.0) * cost_scale / (h * row_scale * most)
@@ -265,67 +264,6 @@ def _iteration_rate(
     busy = admitted @ model.matrix[: model.pieces][positive].T
     largest = ((replicas[:, None] - busy) / model.base[positive]).min(axis=1)
     return np.asarray(np.maximum(largest, 0.0))
-
-
-class _Assembly:
-    """A sparse linear program put together from blocks of columns, rows and coefficients."""
-
-    def __init__(self) -> None:
-        self._column: list[tuple[NDArray[np.float64], ...]] = []
-        self._row: list[tuple[NDArray[np.float64], ...]] = []
-        self._entry: list[tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]] = []
-        self._columns = self._rows = 0
-
-    def columns(
-        self, count: int, lower: ArrayLike, upper: ArrayLike, cost: NDArray[np.float64]
-    ) -> NDArray[np.intp]:
-        """Add columns; return their indices."""
-        self._column.append((*(np.broadcast_to(x, count).astype(np.float64) for x in (lower, upper)), cost))
-        self._columns += count
-        return np.arange(self._columns - count, self._columns)
-
-    def rows(self, lower: NDArray[np.float64], upper: NDArray[np.float64]) -> NDArray[np.intp]:
-        """Add rows lower ≤ · ≤ upper; return their indices."""
-        self._row.append((lower, upper))
-        self._rows += len(lower)
-        return np.arange(self._rows - len(lower), self._rows)
-
-    def add(self, rows: NDArray[np.intp], columns: NDArray[np.intp], values: ArrayLike) -> None:
-        """Add coefficients at (rows, columns), arrays of one shape."""
-        coefficients = np.broadcast_to(np.asarray(values, dtype=np.float64), rows.shape)
-        self._entry.append((rows.ravel(), columns.ravel(), coefficients.ravel()))
-
-    def minimise(self) -> tuple[NDArray[np.float64], NDArray[np.float64], float, int]:
-        """Return the column values, the row duals (of the cost divided by its scale), that scale, iterations."""
-        lower, upper, cost = (np.concatenate(part) for part in zip(*self._column, strict=True))
-        row_lower, row_upper = (np.concatenate(part) for part in zip(*self._row, strict=True))
-        row, column, value = (np.concatenate(part) for part in zip(*self._entry, strict=True))
-        order = np.argsort(column, kind="stable")
-        order = order[value[order] != 0.0]
-        scale = float(np.abs(cost).max()) or 1.0
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = self._columns, self._rows
-        lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost / scale, lower, upper
-        lp.row_lower_, lp.row_upper_ = row_lower, row_upper
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-        starts = np.searchsorted(column[order], np.arange(self._columns + 1))
-        lp.a_matrix_.start_ = starts.astype(np.int32)
-        lp.a_matrix_.index_ = row[order].astype(np.int32)
-        lp.a_matrix_.value_ = value[order]
-        highs = new_highs()
-        if highs.passModel(lp) == highspy.HighsStatus.kError:
-            raise SolverError("HiGHS refused the program")
-        if highs.run() == highspy.HighsStatus.kError:
-            # Someone else in this process started HiGHS's threads first, with another number: use theirs.
-            highs.setOptionValue("threads", 0)
-            highs.run()
-        status = highs.getModelStatus()
-        if status != highspy.HighsModelStatus.kOptimal:
-            words = highs.modelStatusToString(status)
-            raise SolverError(f"HiGHS ended with status {words!r} on the multi-period program")
-        answer = highs.getSolution()
-        effort = int(highs.getInfo().simplex_iteration_count)
-        return np.array(answer.col_value), np.array(answer.row_dual), scale, effort
 
 
 def _per_type(argument: str, given: ArrayLike, workload: Workload) -> NDArray[np.float64]:
