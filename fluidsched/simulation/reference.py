@@ -3,101 +3,122 @@ r"""The reference simulator: what a policy table means, step by step, in plain P
 The server runs one iteration at a time. Before each, at a *decision instant*, the table's rule preempts,
 admits and fixes the batch; the iteration then lasts
 
-    T(n_pf, n_dec, k_dec, q_pf)     (`IterationTime`: prompt tokens, decodes, KV they read, prefill attention)
+    T(n_pf, n_dec, k_dec, q_pf)     (`IterationTime`: prompt tokens, decodes, KV they read, prefill
+    attention)
 
 and takes effect at its end. This module *is* the definition; the compiled kernel equals it request by
 request. What follows numbers every rule; where a choice was open it is made here.
 
 Time
-  1. Decision instants: the end of an iteration; while idle, an arrival or a timer (rule 23). Arrivals up to
+  1. Decision instants: the end of an iteration; while idle, an arrival or a timer (rule 23). Arrivals up
+  to
      and at the instant have joined the queue. Requests that never fit (`limits.never_fits`) are `rejected`
      and never join it.
   2. A run with a horizon H takes no decision at or after H. An iteration that would end after H is cut:
-     nothing of it takes effect, but its decision (admissions, preemptions) stands and time integrals count it
-     up to H. One that ends at H takes effect. An idle server waits for H, so the verdict is always "horizon".
+     nothing of it takes effect, but its decision (admissions, preemptions) stands and time integrals count
+     it up to H. One that ends at H takes effect. An idle server waits for H, so the verdict is always
+     "horizon".
   3. A run without a horizon ends "finished" when nobody is waiting, resident or to come; "stuck" when the
-     server is idle, somebody is waiting or resident, and neither an arrival nor a timer is to come. It ends
-     at its last decision instant.
+     server is idle, somebody is waiting or resident, and neither an arrival nor a timer is to come. It
+     ends at its last decision instant.
 
 Requests
-  4. A request has `computed` KV tokens, `produced` output tokens, and a `target`. Waiting: computed = 0. On
-     admission target = prompt + produced. While computed < target it *prefills*: a chunk of n tokens raises
-     computed by n, and the chunk that reaches target emits one token. After that it *decodes*: computed and
-     produced rise by one. So a resident holds prompt + produced - 1 tokens once its prompt is done. It leaves
-     at the end of the iteration in which produced = output.
+  4. A request has `computed` KV tokens, `produced` output tokens, and a `target`. Waiting: computed = 0.
+  On
+     admission target = prompt + produced. While computed < target it *prefills*: a chunk of n tokens
+     raises computed by n, and the chunk that reaches target emits one token. After that it *decodes*:
+     computed and produced rise by one. So a resident holds prompt + produced - 1 tokens once its prompt is
+     done. It leaves at the end of the iteration in which produced = output.
   5. n_pf counts tokens of chunks, recomputed ones too; n_dec decodes; k_dec is the sum over decodes of
      computed after the iteration (p + k - 1 in iteration k); q_pf = Σ chunk·(computed before + chunk/2).
   6. Residents are ordered by (latest) admission, in the order in which one decision admits them.
 
 Memory
-  7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed + n)
+  7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed +
+  n)
      for it at once; other residents keep units(computed).
-  8. Preemption takes the most recently admitted resident: its memory is freed, its computed tokens are wasted
-     (rule 4's computed before this iteration; tokens already scheduled for it in this decision are withdrawn
-     and go back to the budget), and it waits. `recompute` keeps produced; `restart` sets it to 0 and forgets
-     the first-token time. A request may be preempted in the same decision that admitted it only under `wait`.
-  9. Preempted requests wait in one stack, last preempted first, ahead of all others and whatever their type;
+  8. Preemption takes the most recently admitted resident: its memory is freed, its computed tokens are
+  wasted
+     (rule 4's computed before this iteration; tokens already scheduled for it in this decision are
+     withdrawn and go back to the budget), and it waits. `recompute` keeps produced; `restart` sets it to 0
+     and forgets the first-token time. A request may be preempted in the same decision that admitted it
+     only under `wait`.
+  9. Preempted requests wait in one stack, last preempted first, ahead of all others and whatever their
+  type;
      under `wait` at the front of their own type's queue.
 
 Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
  10. The budget of the iteration is min(table, server). Residents first, in order (rule 6); `sarathi`: all
-     that decode, then all that prefill, each in order. Each takes 1 token (decode) or min(target - computed,
-     budget left, chunk_tokens). When the budget is used up the scan ends.
- 11. If its tokens do not fit in memory, residents are preempted until they do (rule 8). If it was itself the
+     that decode, then all that prefill, each in order. Each takes 1 token (decode) or min(target -
+     computed, budget left, chunk_tokens). When the budget is used up the scan ends.
+ 11. If its tokens do not fit in memory, residents are preempted until they do (rule 8). If it was itself
+ the
      one preempted, the scan goes on with the next that is still resident.
  12. If anybody was preempted in this decision, nobody is admitted. If moreover the batch is empty, the
-     decision is taken again at once (this happens when a decode gives way while prefills are held, rule 16).
- 13. Otherwise waiting requests are admitted while budget and slots are left: first the preempted stack, then
-     by (priority, arrival, index); rows without priority come after all that have one. The scan ends at the
-     first request that does not fit. An admitted request takes its first chunk, min(target, budget left,
-     chunk_tokens).
- 14. A request fits if memory in use + units(target), or units(first chunk) without `whole_prompt_admission`,
+     decision is taken again at once (this happens when a decode gives way while prefills are held, rule
+     16).
+ 13. Otherwise waiting requests are admitted while budget and slots are left: first the preempted stack,
+ then
+     by (priority, arrival, index); rows without priority come after all that have one. The scan ends at
+     the first request that does not fit. An admitted request takes its first chunk, min(target, budget
+     left, chunk_tokens).
+ 14. A request fits if memory in use + units(target), or units(first chunk) without
+ `whole_prompt_admission`,
      is at most the admission limit; the limit is the whole capacity if there is no resident, else
      ⌊min(capacity - watermark·capacity, kv_limit)⌋. Memory in use is that of rule 7 in this iteration.
  15. Slots: residents ≤ min(max_in_service, max_batch_size), partly prefilled ones included.
- 16. `prefill_interval` N: an iteration is *held* if fewer than N - 1 iterations have run since the last one
+ 16. `prefill_interval` N: an iteration is *held* if fewer than N - 1 iterations have run since the last
+ one
      that prefilled a token, some resident decodes, and the last decision that was not held left nobody
-     waiting. In a held iteration residents that prefill get nothing and nobody is admitted. Before the first
-     prefill, and with N = 1, nothing is held. A decision that is not held notes, when its batch is fixed,
-     whether anybody waits.
+     waiting. In a held iteration residents that prefill get nothing and nobody is admitted. Before the
+     first prefill, and with N = 1, nothing is held. A decision that is not held notes, when its batch is
+     fixed, whether anybody waits.
 
 `gated` adds
  17. At a decision a row may admit newcomers (never preempted before) if at least `gate` of them wait in it
      when the decision begins, or the longest-waiting of them has waited max_hold_s. It then admits at most
      threshold - (newcomers it admitted in the last period - 1 iterations run, and in this one). A row that
      may not admit, or no longer may, is skipped in rule 13. Preempted requests are exempt and not counted.
- 18. If the batch would be empty, the windows of all rows are cleared and rule 13 is tried once more; if it is
+ 18. If the batch would be empty, the windows of all rows are cleared and rule 13 is tried once more; if it
+ is
      still empty the server idles.
 
 `orca`
  19. Every resident decodes. The scan of rule 13 (preempted stack always empty) admits while the slots, at
      most min(max_in_service, max_batch_size, budget), last; a request fits if Σ over residents and it of
-     units(prompt + R - 1) is at most the limit of rule 14, and its whole prompt fits in the budget left after
-     the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
+     units(prompt + R - 1) is at most the limit of rule 14, and its whole prompt fits in the budget left
+     after the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
 
 `wait`
  20. With no block running: J = the rows with threshold > 0 in which at least `gate` wait (preempted ones
      count), or in which the hold has expired (rule 23). The rows of J, by (priority, row), each admit
      min(threshold, waiting, slots left), from the front of their queue. All residents of the rows of J are
-     selected (at most `threshold` of them are ever at one stage, because one block admits at most that many
-     and a row's residents all move together). If nobody is selected the server idles. Otherwise a block
-     starts.
- 21. Each iteration of a block serves every selected request still resident: its whole prompt (target) first,
+     selected (at most `threshold` of them are ever at one stage, because one block admits at most that
+     many and a row's residents all move together). If nobody is selected the server idles. Otherwise a
+     block starts.
+ 21. Each iteration of a block serves every selected request still resident: its whole prompt (target)
+ first,
      then a token each. Before it, while the memory of all residents, the served ones after their tokens,
      exceeds the capacity, the most recently admitted resident, selected or not, is preempted. A request
      preempted in a block is not admitted again before the next.
- 22. A block ends after block_iterations iterations or when no selected request is left. If preemption leaves
+ 22. A block ends after block_iterations iterations or when no selected request is left. If preemption
+ leaves
      nobody to serve in a block's first iteration, the server idles until the next instant (anything else
      would repeat itself); in a later iteration, the next decision is taken at once.
  23. Hold: a row with max_hold_s h has expired at t if t ≥ s + h for one of its requests, waiting or (under
-     `wait`) resident, where s is the end of the last iteration that served it, or its arrival. Under `gated`
-     only newcomers count. An idle server wakes at the smallest s + h later than now, over the rows with
-     threshold > 0.
+     `wait`) resident, where s is the end of the last iteration that served it, or its arrival. Under
+     `gated` only newcomers count. An idle server wakes at the smallest s + h later than now, over the rows
+     with threshold > 0.
+
+A user's rule (`rules`)
+ 24. is asked at a decision instant if anybody waits or is resident. It preempts, admits and serves as its
+     `Decision` says, in that order, within the server's capacity, slots and token budget. An idle server also
+     wakes at `wake_s`. Preempted requests join the stack of rule 9. Only this engine follows such a rule.
 
 Records
- 24. admitted_s is the first admission; first_token_s the end of the iteration that produced token 1 (under
+ 25. admitted_s is the first admission; first_token_s the end of the iteration that produced token 1 (under
      `restart` of the last start). The counters and integrals are those of `EngineRun`.
- 25. Occupancy rows are taken at decision instants, after arrivals join and before the decision, at the first
+ 26. Occupancy rows are taken at decision instants, after arrivals join and before the decision, at the first
      instant at or after each point of a grid of step horizon/points, or (without a horizon) last
      arrival/points; when 2·points rows exist every second one is dropped and the step doubles. After a row at
      t the next grid point is the smallest multiple of the step above t.
@@ -107,7 +128,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,6 +141,7 @@ from fluidsched.server import Server
 from fluidsched.server.iteration import BatchSummary
 from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Verdict
+from fluidsched.simulation.rules import Decision, RequestView, UserRule
 
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
@@ -175,6 +198,8 @@ class _System:
         (rule 16).
     windows : list of deque
         `gated`: (iteration, newcomers admitted) per row, the last `period` iterations.
+    wake_s : float
+        A user's rule: when to decide again at the latest while idle; infinite if it does not say.
     block_left, selected : int, set of int
         `wait`: iterations left in the block, 0 if none runs; rows it serves are those of its selected
         requests.
@@ -200,6 +225,7 @@ class _System:
         self.since_prefill = UNLIMITED
         self.queue_left = False
         self.windows: list[deque[tuple[int, int]]] = [deque() for _ in table.types]
+        self.wake_s = math.inf
         self.block_left = 0
         self.selected: set[int] = set()
         self.iterations = 0
@@ -231,9 +257,12 @@ class _System:
         self.residents.append(request)
         self.admitted.append(request)
 
-    def preempt(self) -> _Request:
-        """Rule 8: the most recently admitted resident loses its place; the caller puts it in its queue."""
-        victim = self.residents.pop()
+    def preempt(self, victim: _Request) -> None:
+        """Rule 8: a resident loses its place; the caller puts it in its queue."""
+        if victim is self.residents[-1]:
+            self.residents.pop()
+        else:
+            self.residents.remove(victim)
         self.used -= self.limits.units(victim.computed + victim.scheduled)
         self.held -= victim.computed
         self.budget += victim.scheduled
@@ -246,7 +275,6 @@ class _System:
             victim.produced = 0
             victim.first_token_s = math.nan
         self.victims.append(victim)
-        return victim
 
     def on_hold(self, row: int) -> Iterator[_Request]:
         """The requests of a row whose hold counts (rule 23)."""
@@ -279,7 +307,8 @@ def _serve_residents(system: _System, order: list[_Request], held: bool) -> None
         else:
             tokens = min(missing, system.budget, chunk_tokens)
         while system.used + system.growth(request, tokens) > capacity:
-            victim = system.preempt()
+            victim = system.residents[-1]
+            system.preempt(victim)
             system.preempted.append(victim)
             if victim is request:
                 break
@@ -444,7 +473,7 @@ def _serve_block(system: _System) -> bool:
         newest = system.residents[-1]
         if newest in tokens:
             growth -= system.growth(newest, tokens.pop(newest))
-        system.preempt()
+        system.preempt(newest)
         system.queues[newest.row].appendleft(newest)
     for request, count in tokens.items():
         system.schedule(request, count)
@@ -462,13 +491,155 @@ _RULES: dict[str, Callable[[_System], None]] = {
 }
 
 
+class _RequestView:
+    """`rules.RequestView` over the engine's own record."""
+
+    __slots__ = (
+        "_request", "arrival_s", "index", "label", "output_tokens", "predicted_output_tokens", "prompt_tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: _Request, label: str | None, predicted_output_tokens: int | None):
+        self._request = request
+        self.index = request.index
+        self.arrival_s = request.arrival_s
+        self.prompt_tokens = request.prompt
+        self.output_tokens = request.output
+        self.label = label
+        self.predicted_output_tokens = predicted_output_tokens
+
+    @property
+    def produced(self) -> int:
+        return self._request.produced
+
+    @property
+    def computed(self) -> int:
+        return self._request.computed
+
+    @property
+    def preemptions(self) -> int:
+        return self._request.preemptions
+
+    @property
+    def served_s(self) -> float:
+        return self._request.served_s
+
+    @property
+    def missing(self) -> int:
+        request = self._request
+        target = request.target or request.prompt + request.produced
+        return max(target - request.computed, 0)
+
+    @property
+    def next_tokens(self) -> int:
+        return self.missing or 1
+
+
+class _Line(Sequence[RequestView]):
+    """The waiting requests in line, walked only as far as the rule looks."""
+
+    def __init__(self, system: _System, views: list[RequestView]):
+        self._system = system
+        self._views = views
+
+    def __len__(self) -> int:
+        return self._system.waiting_count()
+
+    def __iter__(self) -> Iterator[RequestView]:
+        for request in chain(reversed(self._system.preempted), self._system.queues[0]):
+            yield self._views[request.index]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return list(islice(self, *key.indices(len(self))))
+        return self[key : key + 1 or None][0]
+
+
+class _UserDecision:
+    """Rule 24: asks the user's function and carries out what it says; itself the `rules.View` it hands over."""
+
+    def __init__(self, rule: UserRule, path: ArrivalPath, requests: list[_Request]):
+        predicted = path.predicted_output_tokens
+        self._rule = rule
+        self._requests = requests
+        self._views: list[RequestView] = [
+            _RequestView(request, path.label(i), None if predicted is None else int(predicted[i]))
+            for i, request in enumerate(requests)
+        ]
+        self._system: _System
+
+    @property
+    def now(self) -> float:
+        return self._system.now
+
+    @property
+    def iterations(self) -> int:
+        return self._system.iterations
+
+    @property
+    def kv_held(self) -> int:
+        return self._system.held
+
+    @property
+    def waiting(self) -> Sequence[RequestView]:
+        return _Line(self._system, self._views)
+
+    @property
+    def residents(self) -> list[RequestView]:
+        return [self._views[request.index] for request in self._system.residents]
+
+    def __call__(self, system: _System) -> None:
+        self._system = system
+        system.wake_s = math.inf
+        if not system.residents and not system.waiting_count():
+            return
+        decision = self._rule.decide(self)
+        if not isinstance(decision, Decision):
+            raise SimulationError(f"rule {self._rule.name!r} returned {decision!r}, not a Decision")
+        self._move(decision)
+        system.budget = system.limits.budget
+        for index, tokens in decision.serve.items():
+            request = self._named(index)
+            most = max(request.target - request.computed, 1)
+            self._require(request.target > 0, f"served request {index}, which is not resident")
+            self._require(1 <= tokens <= most, f"gave request {index} {tokens} tokens, not 1 to {most}")
+            system.schedule(request, tokens)
+        limits = system.limits
+        self._require(system.budget >= 0, f"filled more than the token budget, {limits.budget:,}")
+        self._require(system.used <= limits.capacity, f"filled more than the memory, {limits.capacity:,}")
+        self._require(len(system.residents) <= limits.slots, f"filled more than {limits.slots:,} slots")
+        if decision.wake_s is not None:
+            system.wake_s = decision.wake_s
+
+    def _move(self, decision: Decision) -> None:
+        system = self._system
+        for index in decision.preempt:
+            request = self._named(index)
+            self._require(request.target > 0, f"preempted request {index}, which is not resident")
+            system.preempt(request)
+            system.preempted.append(request)
+        for index in decision.admit:
+            request = self._named(index)
+            line = system.preempted if request in system.preempted else system.queues[0]
+            self._require(request in line, f"admitted request {index}, which does not wait")
+            line.remove(request)
+            system.admit(request)
+
+    def _named(self, index: int) -> _Request:
+        self._require(0 <= index < len(self._requests), f"named request {index!r}, which is not in the path")
+        return self._requests[index]
+
+    def _require(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise SimulationError(f"rule {self._rule.name!r} {what}, at {self._system.now!r} s")
+
+
 # ------------------------------------------------------------------ time
 
 
 def run_reference(
     path: ArrivalPath,
     server: Server,
-    table: PolicyTable,
+    table: PolicyTable | UserRule,
     *,
     horizon: float | None,
     warmup: float = 0.0,
@@ -483,8 +654,8 @@ def run_reference(
         N requests. Those that arrive after the horizon stay `unfinished`.
     server : Server
         Its iteration time may be any function of the batch.
-    table : PolicyTable
-        Kind "vllm", "capped", "sarathi", "orca", "gated" or "wait".
+    table : PolicyTable or UserRule
+        Kind "vllm", "capped", "sarathi", "orca", "gated" or "wait"; or a rule of the user's own.
     horizon : float or None
         End of the run, s; None: until empty or stuck.
     warmup : float
@@ -503,7 +674,8 @@ def run_reference(
     InputError
         See `limits.check_run`.
     SimulationError
-        If a user's iteration-time function returns anything but a positive, finite time.
+        If a user's iteration-time function returns anything but a positive, finite time, or a user's rule
+        decides what the server cannot do.
 
     Examples
     --------
@@ -514,6 +686,7 @@ def run_reference(
     >>> run.finish_s.tolist(), run.kv_token_s
     ([2.0, 2.0], 11.0)
     """
+    rule, table = (table, table.table) if isinstance(table, UserRule) else (None, table)
     rows = check_run(path, server, table)
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
@@ -537,7 +710,7 @@ def run_reference(
     clock = _Clock(server, horizon, warmup, on_iteration)
     last_arrival = requests[-1].arrival_s if requests else 0.0
     occupancy = _Occupancy(points, last_arrival if horizon is None else horizon)
-    decide = _RULES[table.kind]
+    decide = _RULES[table.kind] if rule is None else _UserDecision(rule, path, requests)
     while True:
         while arrivals and arrivals[0].arrival_s <= system.now:
             request = arrivals.popleft()
@@ -687,6 +860,7 @@ def _take_effect(system: _System) -> int:
             request.first_token_s = system.now
         if request.produced == request.output:
             request.finish_s = system.now
+            request.target = 0
             system.held -= request.computed
             system.used -= system.limits.units(request.computed)
             finished = True
@@ -696,8 +870,8 @@ def _take_effect(system: _System) -> int:
 
 
 def _timers(system: _System) -> list[float]:
-    """Rule 23: the instants later than now at which a hold expires."""
-    instants = []
+    """The instants later than now at which a hold expires (rule 23) or a user's rule wakes (rule 24)."""
+    instants = [system.wake_s] if system.wake_s < math.inf else []
     for j, row in enumerate(system.rows):
         if row.max_hold_s is None or not row.threshold:
             continue
@@ -709,7 +883,7 @@ def _timers(system: _System) -> list[float]:
 
 
 class _Occupancy:
-    """Rule 25: a series of at most 2·points rows."""
+    """Rule 26: a series of at most 2·points rows."""
 
     def __init__(self, points: int, span: float):
         self.points = points

@@ -2,8 +2,8 @@
 
 The paths come first and serve every policy alike, so that differences between policies are not differences
 between paths. A workload is drawn R times: replication r uses child r of `SeedSequence(seed)`, so the same
-seed gives the same paths whatever the policies, their number, the engine or R. A path is replayed once as it
-is.
+seed gives the same paths whatever the policies, their number, the engine or R. A path is replayed once as
+it is.
 
 Everything that can be wrong with the input is found before anything runs.
 """
@@ -25,11 +25,13 @@ from fluidsched.simulation.limits import check_run, never_fits
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
 from fluidsched.simulation.result import SimulationResult
+from fluidsched.simulation.rules import UserRule
 from fluidsched.workload import ArrivalPath, Workload
 from fluidsched.workload.path import Seed, seed_sequence
 
 __all__ = ["simulate"]
 
+Policy = PolicyTable | UserRule
 Progress = Callable[[str, int, int], None]
 
 ENGINES = ("kernel", "reference")
@@ -44,7 +46,7 @@ WARMUP_SHARE = 1 / 6
 def simulate(
     workload: Workload | ArrivalPath,
     server: Server,
-    policies: PolicyTable | Sequence[PolicyTable],
+    policies: Policy | Sequence[Policy],
     *,
     horizon: float | None = None,
     warmup: float | None = None,
@@ -63,11 +65,11 @@ def simulate(
         A workload is sampled; a path is replayed.
     server : Server
         Its limits bind beside each table's own; the smaller counts.
-    policies : PolicyTable or sequence of PolicyTable
-        With unique names.
+    policies : PolicyTable, UserRule, or a sequence of them
+        With unique names. A rule of the user's own needs ``engine="reference"``.
     horizon : float, optional
-        End of every run, s. Required for a workload. A path without one runs until it is empty or stuck; one
-        that was sampled ends at its own horizon at the latest.
+        End of every run, s. Required for a workload. A path without one runs until it is empty or stuck;
+        one that was sampled ends at its own horizon at the latest.
     warmup : float, optional
         Start of the measured window, s, before the horizon. Default: a sixth of the horizon; 0 for a path
         that runs until empty.
@@ -79,8 +81,9 @@ def simulate(
         "kernel" is compiled, and runs replications in parallel threads. "reference" is the definition in
         plain Python, some hundred times slower; it alone follows an iteration time that is any function.
     check : bool
-        Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel the first replication of
-        every policy also runs on the reference engine, which must agree and whose every batch is audited.
+        Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel the first replication
+        of every policy also runs on the reference engine, which must agree and whose every batch is
+        audited.
     oversize : {"raise", "reject"}
         What to do with requests that can never fit: an error before the run, or status `rejected`.
     progress : callable, optional
@@ -93,9 +96,9 @@ def simulate(
     Raises
     ------
     InputError
-        Before anything runs: zero replications, a horizon of 0, a warm-up not before the horizon, a repeated
-        policy name, a table for other types than the path's, a `wait` cohort above the server's token budget,
-        a request that can never fit, several replications of a path.
+        Before anything runs: zero replications, a horizon of 0, a warm-up not before the horizon, a
+        repeated policy name, a table for other types than the path's, a `wait` cohort above the server's
+        token budget, a request that can never fit, several replications of a path.
     SimulationError
         With `check`, if a run breaks a law.
 
@@ -108,8 +111,9 @@ def simulate(
     >>> runs.policies, runs.measures("vllm")["request_throughput"].shape
     (('vllm',), (2,))
     """
-    tables = _check_policies(policies)
     check_choice("engine", engine, ENGINES)
+    given = _check_policies(policies, engine)
+    tables = [policy.table if isinstance(policy, UserRule) else policy for policy in given]
     check_choice("oversize", oversize, ("raise", "reject"))
     if not isinstance(server, Server):
         raise InputError("server", server, "be a Server")
@@ -129,10 +133,10 @@ def simulate(
                 _refuse_oversize(path, server, table)
 
     engine_runs: list[list[EngineRun]] = []
-    for table in tables:
-        stage = f"simulate {table.name}"
+    for policy in given:
+        stage = f"simulate {policy.name}"
         done = len(engine_runs) * len(paths)
-        settings = _Settings(server, table, horizon, warmup)
+        settings = _Settings(server, policy, horizon, warmup)
         runs = _kernel_runs(paths, settings) if engine == "kernel" else []
         for r, path in enumerate(paths):
             if engine == "reference":
@@ -161,7 +165,7 @@ class _Settings(NamedTuple):
     """What all runs of one policy share."""
 
     server: Server
-    table: PolicyTable
+    policy: Policy
     horizon: float | None
     warmup: float
 
@@ -169,10 +173,11 @@ class _Settings(NamedTuple):
 def _kernel_runs(paths: Sequence[ArrivalPath], settings: _Settings) -> list[EngineRun]:
     from fluidsched.simulation.kernel import run_many
 
+    assert isinstance(settings.policy, PolicyTable)
     return run_many(
         paths,
         settings.server,
-        settings.table,
+        settings.policy,
         horizon=settings.horizon,
         warmup=settings.warmup,
         occupancy_points=OCCUPANCY_POINTS,
@@ -180,12 +185,13 @@ def _kernel_runs(paths: Sequence[ArrivalPath], settings: _Settings) -> list[Engi
 
 
 def _reference_run(path: ArrivalPath, settings: _Settings, *, audited: bool) -> EngineRun:
-    server, table, horizon, warmup = settings
+    server, policy, horizon, warmup = settings
+    table = policy.table if isinstance(policy, UserRule) else policy
     audit = Audit(path, server, table, horizon=horizon, warmup=warmup) if audited else None
     run = run_reference(
         path,
         server,
-        table,
+        policy,
         horizon=horizon,
         warmup=warmup,
         occupancy_points=OCCUPANCY_POINTS,
@@ -196,20 +202,22 @@ def _reference_run(path: ArrivalPath, settings: _Settings, *, audited: bool) -> 
     return run
 
 
-def _check_policies(policies: PolicyTable | Sequence[PolicyTable]) -> list[PolicyTable]:
-    tables = [policies] if isinstance(policies, PolicyTable) else list(policies)
-    if not tables:
+def _check_policies(policies: Policy | Sequence[Policy], engine: str) -> list[Policy]:
+    given: list[Policy] = [policies] if isinstance(policies, (PolicyTable, UserRule)) else list(policies)
+    if not given:
         raise InputError("policies", "none", "hold at least one PolicyTable")
     seen = set()
-    for k, table in enumerate(tables):
-        if not isinstance(table, PolicyTable):
-            raise InputError(f"policies[{k}]", table, "be a PolicyTable")
-        if table.name in seen:
+    for k, policy in enumerate(given):
+        if not isinstance(policy, (PolicyTable, UserRule)):
+            raise InputError(f"policies[{k}]", policy, "be a PolicyTable or a UserRule")
+        if isinstance(policy, UserRule) and engine != "reference":
+            raise InputError("engine", engine, f"be 'reference' to follow {policy.name!r}, a rule in Python")
+        if policy.name in seen:
             raise InputError(
-                f"policies[{k}].name", table.name, "be unique in a run", "Use table.renamed(name)."
+                f"policies[{k}].name", policy.name, "be unique in a run", "Use table.renamed(name)."
             )
-        seen.add(table.name)
-    return tables
+        seen.add(policy.name)
+    return given
 
 
 def _sampled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from simulation_cases import engine_table, server_of
 from fluidsched.server import IterationTime
 from fluidsched.server.iteration import BatchSummary
 from fluidsched.simulation.reference import run_reference
+from fluidsched.simulation.rules import Decision, UserRule
 from fluidsched.workload import ArrivalPath
 
 pytestmark = pytest.mark.data
@@ -60,28 +61,95 @@ def tabulated_time(file: Path) -> IterationTime:
     return IterationTime.function(duration)
 
 
-def test_sarathi(published):
-    """Chunks of 512, at most 200 in service, memory without limit: all 6 004 batches, in order."""
-    with gzip.open(published / "batches_test10_sarathi_200.csv.gz", "rt") as stream:
-        expected = [
+def batches_of(file: Path) -> list[tuple[int, ...]]:
+    """(batch size, tokens, decodes, prefills, prefill tokens) of every iteration."""
+    with gzip.open(file, "rt") as stream:
+        return [
             tuple(int(row[name]) for name in row if name != "iteration") for row in csv.DictReader(stream)
         ]
-    batches = []
+
+
+def replay(published: Path, policy, time: IterationTime | None = None):
+    """Replay test10 without a memory limit; return the run and its batches."""
+    batches: list[tuple[int, ...]] = []
+
+    def observe(batch):
+        prefills, decodes = len(batch.prefill), len(batch.decode)
+        tokens = batch.prefill_tokens + batch.decode_tokens
+        batches.append((prefills + decodes, tokens, decodes, prefills, batch.prefill_tokens))
+
     run = run_reference(
         requests(published / "requests_test10.csv.gz"),
-        server_of(time=tabulated_time(published / "iteration_times.csv")),
-        engine_table("sarathi", token_budget=512, max_in_service=200),
+        server_of(time=time or tabulated_time(published / "iteration_times.csv")),
+        policy,
         horizon=None,
-        on_iteration=lambda batch: batches.append(
-            (
-                len(batch.decode) + len(batch.prefill),
-                batch.decode_tokens + batch.prefill_tokens,
-                len(batch.decode),
-                len(batch.prefill),
-                batch.prefill_tokens,
-            )
-        ),
+        on_iteration=observe,
     )
+    return run, batches
+
+
+def test_sarathi(published):
+    """Chunks of 512, at most 200 in service: all 6 004 batches, in order."""
+    run, batches = replay(published, engine_table("sarathi", token_budget=512, max_in_service=200))
     assert run.verdict == "finished"
     assert len(batches) == 6004
-    assert batches == expected
+    assert batches == batches_of(published / "batches_test10_sarathi_200.csv.gz")
+
+
+def test_prefills_before_decodes(published):
+    """vLLM v0's rule as a rule of one's own: a prefill-only batch while anyone waits and slots last.
+
+    All 6 314 batches, once the first iteration lasts 10.763 ms: the table's 10.851 ms, which belongs to other
+    iterations with the same key, would let in the arrival at 10.827 ms.
+    """
+
+    def decide(view):
+        newcomers = view.waiting[: 200 - len(view.residents)]
+        served = newcomers or view.residents
+        return Decision({r.index: r.next_tokens for r in served}, admit=[r.index for r in newcomers])
+
+    tabulated = tabulated_time(published / "iteration_times.csv").function
+    assert tabulated is not None
+    first = (20,)
+    time = IterationTime.function(
+        lambda batch: (
+            0.010763 if batch.prefill_chunks == first and not batch.decode_tokens else tabulated(batch)
+        )
+    )
+    run, batches = replay(published, UserRule("vllm v0", decide), time)
+    assert run.verdict == "finished"
+    assert len(batches) == 6314
+    assert batches == batches_of(published / "batches_test10_vllm_v0_200.csv.gz")
+
+
+def test_booking_limit(published):
+    """The rule their code runs under the name WAIT: 6 003 batches, then 79 stay in service.
+
+    total = 200, L_j = total·λ_j(o_j + 1)/Σ λ_i(o_i + 1), n_j = max(1, ⌊L_j/(o_j + 1)⌋). If some type has
+    waiting_j ≥ min(n_j, ⌊L_j - in service_j⌋), everybody in service runs with that many newcomers of every
+    type; else nothing runs until the next arrival.
+    """
+    rates = {100: 2000.0, 200: 4000.0, 300: 6000.0}
+    weights = {o: rate * (o + 1) for o, rate in rates.items()}
+    booked = {o: 200 * weight / sum(weights.values()) for o, weight in weights.items()}
+    starts = {o: max(1, math.floor(limit / (o + 1))) for o, limit in booked.items()}
+
+    def decide(view):
+        in_service = Counter(r.output_tokens for r in view.residents)
+        limit = {o: min(starts[o], math.floor(booked[o] - in_service[o])) for o in rates}
+        waiting = {o: [] for o in rates}
+        for r in view.waiting:  # no more than a cohort of each type matters
+            if len(waiting[r.output_tokens]) < starts[r.output_tokens]:
+                waiting[r.output_tokens].append(r)
+            elif all(len(waiting[o]) == starts[o] for o in rates):
+                break
+        if all(len(waiting[o]) < limit[o] for o in rates):
+            return Decision({})
+        newcomers = [r for o in rates for r in waiting[o][: limit[o]]]
+        served = [*view.residents, *newcomers]
+        return Decision({r.index: r.next_tokens for r in served}, admit=[r.index for r in newcomers])
+
+    run, batches = replay(published, UserRule("booking limit", decide))
+    assert len(batches) == 6003
+    assert batches == batches_of(published / "batches_test10_booking_limit_200.csv.gz")
+    assert (run.verdict, run.count("unfinished")) == ("stuck", 79)
