@@ -62,6 +62,7 @@ _PUBLIC = {
     "ArrivalPath": "fluidsched.workload",
     "lengths": "fluidsched.workload.lengths",
     "arrivals": "fluidsched.workload.arrivals",
+    "predictions": "fluidsched.workload.predictions",
     "read_trace": "fluidsched.workload",
     "workloads": "fluidsched.workload.workloads",
     "Server": "fluidsched.server",

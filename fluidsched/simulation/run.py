@@ -266,9 +266,7 @@ def _replayed(
 def _until(path: ArrivalPath, horizon: float) -> ArrivalPath:
     """The requests that arrive by the horizon."""
     count = int(np.searchsorted(path.arrival_s, horizon, side="right"))
-    columns = ("arrival_s", "prompt_tokens", "output_tokens", "type", "predicted_output_tokens")
-    kept = {name: getattr(path, name)[:count] for name in columns if getattr(path, name) is not None}
-    return dataclasses.replace(path, **kept, horizon=horizon)
+    return dataclasses.replace(path.selected(slice(count)), horizon=horizon)
 
 
 def _check_warmup(warmup: float | None, horizon: float | None, paths: Sequence[ArrivalPath]) -> float:

@@ -40,7 +40,7 @@ from __future__ import annotations
 import abc
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,11 +48,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fluidsched._checks import check_choice, check_count, check_keys, check_real
+from fluidsched._checks import check_count, check_real
 from fluidsched.errors import InputError
 from fluidsched.workload import lengths
 from fluidsched.workload.lengths import FloatArray, LengthLaw
 from fluidsched.workload.path import seed_sequence
+from fluidsched.workload.recipes import Makers, read_recipe
 
 __all__ = [
     "ArrivalProcess",
@@ -588,8 +589,7 @@ def superposition(processes: Sequence[ArrivalProcess], shares: ArrayLike) -> Arr
     return _Superposition(parts, weights)
 
 
-_MAKERS: dict[str, tuple[Callable[..., ArrivalProcess], tuple[str, ...], tuple[str, ...]]] = {
-    # name: (function, required arguments, optional arguments)
+_MAKERS: Makers[ArrivalProcess] = {
     "poisson": (poisson, (), ()),
     "renewal": (renewal, ("cv",), ()),
     "markov_modulated": (markov_modulated, ("relative_rate", "mean_sojourn"), ("transition",)),
@@ -608,27 +608,14 @@ def from_dict(argument: str, data: object) -> ArrivalProcess:
     >>> from_dict("arrivals", {"process": "renewal", "cv": 2.0})
     renewal(cv=2)
     """
-    if not isinstance(data, Mapping):
-        raise InputError(argument, data, 'be an object with the field "process"')
-    name = check_choice(f"{argument}.process", data.get("process"), tuple(_MAKERS))
-    maker, required, optional = _MAKERS[name]
-    arguments = check_keys(argument, data, None, ("process", *required), optional)
-    del arguments["process"]
-    if "size" in arguments:
-        arguments["size"] = lengths.from_dict(f"{argument}.size", arguments["size"])
-    if "epochs" in arguments:
-        arguments["epochs"] = from_dict(f"{argument}.epochs", arguments["epochs"])
-    if "processes" in arguments:
-        given = arguments["processes"]
-        if not isinstance(given, (list, tuple)):
-            raise InputError(f"{argument}.processes", given, "be a list")
-        arguments["processes"] = [from_dict(f"{argument}.processes[{i}]", p) for i, p in enumerate(given)]
-    try:
-        return maker(**arguments)
-    except InputError as error:
-        raise InputError(
-            f"{argument}.{error.argument}", error.received, error.required, error.remedy
-        ) from None
+    readers = {"size": lengths.from_dict, "epochs": from_dict, "processes": _list_from_dicts}
+    return read_recipe(argument, data, "process", _MAKERS, readers)
+
+
+def _list_from_dicts(argument: str, data: object) -> list[ArrivalProcess]:
+    if not isinstance(data, (list, tuple)):
+        raise InputError(argument, data, "be a list")
+    return [from_dict(f"{argument}[{i}]", part) for i, part in enumerate(data)]
 
 
 def _number_row(

@@ -164,12 +164,7 @@ def merge(workload: Workload, types: int) -> Workload:
     else:
         height = len(rows) // types
         parts = [list(chain(*rows[i : i + height])) for i in range(0, len(rows), height)]
-    return Workload(
-        [_joined(part, whole=types == 1) for part in parts],
-        workload.name,
-        workload.description,
-        workload.source,
-    )
+    return workload.with_types([_joined(part, whole=types == 1) for part in parts])
 
 
 def _rows(workload: Workload) -> list[list[RequestType]] | None:

@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fluidsched._checks import check_choice, check_count, check_keys, check_real
+from fluidsched._checks import check_count, check_real
 from fluidsched.errors import InputError
+from fluidsched.workload.recipes import Makers, read_recipe
 
 __all__ = [
     "IndependentLengths",
@@ -614,14 +615,13 @@ def joint(prompt_tokens: ArrayLike, output_tokens: ArrayLike, weights: ArrayLike
     return JointAtoms(*(read_only(array) for array in arrays))
 
 
-_MAKERS: dict[str, tuple[Callable[..., LengthLaw], tuple[str, ...], tuple[str, ...]]] = {
-    # name: (function, required arguments, optional arguments)
+_MAKERS: Makers[LengthLaw] = {
     "fixed": (fixed, ("tokens",), ()),
     "empirical": (empirical, ("values",), ("weights",)),
     "uniform": (uniform, ("lo", "hi"), ()),
     "geometric": (geometric, ("mean",), ("maximum", "minimum")),
     "lognormal": (lognormal, ("mean", "cv"), ("maximum",)),
-    "truncated": (truncated, ("of",), ("lo", "hi")),
+    "truncated": (lambda of, lo=None, hi=None: truncated(of, lo, hi), ("of",), ("lo", "hi")),
 }
 
 
@@ -635,15 +635,4 @@ def from_dict(argument: str, data: object) -> LengthLaw:
     """
     if not isinstance(data, Mapping):
         return fixed(check_count(argument, data, minimum=1, maximum=MAX_TOKENS))
-    name = check_choice(f"{argument}.law", data.get("law"), tuple(_MAKERS))
-    maker, required, optional = _MAKERS[name]
-    arguments = check_keys(argument, data, None, ("law", *required), optional)
-    del arguments["law"]
-    try:
-        if name == "truncated":
-            arguments["law"] = from_dict("of", arguments.pop("of"))
-        return maker(**arguments)
-    except InputError as error:
-        raise InputError(
-            f"{argument}.{error.argument}", error.received, error.required, error.remedy
-        ) from None
+    return read_recipe(argument, data, "law", _MAKERS, {"of": from_dict})

@@ -43,6 +43,8 @@ from fluidsched.workload.lengths import (
     token_array,
 )
 from fluidsched.workload.path import ArrivalPath, Seed, seed_sequence
+from fluidsched.workload.predictions import Prediction
+from fluidsched.workload.predictions import from_dict as prediction_from_dict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -271,6 +273,8 @@ class Workload:
         At least one, with unique names.
     name, description, source : str
         What it is, in words; `source` names the data and its licence where it comes from data.
+    predictions : Prediction, optional
+        How output lengths are predicted on sampled paths, from `fluidsched.predictions`; None: not at all.
 
     Examples
     --------
@@ -285,9 +289,15 @@ class Workload:
     name: str = "workload"
     description: str = ""
     source: str = ""
+    predictions: Prediction | None = None
 
     def __init__(
-        self, types: Iterable[RequestType], name: str = "workload", description: str = "", source: str = ""
+        self,
+        types: Iterable[RequestType],
+        name: str = "workload",
+        description: str = "",
+        source: str = "",
+        predictions: Prediction | None = None,
     ) -> None:
         members = tuple(types)
         if not members:
@@ -303,7 +313,11 @@ class Workload:
         for argument, text in texts.items():
             if not isinstance(text, str):
                 raise InputError(argument, text, "be a string")
-        for attribute, value in {"types": members, **texts}.items():
+        if predictions is not None and not isinstance(predictions, Prediction):
+            raise InputError(
+                "predictions", predictions, "be a prediction", "Make one with e.g. predictions.exact()."
+            )
+        for attribute, value in {"types": members, **texts, "predictions": predictions}.items():
             object.__setattr__(self, attribute, value)
 
     def __len__(self) -> int:
@@ -377,6 +391,23 @@ class Workload:
         )
         return read_only(outputs * prompts + outputs * (outputs - 1) / 2)
 
+    def with_types(self, types: Iterable[RequestType]) -> Workload:
+        """Other types under the same name, description, source and predictions."""
+        return Workload(types, self.name, self.description, self.source, self.predictions)
+
+    def with_predictions(self, predictions: Prediction | None) -> Workload:
+        """The same demand, with output lengths of sampled paths predicted in this way (None: not at all).
+
+        Examples
+        --------
+        >>> from fluidsched import predictions
+        >>> workload = Workload([RequestType("chat", 4.0, 512, 100)])
+        >>> path = workload.with_predictions(predictions.interval(ratio=2)).sample(horizon=1.0, seed=3)
+        >>> path.predicted_output_minimum, path.predicted_output_tokens
+        (array([94, 63, 51, 81, 61]), array([190, 128, 103, 164, 123]))
+        """
+        return Workload(self.types, self.name, self.description, self.source, predictions)
+
     def with_rates(self, arrival_rate: ArrayLike) -> Workload:
         """The same types with other rates, float[J], requests per second; arrival processes keep their clock."""
         rates = np.asarray(arrival_rate)
@@ -385,7 +416,7 @@ class Workload:
         types = [
             dataclasses.replace(t, arrival_rate=r) for t, r in zip(self.types, rates.tolist(), strict=True)
         ]
-        return Workload(types, self.name, self.description, self.source)
+        return self.with_types(types)
 
     def scaled(self, zeta: float) -> Workload:
         """The same demand `zeta` ≥ 0 times as fast: rates times `zeta`, all times divided by `zeta`.
@@ -402,7 +433,7 @@ class Workload:
             )
             for t in self.types
         ]
-        return Workload(types, self.name, self.description, self.source)
+        return self.with_types(types)
 
     def with_arrivals(self, process: ArrivalProcess) -> Workload:
         """The same types and rates, every type with this arrival process (each type draws its own times).
@@ -415,7 +446,7 @@ class Workload:
         RequestType('chat', 4 req/s, renewal(cv=3), prompt fixed(tokens=512), output fixed(tokens=128))
         """
         types = [dataclasses.replace(t, arrivals=process) for t in self.types]
-        return Workload(types, self.name, self.description, self.source)
+        return self.with_types(types)
 
     def at_load(self, x: float, server: Server) -> Workload:
         """Rates scaled so that the largest load of the fluid solution on `server` is `x`.
@@ -490,8 +521,8 @@ class Workload:
     def sample(self, horizon: float, seed: Seed) -> ArrivalPath:
         """Draw a path on [0, horizon): arrivals from each type's process, lengths from its law, independently.
 
-        Each type has its own two random streams (times, lengths), derived from `seed` and the type's *name*.
-        So with one seed a type's requests stay the same when other types are added, removed, reordered or
+        Each type has its own random streams (times, lengths, predictions), derived from `seed` and the type's
+        *name*. So with one seed a type's requests stay the same when other types are added, removed, reordered or
         change their rates, and a longer horizon only adds requests. Simultaneous arrivals are ordered by type
         index.
 
@@ -509,23 +540,29 @@ class Workload:
         ArrivalPath('workload': 397 requests in 100 s, 3.97 req/s)
         """
         root = seed_sequence(seed)
+
+        def stream(type_key: int, purpose: int) -> np.random.Generator:
+            spawn_key = (*root.spawn_key, type_key, purpose)
+            return np.random.default_rng(
+                np.random.SeedSequence(root.entropy, spawn_key=spawn_key, pool_size=root.pool_size)
+            )
+
         times, prompts, outputs, types = [], [], [], []
+        predicted, minima = [], []
         for index, member in enumerate(self.types):
             key = int.from_bytes(hashlib.sha256(member.name.encode()).digest()[:8], "little")
-            time_stream, length_stream = (
-                np.random.default_rng(
-                    np.random.SeedSequence(
-                        root.entropy, spawn_key=(*root.spawn_key, key, purpose), pool_size=root.pool_size
-                    )
-                )
-                for purpose in (0, 1)
-            )
+            time_stream, length_stream = stream(key, 0), stream(key, 1)
             drawn = member.arrivals.sample(member.arrival_rate, horizon, time_stream)
             prompt, output = member.law.sample(length_stream, len(drawn))
             times.append(drawn)
             prompts.append(prompt)
             outputs.append(output)
             types.append(np.full(len(drawn), index, dtype=np.int64))
+            if self.predictions is not None:
+                prediction, minimum = self.predictions.predict(output, stream(key, 2))
+                predicted.append(prediction)
+                if minimum is not None:
+                    minima.append(minimum)
         arrival = np.concatenate(times)
         order = np.argsort(arrival, kind="stable")
         return ArrivalPath(
@@ -534,8 +571,10 @@ class Workload:
             np.concatenate(outputs)[order],
             type=np.concatenate(types)[order],
             type_names=self.type_names,
+            predicted_output_tokens=np.concatenate(predicted)[order] if predicted else None,
             horizon=horizon,
             name=self.name,
+            predicted_output_minimum=np.concatenate(minima)[order] if minima else None,
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -560,16 +599,23 @@ class Workload:
     def to_dict(self) -> dict[str, Any]:
         """Plain data in the schema ``fluidsched.workload/1``."""
         texts = {k: getattr(self, k) for k in ("name", "description", "source")}
-        return {"schema": SCHEMA, **texts, "types": [t.to_dict() for t in self.types]}
+        data = {"schema": SCHEMA, **texts, "types": [t.to_dict() for t in self.types]}
+        if self.predictions is not None:
+            data["predictions"] = self.predictions.to_dict()
+        return data
 
     @classmethod
     def from_dict(cls, data: object) -> Workload:
         """Read what `to_dict` writes; a field missing, unknown or out of range is an `InputError`."""
-        given = check_keys("workload", data, SCHEMA, ("types",), ("name", "description", "source"))
+        given = check_keys(
+            "workload", data, SCHEMA, ("types",), ("name", "description", "source", "predictions")
+        )
         members = given.pop("types")
         if not isinstance(members, (list, tuple)):
             raise InputError("types", members, "be a list")
         types = [_type_from_dict(f"types[{index}]", member) for index, member in enumerate(members)]
+        if "predictions" in given:
+            given["predictions"] = prediction_from_dict("predictions", given["predictions"])
         return cls(types, **given)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

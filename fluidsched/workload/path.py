@@ -3,6 +3,18 @@
 A path is the realised input of one run: N requests sorted by arrival time, each with its prompt and output
 length. It is drawn from a `Workload` or read from a trace, and the same path serves every policy that is
 compared. Times are seconds since the start of the run.
+
+Resampling a path, `ArrivalPath.bootstrapped`, is the *stationary bootstrap* (Politis and Romano, 1994) over time:
+the observed window of D seconds is bent to a circle, and the new path is a sequence of arcs of it, each from a
+uniform point, of independent exponential lengths of mean b; requests keep everything but their time, and within an
+arc their distances. Every instant of the circle is equally likely to be seen, so a window of h seconds has N h/D
+requests on average, and with the circular pair density m(τ), Σ over ordered pairs of requests τ apart per second,
+
+    Var N*(h) = λh + 2 ∫_0^h (h − τ) e^{−τ/b} (m(τ) − λ²) dτ,       λ = N/D:
+
+the observed covariance of rates at distance τ is kept up to the factor e^{−τ/b}. So bursts and drift much shorter
+than b survive, longer ones do not, and bootstrapped paths are as independent as the arcs are many. Exponential
+lengths are chosen over blocks of fixed length because the result is stationary and this formula exact.
 """
 
 from __future__ import annotations
@@ -28,10 +40,23 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fluidsched.workload.model import Workload
+    from fluidsched.workload.predictions import Prediction
 
 __all__ = ["ArrivalPath", "Seed", "generator", "seed_sequence"]
 
+MAX_REQUESTS = 10**8
+"""Largest expected number of requests, or of blocks, of one bootstrapped path."""
+
 Seed = int | np.random.SeedSequence | np.random.Generator
+
+TOKEN_COLUMNS = (
+    "prompt_tokens",
+    "output_tokens",
+    "predicted_output_tokens",
+    "predicted_output_minimum",
+)
+COLUMNS = ("arrival_s", *TOKEN_COLUMNS, "type")
+"""The columns a request may have, in the order of exported tables."""
 
 
 def generator(seed: Seed) -> np.random.Generator:
@@ -68,12 +93,14 @@ class ArrivalPath:
     type_names : tuple of str
         Labels; empty when requests carry none.
     predicted_output_tokens : int64[N], optional
-        What a scheduler believes the output length to be.
+        What a scheduler believes the output length to be; the upper end where it believes in an interval.
     horizon : float, optional
         End of the window the path was drawn for, seconds; None for a replayed trace, which ends when it is
         empty.
     name : str
         Where the path comes from.
+    predicted_output_minimum : int64[N], optional
+        Lower end of the predicted interval, at most `predicted_output_tokens`; with it only.
 
     Examples
     --------
@@ -89,11 +116,12 @@ class ArrivalPath:
     predicted_output_tokens: IntArray | None = None
     horizon: float | None = None
     name: str = "path"
+    predicted_output_minimum: IntArray | None = None
 
     def __post_init__(self) -> None:
         arrivals = _time_array(self.arrival_s)
         store: dict[str, Any] = {"arrival_s": arrivals}
-        for field in ("prompt_tokens", "output_tokens", "predicted_output_tokens"):
+        for field in TOKEN_COLUMNS:
             given = getattr(self, field)
             if given is not None:
                 store[field] = token_array(field, given)
@@ -113,6 +141,8 @@ class ArrivalPath:
                         field, f"{len(array)} values", f"have one per request ({len(arrivals)} in arrival_s)"
                     )
                 read_only(array)
+        if self.predicted_output_minimum is not None:
+            _check_interval(store["predicted_output_minimum"], store.get("predicted_output_tokens"))
         if self.horizon is not None:
             last = float(arrivals[-1]) if len(arrivals) else 0.0
             remedy = "It is the end of the window, not before the last arrival."
@@ -129,6 +159,7 @@ class ArrivalPath:
         type: ArrayLike | None = None,
         predicted_output_tokens: ArrayLike | None = None,
         *,
+        predicted_output_minimum: ArrayLike | None = None,
         type_names: Sequence[str] = (),
         horizon: float | None = None,
         name: str = "path",
@@ -150,6 +181,7 @@ class ArrivalPath:
             predicted_output_tokens,  # type: ignore[arg-type]
             horizon,
             name,
+            predicted_output_minimum,  # type: ignore[arg-type]
         )
 
     def __len__(self) -> int:
@@ -210,6 +242,166 @@ class ArrivalPath:
             type_names=workload.type_names,
         )
 
+    def selected(self, index: NDArray[Any] | slice) -> ArrivalPath:
+        """The requests at `index` (a mask, a slice, or ascending indices); horizon and name stay."""
+        columns = {c: getattr(self, c) for c in COLUMNS}
+        return dataclasses.replace(self, **{c: a[index] for c, a in columns.items() if a is not None})
+
+    def accelerated(self, zeta: float) -> ArrivalPath:
+        """The same requests `zeta` > 0 times as fast: all times, the horizon too, divided by `zeta`.
+
+        Examples
+        --------
+        >>> path = ArrivalPath.from_arrays([0.0, 1.0, 4.0], [9, 9, 9], [5, 5, 5])
+        >>> path.accelerated(2.0).arrival_s
+        array([0. , 0.5, 2. ])
+        """
+        zeta = check_real("zeta", zeta, above=0)
+        horizon = None if self.horizon is None else self.horizon / zeta
+        return dataclasses.replace(self, arrival_s=self.arrival_s / zeta, horizon=horizon)
+
+    def at_rate(self, arrival_rate: float) -> ArrivalPath:
+        """The same requests faster or slower, at `arrival_rate` requests per second (of `duration`).
+
+        Bursts and drift are kept in the number of requests, and get shorter or longer in seconds.
+
+        Examples
+        --------
+        >>> path = ArrivalPath.from_arrays([0.0, 1.0, 4.0], [9, 9, 9], [5, 5, 5])
+        >>> path.at_rate(3.0)
+        ArrivalPath('path': 3 requests in 1 s, 3 req/s)
+        """
+        arrival_rate = check_real("arrival_rate", arrival_rate, above=0)
+        if not 0 < self.rate < math.inf:
+            raise InputError(
+                f"path {self.name!r}",
+                f"{len(self)} requests in {self.duration:g} s",
+                "have requests at different times",
+                "Only then does it have a rate to change.",
+            )
+        return self.accelerated(arrival_rate / self.rate)
+
+    def dispersion(self, window: float) -> float:
+        """Measured index of dispersion of counts: variance over mean of the numbers in consecutive windows.
+
+        Parameters
+        ----------
+        window : float
+            Length of a window, seconds; at least two must fit in `duration`. What is left at the end is left
+            out.
+
+        Returns
+        -------
+        float
+            Σ (n_i − n̄)² / (M n̄) over M windows; NaN without requests. Near 1 for Poisson arrivals.
+
+        Examples
+        --------
+        >>> path = ArrivalPath.from_arrays([0.1, 0.2, 0.3, 3.5], [9] * 4, [5] * 4, horizon=4.0)
+        >>> path.dispersion(window=1.0)
+        1.5
+        """
+        window = check_real("window", window, above=0, maximum=self.duration / 2)
+        edges = self._start + window * np.arange(math.floor(self.duration / window) + 1)
+        counts = np.diff(np.searchsorted(self.arrival_s, edges))
+        mean = counts.mean()
+        return float(counts.var() / mean) if mean > 0 else math.nan
+
+    @property
+    def _start(self) -> float:
+        """Start of the observed window of `duration` seconds."""
+        return 0.0 if self.horizon is not None or len(self) == 0 else float(self.arrival_s[0])
+
+    def bootstrapped(self, horizon: float, seed: Seed, *, mean_block: float | None = None) -> ArrivalPath:
+        """A new path made of random pieces of this one, so that its bursts are kept.
+
+        The stationary bootstrap over time; the module says how and what it keeps. Requests keep lengths, types
+        and predictions; a longer horizon only adds requests. Resampling the requests one by one, or sampling
+        `to_workload()`, would lose the order: bursts, drift, neighbours of similar length.
+
+        Parameters
+        ----------
+        horizon : float
+            Length of the new path, seconds; may exceed this path's.
+        seed : int, SeedSequence or Generator
+            Source of randomness.
+        mean_block : float, optional
+            b, mean length of a piece, seconds: well above the time over which bursts last. A tenth of
+            `duration` by default.
+
+        Examples
+        --------
+        >>> path = ArrivalPath.from_arrays([0, 1, 1, 1, 9], [9] * 5, [5] * 5, horizon=10.0)
+        >>> path.bootstrapped(1000.0, seed=1)
+        ArrivalPath('path': 439 requests in 1,000 s, 0.439 req/s)
+        """
+        horizon = check_real("horizon", horizon, above=0)
+        if len(self) == 0 or self.duration <= 0:
+            raise InputError(
+                f"path {self.name!r}",
+                f"{len(self)} requests in {self.duration:g} s",
+                "have requests and a duration",
+                "There is nothing to cut pieces from.",
+            )
+        if mean_block is None:
+            mean_block = self.duration / 10
+        mean_block = check_real("mean_block", mean_block, above=0)
+        if max(horizon / mean_block, horizon * self.rate) > MAX_REQUESTS:
+            raise InputError(
+                "horizon",
+                f"{horizon:g} s",
+                f"give at most {MAX_REQUESTS:,} requests and pieces",
+                "Use a shorter horizon.",
+            )
+        rng = generator(seed)
+        uniforms = rng.random((int(horizon / mean_block) + 8, 2))
+        ends = np.cumsum(-np.log1p(-uniforms[:, 1])) * mean_block
+        while ends[-1] <= horizon:
+            uniforms = np.concatenate([uniforms, rng.random((len(uniforms) // 4 + 8, 2))])
+            ends = np.cumsum(-np.log1p(-uniforms[:, 1])) * mean_block
+        begins = np.concatenate([[0.0], ends[:-1]])
+        used = begins < horizon
+        begins, ends = begins[used], np.minimum(ends[used], horizon)
+        points = uniforms[used, 0] * self.duration  # where on the circle each piece begins
+        circle = self.arrival_s - self._start
+
+        def arrivals_before(place: FloatArray) -> IntArray:
+            """Arrivals before a point of the circle unrolled, where every turn brings all requests again."""
+            turns, rest = np.divmod(place, self.duration)
+            before: IntArray = turns.astype(np.int64) * len(self) + np.searchsorted(circle, rest)
+            return before
+
+        first, last = arrivals_before(points), arrivals_before(points + (ends - begins))
+        counts = last - first
+        piece = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
+        turn, request = np.divmod(first[piece] + within, len(self))
+        times = begins[piece] + (circle[request] + turn * self.duration - points[piece])
+        # Rounding may put a time an ulp outside its piece.
+        times = np.clip(np.maximum.accumulate(times), 0.0, math.nextafter(horizon, 0.0))
+        drawn = {c: getattr(self, c)[request] for c in COLUMNS if getattr(self, c) is not None}
+        return dataclasses.replace(self, **(drawn | {"arrival_s": times, "horizon": horizon}))
+
+    def with_predictions(self, prediction: Prediction, seed: Seed) -> ArrivalPath:
+        """This path with predicted output lengths, drawn from the true ones.
+
+        Parameters
+        ----------
+        prediction : Prediction
+            From `fluidsched.predictions`, e.g. ``predictions.lognormal(cv=0.5)``.
+        seed : int, SeedSequence or Generator
+            Source of randomness.
+
+        Examples
+        --------
+        >>> from fluidsched import predictions
+        >>> path = ArrivalPath.from_arrays([0, 1], [9, 9], [5, 50])
+        >>> path.with_predictions(predictions.bucketed([16, 64]), seed=1).predicted_output_tokens
+        array([16, 64])
+        """
+        predicted, minimum = prediction.predict(self.output_tokens, generator(seed))
+        return dataclasses.replace(self, predicted_output_tokens=predicted, predicted_output_minimum=minimum)
+
     def thinned(self, fraction_per_type: ArrayLike, seed: Seed) -> ArrivalPath:
         """Keep each request of type j with probability f_j, independently.
 
@@ -249,19 +441,13 @@ class ArrivalPath:
                 )
             fractions = fractions[self.type]
         kept = generator(seed).random(len(self)) < fractions
-        columns = ("arrival_s", "prompt_tokens", "output_tokens", "type", "predicted_output_tokens")
-        selected = {c: getattr(self, c)[kept] for c in columns if getattr(self, c) is not None}
-        return dataclasses.replace(self, **selected)
+        return self.selected(kept)
 
     def _columns(self) -> dict[str, NDArray[Any]]:
         """The columns of the exported table, in order; types by name."""
         columns: dict[str, NDArray[Any]] = {
-            "arrival_s": self.arrival_s,
-            "prompt_tokens": self.prompt_tokens,
-            "output_tokens": self.output_tokens,
+            c: getattr(self, c) for c in COLUMNS if c != "type" and getattr(self, c) is not None
         }
-        if self.predicted_output_tokens is not None:
-            columns["predicted_output_tokens"] = self.predicted_output_tokens
         if self.type is not None:
             columns["type"] = np.asarray(self.type_names, dtype=object)[self.type]
         return columns
@@ -298,6 +484,7 @@ class ArrivalPath:
             self.output_tokens,
             self.type,
             self.predicted_output_tokens,
+            *([] if self.predicted_output_minimum is None else [self.predicted_output_minimum]),
         ]
         return fingerprint(
             {
@@ -351,6 +538,24 @@ def _time_array(times: ArrayLike) -> FloatArray:
             "Sort the requests by arrival time.",
         )
     return array
+
+
+def _check_interval(minimum: IntArray, predicted: IntArray | None) -> None:
+    if predicted is None:
+        raise InputError(
+            "predicted_output_tokens",
+            "nothing",
+            "be given with predicted_output_minimum",
+            "It is the upper end of the interval.",
+        )
+    above = minimum > predicted
+    if above.any():
+        index = int(np.argmax(above))
+        raise InputError(
+            f"predicted_output_minimum[{index}]",
+            int(minimum[index]),
+            f"be at most predicted_output_tokens, {int(predicted[index])}",
+        )
 
 
 def _index_array(types: ArrayLike, count: int) -> IntArray:

@@ -113,9 +113,9 @@ def _csv(place: str, text: str, first: str) -> dict[str, np.ndarray[Any, Any]]:
         "prompt_tokens": _tokens(place, prompt, by_name[prompt], lines),
         "output_tokens": _tokens(place, output, by_name[output], lines),
     }
-    if required == PLAIN and "predicted_output_tokens" in by_name:
-        name = "predicted_output_tokens"
-        columns[name] = _tokens(place, name, by_name[name], lines)
+    for name in ("predicted_output_tokens", "predicted_output_minimum"):
+        if required == PLAIN and name in by_name:
+            columns[name] = _tokens(place, name, by_name[name], lines)
     if required == PLAIN and "type" in by_name:
         labels = by_name["type"]
         if not all(labels):

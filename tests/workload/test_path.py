@@ -28,12 +28,15 @@ def paths(draw: st.DrawFn) -> fs.ArrivalPath:
 
     names = draw(st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=3))
     names = [n for n in names if n.isprintable()]
+    predicted = column(st.integers(1, 99)) if draw(st.booleans()) else None
+    minimum = [max(1, p - 5) for p in predicted] if predicted and draw(st.booleans()) else None
     return fs.ArrivalPath.from_arrays(
         np.sort(column(st.floats(0, 1e6, allow_subnormal=False))),
         column(st.integers(1, 2**31 - 1)),
         column(st.integers(1, 5000)),
         column(st.integers(0, len(names) - 1)) if names else None,
-        column(st.integers(1, 99)) if draw(st.booleans()) else None,
+        predicted,
+        predicted_output_minimum=minimum,
         type_names=names,
     )
 
@@ -47,10 +50,11 @@ def test_csv_round_trip(tmp_path_factory: pytest.TempPathFactory, path: fs.Arriv
     for column in ("arrival_s", "prompt_tokens", "output_tokens"):
         np.testing.assert_array_equal(getattr(back, column), getattr(path, column))
     assert [back.label(i) for i in range(len(path))] == [path.label(i) for i in range(len(path))]
-    if path.predicted_output_tokens is None:
-        assert back.predicted_output_tokens is None
-    else:
-        np.testing.assert_array_equal(back.predicted_output_tokens, path.predicted_output_tokens)
+    for column in ("predicted_output_tokens", "predicted_output_minimum"):
+        if getattr(path, column) is None:
+            assert getattr(back, column) is None
+        else:
+            np.testing.assert_array_equal(getattr(back, column), getattr(path, column))
     assert (back.horizon, back.name) == (None, "path")
 
 
@@ -87,6 +91,8 @@ def test_fingerprint_sees_every_column() -> None:
         {"type": [0, 0], "type_names": ["a"]},
         {"type": [0, 0], "type_names": ["b"]},
         {"predicted_output_tokens": [7, 8]},
+        {"predicted_output_tokens": [7, 8], "predicted_output_minimum": [7, 8]},
+        {"predicted_output_tokens": [7, 8], "predicted_output_minimum": [6, 8]},
         {"horizon": 3.0},
     ]
     prints = {fs.ArrivalPath.from_arrays(**(base | change)).fingerprint for change in changes}
@@ -156,6 +162,11 @@ BASE = {"arrival_s": [0.0, 1.0, 1.0], "prompt_tokens": [5, 6, 7], "output_tokens
         ({"output_tokens": [1, 2, 2.5]}, r"output_tokens\[2\]"),
         ({"output_tokens": [1, 2, 2**31]}, r"output_tokens\[2\]"),
         ({"predicted_output_tokens": [1, 2, -3]}, r"predicted_output_tokens\[2\]"),
+        ({"predicted_output_minimum": [1, 2, 3]}, "predicted_output_tokens must be given with"),
+        (
+            {"predicted_output_tokens": [1, 2, 3], "predicted_output_minimum": [1, 3, 4]},
+            r"predicted_output_minimum\[1\] must be at most predicted_output_tokens, 2",
+        ),
         ({"type": [0, 1, 0], "type_names": ["a"]}, r"type\[1\]"),
         ({"type": [0.0, 0.5, 0.0], "type_names": ["a"]}, "type must"),
         ({"type_names": ["a", "a"]}, "unique"),
