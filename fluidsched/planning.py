@@ -241,7 +241,7 @@ def plan(
         comparison=compare(runs, bound=fluid, baseline="vllm"),
         curve=frame,
         recommended=recommended,
-        remarks=(*_remarks(fluid, own_rate), _recommendation(runs, recommended)),
+        remarks=(*_remarks(fluid, own_rate), *_rejections(runs), _recommendation(runs, recommended, fluid)),
         settings={
             "seed": None if replay else seed,
             "replications": runs.replications,
@@ -425,14 +425,25 @@ def _extreme_prices(fluid: FluidSolution) -> str:
     )
 
 
-def _recommendation(runs: SimulationResult, recommended: str) -> str:
+def _rejections(runs: SimulationResult) -> list[str]:
+    """Says so where requests of a replayed path can never fit, which only a replay tolerates."""
+    rejected = max(int(runs.measures(name)["rejected"].max()) for name in runs.policies)
+    if not rejected:
+        return []
+    return [
+        f"{rejected:,} requests are longer than the KV cache: they can never be served and were rejected."
+    ]
+
+
+def _recommendation(runs: SimulationResult, recommended: str, fluid: FluidSolution) -> str:
     ttft, e2e = (float(np.mean(runs.measures(recommended)[name])) for name in ("mean_ttft", "mean_e2e"))
-    if not _keeps_up(runs, recommended):
+    latency = f"mean TTFT {ttft:.3g} s, mean end-to-end latency {e2e:.4g} s"
+    choice = "the simplest to deploy safely of those within 5 % of the lowest end-to-end latency"
+    if not fluid.is_stable:
         return (
-            f"No policy keeps up with the offered rates; {recommended} comes nearest (mean end-to-end latency at least "
-            f"{e2e:.4g} s and growing with the horizon). Shed load, or add servers."
+            f"Shed load or add servers: under these rates every policy builds a backlog. Least bad: {recommended} "
+            f"({latency}, growing for as long as the load lasts), {choice}."
         )
-    return (
-        f"Recommended table: {recommended} (mean TTFT {ttft:.3g} s, mean end-to-end latency {e2e:.4g} s): of the "
-        f"policies that keep up and come within 5 % of the lowest end-to-end latency, the simplest to deploy safely."
-    )
+    if not _keeps_up(runs, recommended):
+        return f"No policy keeps up, though the mean load fits. Least bad: {recommended} ({latency}), {choice}."
+    return f"Recommended table: {recommended} ({latency}), {choice} among the policies that keep up."
