@@ -88,6 +88,14 @@ def carried(problem: Problem, cap: int | None, token_budget: float) -> float:
     return math.inf if most <= 0.0 else 1.0 / most
 
 
+def carried_at_least(problem: Problem, cap: int | None) -> float:
+    """Multiple of the admitted rates carried with prompts at the steepest price of any piece (no token budget)."""
+    base, busy = problem.coefficients[:, 0], problem.lumped_work @ problem.rate
+    per_resident = 0.0 if cap is None else float(problem.rate @ problem.workload.iterations) / cap
+    most = float((busy + base * per_resident).max())
+    return math.inf if most <= 0.0 else 1.0 / most
+
+
 def check_carried(
     problem: Problem, fluid: FluidSolution, cap: int | None, token_budget: float, slack: Slack
 ) -> float:
@@ -147,8 +155,11 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, multiple:
         "carried": entry(
             multiple,
             "× admitted rates",
-            "min_i N / (c0_i Σ a_j S_j + N Σ a_j w_ij), and likewise for the token budget; stable above 1",
+            "min_i N / (c0_i Σ a_j S_j + N Σ a_j w_ij), and likewise for the token budget; stable above 1 where "
+            "the mean batch stands for all",
             "expectation",
+            at_least=carried_at_least(problem, cap),
+            at_least_formula="the same with w_ij at the steepest price of a prompt: batches have whole prompts or none",
         ),
         "throughput": entry(
             float(problem.rate.sum()),

@@ -2,8 +2,9 @@ r"""Compiling the gated family: at most n_j requests of type j in any k_j consec
 always run.
 
 **Time.** If every type is admitted as fast as its window allows, q_j = n_j / k_j per iteration in the
-mean, the mean iteration lasts T(q) = max_i (c0_i + Σ_j q_j w_ij), the batch being the mean one. Type j
-keeps up, with margin ε, iff (1 + ε) a_j T(q) ≤ q_j. For a window of about k iterations
+mean, the mean iteration is at most T(q) = E max_i (c0_i + Σ_j q_j w_ij) with prompts at the steepest price
+of any piece, however they fall into batches, and the number of decodes taken Poisson. Type j keeps up,
+with margin ε, if (1 + ε) a_j T(q) ≤ q_j. For a window of about k iterations
 
     n_j = ⌈(1 + ε) a_j k T⌉,        k_j = ⌊n_j / ((1 + ε) a_j T)⌋ ≥ k:
 
@@ -20,7 +21,8 @@ iterations behind its age.
 iterations: the i-th enters k_j iterations after the (i − n_j)-th, or at the first decision after it
 arrives. At any time the number in such an M/D/n system, seen one service earlier, makes the same step as
 V' = max(V + X − n, 0), X Poisson with mean m = a_j k_j T. So the mean number waiting *is* E[V], and
-rounding to whole iterations adds less than one iteration to the wait.
+rounding to whole iterations adds less than one iteration to the wait. Random lengths make iterations
+random; E[V] is then multiplied by what they do in heavy traffic (`Problem.queue_factor`).
 
 **Which k.** There is no gate to fill, so large thresholds cost memory, not waiting, and the margin is
 taken as large as possible: for each k the largest feasible ε, and of all k the one with the shortest wait.
@@ -37,7 +39,7 @@ from numpy.typing import NDArray
 
 from fluidsched._checks import check_count
 from fluidsched.errors import InputError
-from fluidsched.policy.problem import Problem, Slack, entry, no_table, queue_estimate
+from fluidsched.policy.problem import Problem, Slack, entry, expected_largest, no_table, queue_estimate
 from fluidsched.policy.profiles import FloatArray, SpacedProfile
 from fluidsched.queues import embedded_queue_mean
 
@@ -123,14 +125,25 @@ def _spacing(problem: Problem, token_budget: float) -> _Spacing:
     return spacing
 
 
+def _iteration_time(problem: Problem, per_iteration: FloatArray) -> float:
+    """Bound T(q) on the mean iteration when q_j requests of type j enter per iteration in the mean, s.
+
+    Prompts at the steepest price, however they fall into batches; the number decoding Poisson.
+    """
+    mean = problem.coefficients[:, 0] + problem.lumped_work @ per_iteration
+    if len(mean) == 1:
+        return float(mean[0])
+    return float(expected_largest(mean, problem.decode_spread @ per_iteration))
+
+
 def _evaluate(
     problem: Problem, spacing: _Spacing, token_budget: float, window: int, stretch: float
 ) -> GatedPlan | str:
     """The plan for one window and margin, or what forbids it."""
-    low, high = problem.equilibrium(stretch)
+    low, high = problem.equilibrium(stretch, work=problem.lumped_work)
     if low > high:
         return "time"
-    rate, base = problem.rate, problem.coefficients[:, 0]
+    rate = problem.rate
     time = low / stretch
     while True:
         if time > high / stretch * (1 + ROUNDING):
@@ -148,11 +161,11 @@ def _evaluate(
         per_iteration = n / period
         if float(per_iteration @ problem.workload.processed_tokens) > token_budget:
             return "tokens"
-        reached = float((base + problem.work @ per_iteration).max())
+        reached = _iteration_time(problem, per_iteration)
         if np.all(stretch * rate * reached <= per_iteration * (1 + ROUNDING)):
             break
         time = reached
-    queue = queue_estimate(n, rate * period * reached)
+    queue = queue_estimate(n, rate * period * reached) * problem.queue_factor(per_iteration / reached)
     return GatedPlan(
         window,
         n.astype(np.int64),
@@ -231,6 +244,8 @@ def gated_certificate(
             for size, m in zip(n.tolist(), arrivals.tolist(), strict=True)
         ]
     )
+    factor = problem.queue_factor(n / (period * time))
+    queue = queue * factor
     ttft = queue / rate + (2.0 + spacing.lag) * time
     worst = math.inf
     if problem.is_bounded:
@@ -269,7 +284,10 @@ def gated_certificate(
             limit=problem.server.max_batch_size,
         ),
         "iteration_time": entry(
-            time, "s", "T(q) = max_i (c0_i + Σ_j q_j w_ij), q_j = n_j / k_j: all windows full", "expectation"
+            time,
+            "s",
+            "T(q) = E max_i (c0_i + Σ_j q_j w_ij), q_j = n_j / k_j, prompts at the steepest price",
+            "expectation",
         ),
         "slack": entry(plan.slack, "", "min_j n_j / (k_j a_j T(q)) − 1", "expectation"),
         "largest_cohort": entry(
@@ -288,9 +306,11 @@ def gated_certificate(
         "queue": entry(
             float(queue.sum()),
             "requests",
-            "Σ_j E[V_j], V' = max(V + X − n, 0), X ~ Poisson(a_j k_j T): M/D/n with n_j servers",
+            "Σ_j factor · E[V_j], V' = max(V + X − n, 0), X ~ Poisson(a_j k_j T): M/D/n with n_j servers",
             "expectation",
             per_type=queue,
+            factor=factor,
+            factor_formula="1 + a_j Σ_i (q_i / T) Var(w_i): random iterations; 1 for fixed lengths",
             holds_for="arrivals at the admitted rates",
         ),
         "ttft": entry(

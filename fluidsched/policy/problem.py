@@ -37,7 +37,7 @@ from fluidsched.workload import RequestType, Workload
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
 
-__all__ = ["Problem", "Slack", "check_slack", "entry", "no_table", "queue_estimate"]
+__all__ = ["Problem", "Slack", "check_slack", "entry", "expected_largest", "no_table", "queue_estimate"]
 
 Slack = float | Literal["auto"]
 SHARE_TOLERANCE = 1e-3  # of the largest load reported
@@ -92,7 +92,9 @@ class Problem:
 
     def at_rate(self, rate: FloatArray) -> Problem:
         """The same at other admitted rates, (A,); what is cached is about lengths and kept."""
-        _ = self.shared, self.memory_profile, self.work  # once for all rates
+        for name, attribute in vars(type(self)).items():
+            if isinstance(attribute, cached_property):
+                getattr(self, name)  # once for all rates
         other = copy.copy(self)
         object.__setattr__(other, "rate", rate)
         return other
@@ -168,6 +170,100 @@ class Problem:
 
         return np.asarray(busy_work(self.workload, self.server.iteration_time))
 
+    @cached_property
+    def lumped_work(self) -> FloatArray:
+        """Busy work with prompts at the steepest price of any piece, (I, A), s: a bound however they are batched.
+
+        T(decodes + prompts) ≤ T(decodes) + n_pf max_i c_pf,i + q_pf max_i c_attn,i, so the mean iteration
+        is at most max_i (c0_i + Σ_j q_j w_ij) with this work, while with `work` it is that of the mean
+        batch: a batch has a whole prompt or none, and beyond a knee the two differ.
+        """
+        _, per_prefill, _, _, per_attention = self.coefficients.T
+        prompt, attention = self.workload.mean_prompt_tokens, self.workload.prefill_attention
+        own = np.outer(per_prefill, prompt) + np.outer(per_attention, attention)
+        return np.asarray(self.work - own + per_prefill.max() * prompt + per_attention.max() * attention)
+
+    @cached_property
+    def life_work_variance(self) -> FloatArray:
+        """Variance over a type's lengths of the busy work of a life, the largest of the pieces', (A,), s²."""
+        if self.is_fixed:
+            return np.zeros(len(self.workload))
+        result = np.zeros(len(self.workload))
+        for _, per_prefill, per_decode, per_kv, per_attention in self.coefficients.tolist():
+            terms = {  # w as a polynomial in (p, o)
+                (0, 0): -per_decode,
+                (1, 0): per_prefill - per_kv,
+                (0, 1): per_decode - per_kv / 2.0,
+                (1, 1): per_kv,
+                (0, 2): per_kv / 2.0,
+                (2, 0): per_attention / 2.0,
+            }
+            mean = sum(c * self.workload.moment(*powers) for powers, c in terms.items())
+            square = sum(
+                c * d * self.workload.moment(i + k, j + m)
+                for (i, j), c in terms.items()
+                for (k, m), d in terms.items()
+            )
+            result = np.maximum(result, np.asarray(square - mean * mean))
+        return result
+
+    def queue_factor(self, entries_per_second: FloatArray) -> FloatArray:
+        """Factor on the mean queue for random lengths, (A,): 1 + a_j Σ_i x_i Var(w_i), x the entries per second.
+
+        Cycles whose requests bring random work have random lengths: over many cycles the arrivals per
+        cycle have the variance m + a_j² Σ_i n_i Var(w_i) instead of m, and in heavy traffic the mean queue
+        is proportional to it. 1 for fixed lengths.
+        """
+        return np.asarray(1.0 + self.rate * float(entries_per_second @ self.life_work_variance))
+
+    @cached_property
+    def decode_spread(self) -> FloatArray:
+        """Second moment of the difference of two pieces' decode work, summed over a life, (I, I, A), s².
+
+        Times q_j, summed: the variance of the difference over a Poisson number of decodes at every stage.
+        """
+        profile = self.mean_profile
+        stages = np.arange(1, profile.stages, dtype=np.float64)
+        present, prompt = profile.present[:, 1:], profile.prompt[:, 1:]
+        square = profile.prompt_square[:, 1:] + stages * (2.0 * prompt + stages * present)
+        sums = [x.sum(axis=1) for x in (present, prompt + stages * present, square)]
+        c = self.coefficients
+        decode, kv = ((c[:, None, i] - c[None, :, i])[..., None] for i in (2, 3))
+        return np.asarray(decode**2 * sums[0] + 2.0 * decode * kv * sums[1] + kv**2 * sums[2])
+
+    @cached_property
+    def work_variance(self) -> FloatArray | None:
+        """Variance of the difference of two pieces' busy work at each stage, (I, I, A, L), s²; None if all 0.
+
+        At stage s ≥ 1 a request adds Δc_dec + Δc_kv (p + s) while it is there, at stage 0 Δc_pf p +
+        Δc_attn p²/2.
+        """
+        if self.is_fixed or len(self.coefficients) == 1:
+            return None
+        profile = self.mean_profile
+        stages = np.arange(profile.stages, dtype=np.float64)
+        present = profile.present
+        read = profile.prompt + stages * present
+        square = profile.prompt_square + stages * (2.0 * profile.prompt + stages * present)
+        p, p2, p3, p4 = (self.workload.moment(i, 0) for i in (1, 2, 3, 4))
+        c = self.coefficients
+        _, per_prefill, per_decode, per_kv, per_attention = np.moveaxis(c[:, None, :] - c[None, :, :], 2, 0)[
+            ..., None
+        ]
+        prompt_part = (
+            per_prefill**2 * (p2 - p * p)
+            + per_prefill * per_attention * (p3 - p * p2)
+            + per_attention**2 / 4.0 * (p4 - p2 * p2)
+        )
+        decode, kv = per_decode[..., None], per_kv[..., None]
+        result = (
+            decode**2 * (present * (1.0 - present))
+            + 2.0 * decode * kv * (read * (1.0 - present))
+            + kv**2 * (square - read * read)
+        )
+        result[..., 0] = prompt_part
+        return np.asarray(np.maximum(result, 0.0))
+
     @property
     def capacity(self) -> float:
         """KV tokens that can be held, whole blocks of them where memory is paged."""
@@ -178,13 +274,17 @@ class Problem:
         """Most requests in service."""
         return math.inf if self.server.max_batch_size is None else float(self.server.max_batch_size)
 
-    def equilibrium(self, stretch: float, base_factor: float = 1.0) -> tuple[float, float]:
+    def equilibrium(
+        self, stretch: float, base_factor: float = 1.0, work: FloatArray | None = None
+    ) -> tuple[float, float]:
         """Interval of β with  stretch · (base_factor · c0_i + β Σ a_j w_ij) ≤ β  for every piece i; seconds.
+
+        `work` (I, A) replaces the busy work w.
 
         Empty (low > high) if the server is too slow for `stretch` times the admitted rates.
         """
         base = stretch * base_factor * self.coefficients[:, 0]
-        idle = 1.0 - stretch * (self.work @ self.rate)
+        idle = 1.0 - stretch * ((self.work if work is None else work) @ self.rate)
         low = np.divide(base, idle, out=np.zeros_like(base), where=idle > 0.0)
         high = np.divide(base, idle, out=np.full_like(base, math.inf), where=idle < 0.0)
         if np.any((idle == 0.0) & (base > 0.0)):
@@ -194,6 +294,29 @@ class Problem:
     def quantile(self, mean: NDArray[np.float64], variance: NDArray[np.float64]) -> NDArray[np.float64]:
         """mean + z · sd."""
         return np.asarray(mean + self.z * np.sqrt(variance))
+
+
+def expected_largest(mean: FloatArray, variance: FloatArray) -> FloatArray:
+    """Bound on E[max_i X_i] for jointly normal X, exact for two; mean (I, …), variance of differences (I, I, …).
+
+    E[max] ≤ E[X_m] + Σ_i E[(X_i − X_m)⁺], m the largest in the mean, and for a normal difference of mean
+    −d and standard deviation σ,  E[(·)⁺] = σ φ(d/σ) − d Φ(−d/σ).
+
+    Examples
+    --------
+    >>> float(expected_largest(np.array([1.0, 1.0]), np.array([[0.0, 2.0], [2.0, 0.0]])).round(6))
+    1.56419
+    """
+    from scipy.special import ndtr
+
+    first = mean.argmax(axis=0)
+    largest = np.take_along_axis(mean, first[None], axis=0)[0]
+    spread = np.sqrt(np.take_along_axis(variance, first[None, None], axis=0)[0])
+    behind = largest - mean
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(spread > 0.0, behind / spread, math.inf)
+    excess = spread * np.exp(-ratio * ratio / 2.0) / math.sqrt(2.0 * math.pi) - behind * ndtr(-ratio)
+    return np.asarray(largest + np.where(spread > 0.0, excess, 0.0).sum(axis=0))
 
 
 def entry(value: Any, unit: str, formula: str, guarantee: str, **more: Any) -> dict[str, Any]:

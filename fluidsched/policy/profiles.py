@@ -49,6 +49,7 @@ __all__ = [
     "BlockProfile",
     "SpacedProfile",
     "StageProfile",
+    "fold",
     "mean_profile",
     "normal_quantile",
     "worst_profile",
@@ -120,12 +121,12 @@ class StageProfile:
         read = self.prompt + np.arange(self.stages) * self.present
         read[:, 0] = 0.0
         return BlockProfile(
-            mean=np.maximum(_fold(mean, k), paused_mean[:, None]),
-            variance=np.maximum(_fold(variance, k), paused_variance[:, None]),
-            in_service=_fold(self.present, k).max(axis=1),
-            in_service_variance=_fold(self.present * (1.0 - self.present), k).max(axis=1),
-            decodes=_fold(decoding, k),
-            decode_kv=_fold(read, k),
+            mean=np.maximum(fold(mean, k), paused_mean[:, None]),
+            variance=np.maximum(fold(variance, k), paused_variance[:, None]),
+            in_service=fold(self.present, k).max(axis=1),
+            in_service_variance=fold(self.present * (1.0 - self.present), k).max(axis=1),
+            decodes=fold(decoding, k),
+            decode_kv=fold(read, k),
         )
 
     def spaced(self, lag: NDArray[np.int64]) -> SpacedProfile:
@@ -196,13 +197,13 @@ class BlockProfile:
     decode_kv: FloatArray
 
 
-def _fold(values: FloatArray, k: int) -> FloatArray:
-    """Sum the columns r, k + r, 2k + r, … : (J, L) → (J, k)."""
-    rows, stages = values.shape
+def fold(values: FloatArray, k: int) -> FloatArray:
+    """Sum the columns r, k + r, 2k + r, … : (…, J, L) → (…, J, k)."""
+    *rows, stages = values.shape
     blocks = -(-stages // k)
-    padded = np.zeros((rows, blocks * k))
-    padded[:, :stages] = values
-    return np.asarray(padded.reshape(rows, blocks, k).sum(axis=1))
+    padded = np.zeros((*rows, blocks * k))
+    padded[..., :stages] = values
+    return np.asarray(padded.reshape(*rows, blocks, k).sum(axis=-2))
 
 
 def _running_maximum(values: FloatArray, lag: int) -> FloatArray:

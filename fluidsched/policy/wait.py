@@ -18,7 +18,11 @@ left-hand side, so the conditions are monotone, and iterating
 from below climbs to the componentwise smallest solution, or past every limit. It is run in the one
 variable β = (1 + ε) T_k(n), n = ⌈aβ⌉: started from the continuous solution, and helped along by Newton
 steps on the convex function β ↦ (1 + ε) T_k(max(n, aβ)) − β, whose least root lies below the one sought. A
-step that finds no root proves that there is none. For random lengths T_k is taken at the mean batch.
+step that finds no root proves that there is none.
+
+For random lengths the batch is random, and T_k is the expectation of the sum over r of the largest piece:
+the pieces are taken jointly normal, the residents independent. It exceeds the duration of the mean batch
+where the batch is near a knee. Newton steps then use the mean batch, a bound from below.
 
 **Memory.** With f_j, g_j of `fluidsched.policy.profiles` (running, paused) the residents hold at most
 
@@ -33,7 +37,9 @@ way, and the largest cohort, Σ_j n_j (p_max + decodes), to its token budget, if
 **Waiting.** Counted just after decisions, the entry queue of type j is at most W' = W + X − n·1{W + X ≥
 n}, X Poisson with mean m = a_j T_k(n) (`fluidsched.queues`), its time average at most E[W] + m/2. By
 Little's law the wait is at most that over a_j, and the first token comes at the end of the first iteration
-of the block.
+of the block. E[W] is (n − 1)/2 plus the mean of the queue that does not wait for a full threshold; random
+lengths make cycles random, and that second part is multiplied by what they do in heavy traffic
+(`Problem.queue_factor`).
 
 **Which k.** Small k rounds thresholds up by more; large k makes arrivals wait longer. All lengths to 32
 are tried, then steps of 5 % up to the longest output; the one with the smallest bound on the mean wait is
@@ -52,8 +58,16 @@ from numpy.typing import NDArray
 
 from fluidsched._checks import check_count
 from fluidsched.errors import InputError
-from fluidsched.policy.problem import Problem, Slack, check_slack, entry, no_table, queue_estimate
-from fluidsched.policy.profiles import BlockProfile, FloatArray
+from fluidsched.policy.problem import (
+    Problem,
+    Slack,
+    check_slack,
+    entry,
+    expected_largest,
+    no_table,
+    queue_estimate,
+)
+from fluidsched.policy.profiles import BlockProfile, FloatArray, fold
 from fluidsched.queues import embedded_queue_mean
 
 if TYPE_CHECKING:
@@ -102,6 +116,9 @@ class WaitPlan:
     wait: float
 
 
+_Shared = tuple[BlockProfile, FloatArray, FloatArray, FloatArray | None, IntArray]
+
+
 class _Block:
     """The conditions on thresholds for one block length k."""
 
@@ -110,9 +127,7 @@ class _Block:
         self.rate = problem.rate
         self._quantile = problem.quantile
         self._limits = (problem.capacity, problem.slots, problem.server.token_budget)
-        shared: tuple[BlockProfile, FloatArray, FloatArray, IntArray] | None = problem.shared.get(
-            ("block", k)
-        )
+        shared: _Shared | None = problem.shared.get(("block", k))
         if shared is None:
             memory = times = problem.memory_profile.block(k)
             if problem.memory_profile is not problem.mean_profile:
@@ -122,21 +137,29 @@ class _Block:
             prefill = np.outer(per_prefill, problem.workload.mean_prompt_tokens)
             work[:, :, 0] += prefill + np.outer(per_attention, problem.workload.prefill_attention)
             largest = problem.workload.max_prompt_tokens + (-(-problem.workload.max_output_tokens // k) - 1)
-            shared = (memory, base, work, largest)
+            variance = None if problem.work_variance is None else fold(problem.work_variance, k)
+            shared = (memory, base, work, variance, largest)
             if problem.size <= KEPT:
                 problem.shared["block", k] = shared
-        self._memory, self._base, self._work, self._cohort = shared
+        self._memory, self._base, self._work, self._variance, self._cohort = shared
 
-    def times(self, n: FloatArray) -> FloatArray:
-        """Durations of the iterations of a full block under every piece, (I, k), s."""
+    def _under_pieces(self, n: FloatArray) -> FloatArray:
+        """Mean durations of the iterations of a full block under every piece, (I, k), s."""
         return np.asarray(self._base[:, None] + n @ self._work)
 
-    def cycle_time(self, n: FloatArray) -> float:
-        return float(self.times(n).max(axis=0).sum())
+    def times(self, n: FloatArray) -> FloatArray:
+        """Durations of the iterations of a full block, (k,), s."""
+        mean = self._under_pieces(n)
+        if self._variance is None:
+            return np.asarray(mean.max(axis=0))
+        return expected_largest(mean, n @ self._variance)
 
-    def cycle_and_slope(self, n: FloatArray, direction: FloatArray) -> tuple[float, float]:
-        """T_k(n) and a subgradient along `direction`."""
-        times = self.times(n)
+    def cycle_time(self, n: FloatArray) -> float:
+        return float(self.times(n).sum())
+
+    def mean_batch_cycle(self, n: FloatArray, direction: FloatArray) -> tuple[float, float]:
+        """Cycle of mean batches, a convex bound of T_k from below, and a subgradient along `direction`."""
+        times = self._under_pieces(n)
         piece = times.argmax(axis=0)
         iterations = np.arange(self.k)
         slopes = direction @ self._work
@@ -192,7 +215,7 @@ def least_thresholds(
         if np.all(rate * reached <= n * (1 + ROUNDING)):
             return n
         ahead = np.maximum(n, rate * reached)
-        value, slope = block.cycle_and_slope(ahead, np.where(rate * reached > n, rate, 0.0))
+        value, slope = block.mean_batch_cycle(ahead, np.where(rate * reached > n, rate, 0.0))
         climb = stretch * value - reached
         if climb > 0.0 and stretch * slope >= 1.0:
             return "time"
@@ -217,10 +240,10 @@ def block_lengths(longest: int, block_iterations: int | None = None) -> list[int
 
 
 def _plan(problem: Problem, block: _Block, n: FloatArray) -> WaitPlan:
-    times = block.times(n).max(axis=0)
+    times = block.times(n)
     cycle = float(times.sum())
     arrivals = problem.rate * cycle
-    queue = (n - 1.0) / 2.0 + queue_estimate(n, arrivals)
+    queue = (n - 1.0) / 2.0 + queue_estimate(n, arrivals) * problem.queue_factor(n / cycle)
     return WaitPlan(
         block.k,
         n.astype(np.int64),
@@ -331,12 +354,14 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
     k, n, cycle, rate = plan.block_iterations, plan.threshold, plan.cycle_time, problem.rate
     workload = problem.workload
     arrivals = rate * cycle
-    queue = np.array(
+    plain = np.array(
         [
-            embedded_queue_mean(size, m) if m < size * (1 - ROUNDING) else math.inf
+            embedded_queue_mean(size, m, wait=False) if m < size * (1 - ROUNDING) else math.inf
             for size, m in zip(n.tolist(), arrivals.tolist(), strict=True)
         ]
     )
+    factor = problem.queue_factor(n / cycle)
+    queue = (n - 1) / 2.0 + factor * plain
     ttft = queue / rate + cycle / 2.0 + plan.first_iteration
     longest_requests = problem.worst_profile.block(k)
     worst = float((n @ longest_requests.mean).max()) if problem.is_bounded else math.inf
@@ -382,7 +407,7 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
         "cycle_time": entry(
             cycle,
             "s",
-            "T_k(n) = Σ_r max_i (c0_i + Σ_j n_j w_ij(r))",
+            "T_k(n) = Σ_r " + ("max_i" if problem.is_fixed else "E max_i") + " (c0_i + Σ_j n_j w_ij(r))",
             "certain" if problem.is_fixed else "expectation",
         ),
         "slack": entry(
@@ -416,9 +441,11 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
         "queue": entry(
             float((queue + arrivals / 2.0).sum()),
             "requests",
-            "Σ_j E[W_j] + a_j T / 2, W' = W + X − n 1{W + X ≥ n}, X ~ Poisson(a_j T)",
+            "Σ_j E[W_j] + a_j T / 2, E[W] = (n − 1)/2 + factor · E[V], V' = max(V + X − n, 0), X ~ Poisson(a_j T)",
             "expectation",
             per_type=queue + arrivals / 2.0,
+            factor=factor,
+            factor_formula="1 + a_j Σ_i (n_i / T) Var(w_i): random cycles; 1 for fixed lengths",
             holds_for="arrivals at the admitted rates",
         ),
         "ttft": entry(

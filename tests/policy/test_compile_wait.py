@@ -77,6 +77,36 @@ def test_certificate_says_value_unit_formula_guarantee():
     assert table == fs.PolicyTable.from_dict(table.to_dict())
 
 
+def test_cycle_of_random_lengths_is_the_expected_one():
+    """Drawn: full blocks around a knee last about T_k(n), within 3 %, and longer than mean batches."""
+    law = fs.lengths.joint([50, 400, 120], [5, 30, 60], [0.5, 0.2, 0.3])
+    time = fs.IterationTime.two_piece(0.01, 1e-5, 300, 9e-5, 3e-7, 1e-9)
+    fluid = fs.solve_fluid(fs.Workload([fs.RequestType("t", 20.0, lengths=law)]), fs.Server(1e9, time))
+    k = 6
+    table = compile_policy(fluid, "wait", slack=0.1, block_iterations=k)
+    n = int(table.thresholds[0])
+    rng = np.random.default_rng(5)
+    runs = 20_000
+    tokens, kv, attention = np.zeros((3, runs, k))
+    for i in range(10):
+        p, o = (x.reshape(runs, n) for x in law.sample(rng, runs * n))
+        for r in range(k):
+            stage = i * k + r
+            there = o > stage
+            if stage == 0:
+                prompts, attention[:, 0] = p.sum(axis=1), (p.astype(float) ** 2).sum(axis=1) / 2
+                tokens[:, 0] += prompts
+            else:
+                tokens[:, r] += there.sum(axis=1)
+                kv[:, r] += ((p + stage) * there).sum(axis=1)
+    drawn = np.maximum(0.01 + 1e-5 * tokens, 0.01 + 1e-5 * tokens + 9e-5 * (tokens - 300)) + 3e-7 * kv
+    drawn += 1e-9 * attention
+    expected = drawn.sum(axis=1).mean()
+    of_mean_batch = _Block(Problem.of(fluid, 0.01), k).mean_batch_cycle(np.array([float(n)]), np.zeros(1))[0]
+    assert of_mean_batch < 0.97 * expected
+    assert value(table, "cycle_time") == pytest.approx(expected, rel=0.03)
+
+
 # ------------------------------------------------------------------ laws
 
 TYPES = st.lists(
