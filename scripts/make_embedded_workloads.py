@@ -18,6 +18,9 @@ the joint law of each type, hundreds of points, is replaced by at most 40 of the
 The solver only says *which* points carry weight. Their weights are then the solution of the equations in
 rational arithmetic (all data are integers), rounded once: moments are conserved to the last bit of a double,
 whatever the solver's tolerance. The same trace gives the same bytes.
+
+Beside each workload, ``profiles/`` gets the trace's rate in steps of five minutes from its first arrival (requests
+over seconds; a rest shorter than half a step joins the last one), as the recipe of `fs.arrivals.time_varying`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from fluidsched._files import to_jsonable, write_whole
 TYPES = 12
 LEVELS = [*(np.arange(1, 12) / 12), 0.97, 0.99]
 DEGREE = 3
+STEP = 300.0
 AZURE = "Microsoft Azure LLM inference trace 2023 ({}), CC-BY-4.0; Patel et al., Splitwise, ISCA 2024"
 TRACES = {
     "azure_conv": (
@@ -64,6 +68,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, text in embedded_workloads(arguments.data_root).items():
         write_whole(arguments.out / f"{name}.json", text)
+    for name, text in rate_profiles(arguments.data_root).items():
+        write_whole(arguments.out / "profiles" / f"{name}.json", text)
 
 
 def embedded_workloads(data_root: Path) -> dict[str, str]:
@@ -91,6 +97,19 @@ def embedded_workloads(data_root: Path) -> dict[str, str]:
         opening = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
         texts[name] = f'{opening},\n "types": [\n  {rows}\n ]\n}}\n'
         fs.Workload.from_dict(json.loads(texts[name]))
+    return texts
+
+
+def rate_profiles(data_root: Path) -> dict[str, str]:
+    """Name -> JSON text of the rate profile of each trace."""
+    texts = {}
+    for name, (file, _, _) in TRACES.items():
+        path = fs.read_trace(data_root / "traces" / file)
+        times, duration = path.arrival_s - path.arrival_s[0], path.duration
+        edges = np.append(STEP * np.arange(max(1, round(duration / STEP))), duration)
+        steps = np.diff(edges)
+        rates = np.histogram(times, edges)[0] / steps
+        texts[name] = json.dumps(to_jsonable(fs.arrivals.time_varying(rates, steps).to_dict())) + "\n"
     return texts
 
 

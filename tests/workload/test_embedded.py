@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import fluidsched as fs
 from fluidsched.errors import InputError
@@ -105,3 +106,26 @@ def test_the_script_writes_the_embedded_files(data_root: Path) -> None:
     folder = Path(fs.__file__).parent / "workload" / "embedded"
     for name, text in texts.items():
         assert (folder / f"{name}.json").read_bytes() == text.encode()
+    for name, text in script["rate_profiles"](data_root).items():
+        assert (folder / "profiles" / f"{name}.json").read_bytes() == text.encode()
+
+
+def test_rate_profiles_keep_the_rate_and_add_the_drift() -> None:
+    """With its profile a workload has the same rates; counts per 5-minute step are Poisson about the trace's.
+
+    40 hours of the Azure conversations: Σ (n − m)²/m over 12 steps is χ² (means above 500), at error rate 1e-6.
+    """
+    for name in fs.workloads.names():
+        workload = fs.workloads.get(name, profile=True)
+        assert workload.with_arrivals(fs.arrivals.poisson()) == fs.workloads.get(name)
+        assert sum(workload.types[0].arrivals.step) > 600
+    workload = fs.workloads.azure_conv(profile=True)
+    profile = fs.workloads.rate_profile("azure-conv")
+    period = sum(profile.step)
+    means = np.array(profile.relative_rate) * profile.step
+    assert means.sum() / period == pytest.approx(workload.total_arrival_rate)
+    path = workload.sample(40 * period, seed=1)
+    phase = path.arrival_s % period
+    counts = np.histogram(phase, np.concatenate([[0], np.cumsum(profile.step)]))[0]
+    statistic = float(((counts - 40 * means) ** 2 / (40 * means)).sum())
+    assert 5e-7 < stats.chi2(12).cdf(statistic) < 1 - 5e-7
