@@ -31,6 +31,7 @@ if (
     from fluidsched.fluid import FluidProgram as FluidProgram
     from fluidsched.fluid import FluidSolution as FluidSolution
     from fluidsched.fluid import Pool as Pool
+    from fluidsched.fluid import plan_capacity as plan_capacity
     from fluidsched.fluid import solve_fluid as solve_fluid
     from fluidsched.fluid import solve_transient as solve_transient
     from fluidsched.fluid import stability_region as stability_region
@@ -74,6 +75,7 @@ _PUBLIC = {
     "solve_transient": "fluidsched.fluid",
     "Pool": "fluidsched.fluid",
     "stability_region": "fluidsched.fluid",
+    "plan_capacity": "fluidsched.fluid",
     "compile_policy": "fluidsched.policy",
     "PolicyTable": "fluidsched.policy",
     "baselines": "fluidsched.policy.baselines",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fluidsched.fluid.capacity import CapacityPlan, plan_capacity, plan_load
 from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
 from fluidsched.fluid.demand import demand_rates, sinusoidal_rates
 from fluidsched.fluid.pools import Pool, PoolsSolution, solve_pools
@@ -13,6 +14,7 @@ from fluidsched.fluid.transient import solve_transient
 from fluidsched.fluid.transient_solution import TransientSolution
 
 __all__ = [
+    "CapacityPlan",
     "FluidProgram",
     "FluidSolution",
     "Pool",
@@ -24,6 +26,8 @@ __all__ = [
     "busy_work",
     "chunk_overhead",
     "demand_rates",
+    "plan_capacity",
+    "plan_load",
     "ranging",
     "sinusoidal_rates",
     "solve_fluid",

@@ -41,6 +41,7 @@ _OPTIONS: dict[str, bool | int | float | str] = {
     "primal_feasibility_tolerance": 1e-10,
     "dual_feasibility_tolerance": 1e-10,
     "small_matrix_value": 1e-12,
+    "mip_feasibility_tolerance": 1e-9,
     "time_limit": 600.0,
 }
 

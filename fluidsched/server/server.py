@@ -89,6 +89,87 @@ class Server:
             if not isinstance(getattr(self, text), str):
                 raise InputError(text, getattr(self, text), "be a string")
 
+    @classmethod
+    def from_model_config(
+        cls,
+        iteration_time: IterationTime,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        parameters: float,
+        gpu_memory_bytes: float,
+        tensor_parallel: int = 1,
+        memory_utilization: float = 0.9,
+        weight_bytes_per_parameter: float = 2.0,
+        kv_bytes_per_element: float = 2.0,
+        max_batch_size: int | None = None,
+        token_budget: int | None = None,
+        block_size: int | None = None,
+        name: str = "server",
+    ) -> Server:
+        """Compute the KV capacity from a model's dimensions and the GPUs' memory.
+
+        A token's keys and values take 2·layers·kv_heads·head_dim elements; what the weights leave of the
+        usable memory of all GPUs together is KV.
+
+        Parameters
+        ----------
+        iteration_time : IterationTime
+            Duration of an iteration, s.
+        layers, kv_heads, head_dim : int
+            Of the model; kv_heads is smaller than the number of heads with grouped queries.
+        parameters : float
+            Number of weights kept in GPU memory.
+        gpu_memory_bytes : float
+            Of one GPU.
+        tensor_parallel : int
+            GPUs that share the model.
+        memory_utilization : float
+            Fraction of the memory that weights and KV may take.
+        weight_bytes_per_parameter, kv_bytes_per_element : float
+            2 for 16-bit, 1 for 8-bit formats.
+        max_batch_size, token_budget, block_size, name
+            As for `Server`.
+
+        Raises
+        ------
+        InputError
+            If an argument is wrong, or the weights leave no room.
+
+        Examples
+        --------
+        Llama-2-7B on an 80 GiB card, its weights without embeddings:
+
+        >>> server = Server.from_model_config(
+        ...     IterationTime.paper(0.01, 3e-7), layers=32, kv_heads=32, head_dim=128,
+        ...     parameters=6.476e9, gpu_memory_bytes=80 * 2**30,
+        ... )
+        >>> server.kv_capacity
+        122752.0
+        """
+        elements = 2
+        for argument, count in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            elements *= check_count(argument, count, minimum=1)
+        per_token = elements * check_real("kv_bytes_per_element", kv_bytes_per_element, above=0.0)
+        memory = (
+            check_count("tensor_parallel", tensor_parallel, minimum=1)
+            * check_real("gpu_memory_bytes", gpu_memory_bytes, above=0.0)
+            * check_real("memory_utilization", memory_utilization, above=0.0, maximum=1.0)
+        )
+        weights = check_real("parameters", parameters, above=0.0) * check_real(
+            "weight_bytes_per_parameter", weight_bytes_per_parameter, above=0.0
+        )
+        tokens = math.floor((memory - weights) / per_token)
+        if tokens < 1:
+            raise InputError(
+                "parameters",
+                f"{weights / 1e9:.4g} GB of weights",
+                f"leave room for KV in {memory / 1e9:.4g} GB",
+                "Raise tensor_parallel or memory_utilization.",
+            )
+        return cls(tokens, iteration_time, max_batch_size, token_budget, block_size, name=name)
+
     @property
     def kv_blocks(self) -> int | None:
         """⌊C/b⌋; None without `block_size` or with unlimited memory."""

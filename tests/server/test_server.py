@@ -88,3 +88,19 @@ def test_repr_shows_limits_with_units() -> None:
     assert "token_budget=2,048 tokens" in shown
     assert "max_batch_size" not in shown
     assert "measured" in shown
+
+
+def test_capacity_from_a_model_config() -> None:
+    """Keys and values of every layer and KV head; tensor parallelism pools memory and shares the weights."""
+    config = {"layers": 32, "kv_heads": 8, "head_dim": 128, "parameters": 8e9, "gpu_memory_bytes": 80e9}
+    one, two = (Server.from_model_config(PAPER, **config, tensor_parallel=n) for n in (1, 2))
+    per_token = 2 * 32 * 8 * 128 * 2
+    assert one.kv_capacity == (0.9 * 80e9 - 16e9) // per_token
+    assert two.kv_capacity == (0.9 * 160e9 - 16e9) // per_token
+    eight_bit = Server.from_model_config(PAPER, **config, kv_bytes_per_element=1, block_size=16, name="mine")
+    assert eight_bit.kv_capacity == (0.9 * 80e9 - 16e9) // (per_token / 2)
+    assert (eight_bit.block_size, eight_bit.name) == (16, "mine")
+    with pytest.raises(InputError, match="leave room for KV"):
+        Server.from_model_config(PAPER, **{**config, "parameters": 70e9})
+    with pytest.raises(InputError, match="kv_heads"):
+        Server.from_model_config(PAPER, **{**config, "kv_heads": 0})
