@@ -25,6 +25,7 @@ if (
 ):  # what readers of the code and type checkers see; at run time `__getattr__` loads each on first use
     from fluidsched import bounds as bounds
     from fluidsched import errors as errors
+    from fluidsched import examples as examples
     from fluidsched import plots as plots
     from fluidsched.comparison import Comparison as Comparison
     from fluidsched.comparison import compare as compare
@@ -87,6 +88,7 @@ _PUBLIC = {
     "sweep": "fluidsched.sweeps",
     "plan": "fluidsched.planning",
     "plots": "fluidsched.plots",
+    "examples": "fluidsched.examples",
     "show_versions": "fluidsched.reporting",
 }
 

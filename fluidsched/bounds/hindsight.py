@@ -154,7 +154,7 @@ class _Instance:
         return np.asarray(self.length[self.kind])
 
 
-def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 50.0) -> Hindsight:
+def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 30.0) -> Hindsight:
     """Best schedule of a short path in hindsight, by the integer program.
 
     A schedule found by annealing starts the solver and fixes the window. If the limit is reached before the
