@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -250,7 +251,7 @@ class Lookahead:
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(LookaheadMode))
         least = 1.0 if self.mode == "reserve" else 0.0
-        most = 0.0 if self.mode == "none" else np.inf
+        most = 0.0 if self.mode == "none" else math.inf
         headroom = check_real("headroom_tokens", self.headroom_tokens, minimum=least, maximum=most)
         object.__setattr__(self, "headroom_tokens", headroom)
 
@@ -368,9 +369,10 @@ class PolicyTable:
             if not isinstance(value, Mapping):
                 raise InputError(argument, value, "be an object with named fields")
             try:
-                put(self, argument, to_jsonable(value))  # JSON values only, so that equality survives a file
+                plain = to_jsonable(value)  # JSON values only, so that equality survives a file
             except TypeError as error:
                 raise InputError(argument, str(error), "hold JSON values only") from None
+            put(self, argument, _with_infinities(plain) if argument == "certificate" else plain)
         self._check_rows()
         self._check_kind()
 
@@ -673,6 +675,15 @@ class PolicyTable:
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self._headline())}</p>{self.to_frame().to_html()}"
+
+
+def _with_infinities(value: Any) -> Any:
+    """Turn the spelling "inf" of JSON back into the number, in a certificate's values."""
+    if isinstance(value, dict):
+        return {name: _with_infinities(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_infinities(item) for item in value]
+    return {"inf": math.inf, "-inf": -math.inf}.get(value, value) if isinstance(value, str) else value
 
 
 def _within(lengths: NDArray[np.int64], interval: tuple[int, int | None]) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -378,17 +379,19 @@ def test_bad_arguments():
 def test_unbounded_lengths_have_no_worst_case():
     unbounded = fs.Workload([fs.RequestType("g", 1.0, 100, fs.lengths.geometric(mean=20))])
     table = compile_policy(fs.solve_fluid(unbounded, fs.Server(50_000, PAPER)), "wait")
-    assert table.certificate["memory"]["worst_case"] == "inf"
+    assert table.certificate["memory"]["worst_case"] == math.inf
     assert table.certificate["largest_cohort"]["guarantee"] == "probability"
 
 
 def test_critical_slack_has_no_finite_queue():
-    """n = λT exactly: the queue has no stationary law, and the certificate says inf."""
+    """n = λT exactly: the queue has no stationary law, and the certificate says inf; files keep it."""
     time = fs.IterationTime.affine(0.25, 0.0, 0.0, 0.0)
     fluid = fs.solve_fluid(fs.Workload([fs.RequestType("a", 4.0, 8, 4)]), fs.Server(1000, time))
     table = compile_policy(fluid, "wait", slack=0.0, block_iterations=1)
     assert table.thresholds.tolist() == [1]
-    assert value(table, "queue") == "inf"
+    assert value(table, "queue") == math.inf
+    assert '"value": "inf"' in table.to_json()
+    assert fs.PolicyTable.from_dict(json.loads(table.to_json())) == table
 
 
 def test_curve_of_memory_and_wait():
