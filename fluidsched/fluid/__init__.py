@@ -5,6 +5,7 @@ from __future__ import annotations
 from fluidsched.fluid.capacity import CapacityPlan, plan_capacity, plan_load
 from fluidsched.fluid.coefficients import block_kv_work, busy_work, chunk_overhead
 from fluidsched.fluid.demand import demand_rates, sinusoidal_rates
+from fluidsched.fluid.fair import FairSolution, FluidVariables, fluid_variables, solve_fair
 from fluidsched.fluid.pools import Pool, PoolsSolution, solve_pools
 from fluidsched.fluid.program import FluidProgram, solve_fluid
 from fluidsched.fluid.region import StabilityRegion, stability_region
@@ -15,8 +16,10 @@ from fluidsched.fluid.transient_solution import TransientSolution
 
 __all__ = [
     "CapacityPlan",
+    "FairSolution",
     "FluidProgram",
     "FluidSolution",
+    "FluidVariables",
     "Pool",
     "PoolsSolution",
     "RateSweep",
@@ -26,10 +29,12 @@ __all__ = [
     "busy_work",
     "chunk_overhead",
     "demand_rates",
+    "fluid_variables",
     "plan_capacity",
     "plan_load",
     "ranging",
     "sinusoidal_rates",
+    "solve_fair",
     "solve_fluid",
     "solve_pools",
     "solve_transient",
