@@ -475,6 +475,15 @@ class ArrivalPath:
             write_whole(path, text.getvalue())
         return text.getvalue()
 
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the path as a Parquet file, whole, with the columns of `to_csv`; `read_trace` reads it back.
+
+        Needs pyarrow (``pip install fluidsched[parquet]``).
+        """
+        from fluidsched.workload.trace_parquet import write_parquet
+
+        write_parquet(self._columns(), path)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything but the name: equal requests, equal fingerprints."""

@@ -98,6 +98,8 @@ def test_rows_are_sorted_stably_by_time(tmp_path: Path) -> None:
         (f"{PLAIN}\n1,NaN,3", "prompt_tokens 'NaN'"),
         (f"{PLAIN}\n1,2.5,3", "prompt_tokens '2.5'"),
         (f"{PLAIN}\n1,1_000,3", "prompt_tokens '1_000'"),
+        (f"{PLAIN}\n1_0,1,3", "arrival_s '1_0'"),
+        (f"{PLAIN}\n1,{'9' * 5000},3", "be a whole number of tokens"),
         (f"{PLAIN}\n1,²,3", "prompt_tokens '²'"),
         (f"{PLAIN}\n1,99999999999,3", "prompt_tokens '99999999999'"),
         (f"{PLAIN},type\n1,2,3,\n", "line 2 must be a label"),
@@ -138,7 +140,7 @@ def test_reading_and_sampling_import_nothing_heavy(tmp_path: Path) -> None:
         "import sys, fluidsched as fs\n"
         "w = fs.read_trace(sys.argv[1]).to_workload(types=1)\n"
         "w.sample(10.0, 1).to_csv(); w.to_json(); fs.workloads.azure_conv()\n"
-        "print([m for m in ('pandas', 'scipy', 'numba', 'matplotlib', 'cvxpy') if m in sys.modules])\n"
+        "print([m for m in ('pandas', 'scipy', 'numba', 'matplotlib', 'cvxpy', 'pyarrow') if m in sys.modules])\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "t.csv")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
