@@ -42,7 +42,8 @@ is harmless: the decision is made again and comes out the same.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import njit
@@ -51,12 +52,23 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _compile(**options: Any) -> Callable[[_Function], _Function]:
+    """A decorator that compiles, with the options all functions here share, and keeps the function's type."""
+
+    def decorate(function: _Function) -> _Function:
+        compiled: _Function = njit(nogil=True, error_model="numpy", **options)(function)
+        return compiled
+
+    return decorate
+
+
 # Only the two loops are called from Python and cached; their parts are compiled into them.
-_loop = njit(cache=True, nogil=True, error_model="numpy")
-_part = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_inline = njit(
-    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True
-)
+_loop = _compile(cache=True)
+_part = _compile(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_inline = _compile(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 NOBODY = -1
 FAR = 1 << 62
@@ -137,7 +149,7 @@ def _first_end(value: float, slope: float, start: float, before: float, instant:
     if remaining <= 0.0 or most == 1.0:
         return 1.0
     first = value - 0.5 * slope
-    x = math.ceil(2.0 * remaining / (first + math.sqrt(first * first + 2.0 * slope * remaining)))
+    x = float(math.ceil(2.0 * remaining / (first + math.sqrt(first * first + 2.0 * slope * remaining))))
     x = min(max(x, 1.0), most)
     while x > 1.0:
         y = x - 1.0
@@ -907,7 +919,7 @@ def continuous(run: Run) -> None:
         while not (held_back or evicting):
             _open_rows(run, now)
             ended = _admit_waiting(run, used, budget, now)
-            if s.residents > 0 or s.waiting == 0 or cleared:
+            if s.residents > 0 or cleared:
                 break
             for j in range(rows.size):  # rule 18
                 rows[j].passed = rows[j].admissions

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from kernel_cases import KINDS, Case, assert_same_run, cases, run_reference_and_judge
 
-from fluidsched.simulation.kernel import run_kernel
+from fluidsched.errors import InputError
+from fluidsched.policy import baselines
+from fluidsched.server import IterationTime, Server, catalog
+from fluidsched.simulation import kernel
+from fluidsched.simulation.kernel import run_kernel, run_many
+from fluidsched.simulation.records import EngineRun
+from fluidsched.simulation.reference import run_reference
+from fluidsched.workload import ArrivalPath, read_trace
 
 
 def _compare_many(kind: str, dyadic: bool, examples: int) -> None:
@@ -39,3 +52,93 @@ def test_kernel_equals_reference(kind: str, dyadic: bool) -> None:
 def test_kernel_equals_reference_on_many(kind: str, dyadic: bool) -> None:
     """The same on 2 000 random systems per rule."""
     _compare_many(kind, dyadic, 1000)
+
+
+def _steady_path(count: int, seed: int) -> ArrivalPath:
+    rng = np.random.default_rng(seed)
+    arrival = np.cumsum(rng.exponential(0.1, count))
+    return ArrivalPath.from_arrays(arrival, rng.integers(1, 200, count), rng.integers(1, 100, count))
+
+
+def _bytes(run: EngineRun) -> bytes:
+    return b"".join(np.asarray(getattr(run, field.name)).tobytes() for field in fields(run))
+
+
+SERVER = Server(3000, IterationTime.affine(0.01, 1e-5, 1e-4, 1e-7), max_batch_size=32)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    """Same paths, same bytes, in the order of the paths, for one thread, two and more than paths."""
+    paths = [_steady_path(300, seed) for seed in range(5)]
+    expected = [
+        _bytes(run_kernel(path, SERVER, baselines.vllm(), horizon=20.0, occupancy_points=10))
+        for path in paths
+    ]
+    for threads in (1, 2, 9, None):
+        runs = run_many(paths, SERVER, baselines.vllm(), horizon=20.0, occupancy_points=10, threads=threads)
+        assert [_bytes(run) for run in runs] == expected
+
+
+def test_no_path_gives_no_run() -> None:
+    assert run_many([], SERVER, baselines.vllm(), horizon=None) == []
+
+
+def test_interrupt_stops_after_the_replications_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in one replication ends the call; those not begun never run."""
+    begun: list[ArrivalPath] = []
+
+    def interrupted(path: ArrivalPath, *_: object, **__: object) -> EngineRun:
+        begun.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel, "run_kernel", interrupted)
+    paths = [_steady_path(1, seed) for seed in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        run_many(paths, SERVER, baselines.vllm(), horizon=None, threads=2)
+    assert len(begun) < 200
+
+
+@pytest.mark.parametrize("run", [run_kernel, lambda path, *a, **k: run_many([path], *a, **k)])
+def test_iteration_time_without_pieces_is_refused(run: Callable[..., object]) -> None:
+    """Closed forms need affine pieces; any other function is for the reference engine."""
+    server = Server(100, IterationTime.function(lambda batch: 0.01))
+    with pytest.raises(InputError, match=r"iteration.time"):
+        run(_steady_path(3, 0), server, baselines.vllm(), horizon=None)
+
+
+def test_lengths_beyond_one_calendar() -> None:
+    """Outputs longer than the calendar has days (2^17) finish when they should."""
+    output = np.array([3, 140_000, 300_000, 131_072 + 3])
+    path = ArrivalPath.from_arrays([0.0, 0.0, 1.0, 1.0], [5, 5, 5, 5], output)
+    server = Server(math.inf, IterationTime.affine(0.5, 0.0, 0.0, 0.0))
+    run = run_kernel(path, server, baselines.vllm(), horizon=None)
+    start = np.array([0.0, 0.0, 1.0, 1.0])
+    np.testing.assert_array_equal(run.finish_s, start + 0.5 * output)
+    assert run.iterations == 300_002
+
+
+def test_counters_beyond_32_bits() -> None:
+    """The longest output a path can have: token counters pass 2^31 exactly."""
+    output = 2**31 - 1
+    path = ArrivalPath.from_arrays([0.0], [7], [output])
+    server = Server(math.inf, IterationTime.affine(2.0**-10, 0.0, 0.0, 0.0))
+    run = run_kernel(path, server, baselines.vllm(), horizon=None)
+    assert run.iterations == output
+    assert run.batch_token_sum == output + 6
+    assert run.peak_kv == output + 6
+    assert run.finish_s[0] == output * 2.0**-10
+
+
+@pytest.mark.data
+def test_azure_hour_equals_reference(data_root: Path) -> None:
+    """The first 3 000 requests of the conversation trace, two pieces, memory binding: the same in both engines."""
+    whole = read_trace(data_root / "traces" / "AzureLLMInferenceTrace_conv.csv")
+    first = slice(0, 3000)
+    path = ArrivalPath.from_arrays(
+        whole.arrival_s[first] * 0.8, whole.prompt_tokens[first], whole.output_tokens[first]
+    )
+    server = catalog.server("a100-80gb", "llama-2-7b")
+    for table in (baselines.vllm(), baselines.sarathi()):
+        reference = run_reference(path, server, table, horizon=None, warmup=100.0)
+        assert reference.preempted > 0
+        assert_same_run(run_kernel(path, server, table, horizon=None, warmup=100.0), reference)
