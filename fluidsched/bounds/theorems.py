@@ -14,11 +14,11 @@ T_1 is the first iteration of a full block. The second line counts a batch as st
 after it is complete; the third uses that consecutive batches of a type start n_j/λ_j apart in the mean, and
 that a batch is served once per start of its type until it leaves.
 
-**Conditions**, checked in this order: the table is literal WAIT (kind "wait", every gate its threshold, no
-hold limit); lengths are bounded; the certain memory bound max_r Σ_j n_j max(f_j(r), g_j) is within the
-capacity, so that nobody is ever preempted; the type is not refused (n_j ≥ 1); and m_j < n_j. At m_j = n_j
-the queue is bounded over a horizon only, by n + √n Σ k^{−1/2}, and delays follow with that in place of
-E[W_j].
+**Conditions**, checked in this order: the table is literal WAIT (kind "wait", every gate its threshold, no hold
+limit); lengths are bounded; the certain memory bound max_r Σ_j n_j max(f_j(r), g_j) is within the capacity, so that
+nobody is ever preempted, the residents Σ_j n_j B_j within the largest batch, and a full block's first iteration
+within the token budget; the type's arrivals are Poisson; it is not refused (n_j ≥ 1); and m_j < n_j. At m_j = n_j
+the queue is bounded over a horizon only, by n + √n Σ k^{−1/2}, and delays follow with that in place of E[W_j].
 
 **Nested WAIT.** A cohort of exactly n_{k−1} enters segment k − 1 at each of its runs, and each of its
 requests reaches segment k with probability p_k = Λ_k/Λ_{k−1}: the boundary queue of segment k *is* the
@@ -49,6 +49,7 @@ from fluidsched.queues import (
     embedded_queue_mean,
     first_passage_probability,
 )
+from fluidsched.workload.arrivals import poisson
 
 if TYPE_CHECKING:
     from fluidsched.policy import PolicyTable
@@ -129,9 +130,17 @@ def wait_bounds(
             f"the largest KV of the table, {memory:,.0f} tokens, exceeds the capacity of {capacity:,.0f}"
         )
         return _nothing(workload, violated)
+    blocks = -(-workload.max_output_tokens // k)
+    residents, limits = float(n @ blocks), (server.max_batch_size, table.max_in_service)
+    slots = min((limit for limit in limits if limit is not None), default=math.inf)
+    if residents > slots:
+        return _nothing(workload, f"up to {residents:,.0f} requests are in service, the limit is {slots:,}")
+    tokens = float(n @ (workload.max_prompt_tokens + blocks - 1))
+    if server.token_budget is not None and tokens > server.token_budget:
+        violated = f"a full block's first iteration takes {tokens:,.0f} tokens, the budget is {server.token_budget:,}"
+        return _nothing(workload, violated)
     cycle, first = float(times.sum()), float(times[0])
     arrivals = rate * cycle
-    blocks = -(-workload.max_output_tokens // k)
     shared = cycle if np.count_nonzero(n) > 1 else 0.0
 
     bounds = [
@@ -139,6 +148,9 @@ def wait_bounds(
     ]
     queue, delay = np.full(len(n), math.nan), np.full(len(n), math.nan)
     for j, name in enumerate(workload.type_names):
+        if workload.types[j].arrivals != poisson():
+            bounds += _none_for(name, f"arrivals are not Poisson but {workload.types[j].arrivals!r}")
+            continue
         queue[j], how, condition = _entry_queue(n[j], arrivals[j], cycle, horizon)
         if math.isnan(queue[j]):
             bounds += _none_for(name, condition)

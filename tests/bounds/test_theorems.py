@@ -94,6 +94,16 @@ def test_critical_threshold_needs_a_horizon() -> None:
     [
         (fs.baselines.vllm(), fs.Server(1000, TIME), "kind 'vllm'"),
         (wait_table(TWO, [4, 3]), fs.Server(150, TIME), "exceeds the capacity of 150"),
+        (
+            wait_table(TWO, [4, 3]),
+            fs.Server(1000, TIME, max_batch_size=29),
+            "up to 30 requests are in service",
+        ),
+        (
+            wait_table(TWO, [4, 3]),
+            fs.Server(1000, TIME, token_budget=48),
+            "takes 49 tokens, the budget is 48",
+        ),
         (wait_table(TWO, [4, 3], gate=2), fs.Server(1000, TIME), "gate below its threshold"),
         (wait_table(TWO, [4, 3], max_hold_s=5.0), fs.Server(1000, TIME), "hold limit"),
         (wait_table(TWO, [1, 3]), fs.Server(1000, TIME), "λT = "),
@@ -184,3 +194,12 @@ def test_nested_overflow_outside_its_conditions(
     bound = nested_wait_overflow(table, workload, fs.Server(10_000, TIME), 10.0)
     assert not bound.applies
     assert reason in bound.condition
+
+
+def test_other_than_poisson_arrivals_have_memory_but_no_queue_bound() -> None:
+    bursty = TWO.with_arrivals(fs.arrivals.renewal(cv=3.0))
+    bounds = by_name(wait_bounds(wait_table(bursty, [4, 3]), bursty, fs.Server(1000, TIME), horizon=10.0))
+    assert bounds["memory"].applies
+    assert "not Poisson" in bounds["mean_ttft[a]"].condition
+    assert not bounds["mean_ttft"].applies
+    assert not bounds["output_throughput_gap"].applies
