@@ -29,10 +29,12 @@ import numpy as np
 
 from fluidsched.errors import InfeasibleError
 from fluidsched.policy.problem import Problem, Slack, entry
-from fluidsched.policy.profiles import FloatArray
+from fluidsched.policy.profiles import FloatArray, normal_quantile
 
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
+
+RATES_OFF = 0.3  # of the robustness line
 
 __all__ = ["capped_certificate", "carried", "plan_cap", "resident_kv_law"]
 
@@ -61,7 +63,7 @@ def plan_cap(problem: Problem) -> tuple[float, int | None]:
         real = problem.capacity / _largest_request(problem)
     else:
         mean, deviation = resident_kv_law(problem)
-        half = problem.z * deviation / 2.0
+        half = normal_quantile(problem.overflow_probability) * deviation / 2.0
         root = (math.sqrt(half * half + mean * problem.capacity) - half) / mean
         real = root * root
     cap = min(real * (1 + 1e-12), problem.slots)
@@ -75,14 +77,14 @@ def _largest_request(problem: Problem) -> float:
 
 def carried(problem: Problem, cap: int | None, token_budget: float) -> float:
     """Largest multiple of the admitted rates that stays stable under a cap and a token budget."""
+    if cap == 0:
+        return 0.0
     base, busy = problem.coefficients[:, 0], problem.work @ problem.rate
     needed = [busy]
     for limit, demand in (
         (math.inf if cap is None else cap, problem.rate @ problem.workload.iterations),
         (token_budget, problem.rate @ problem.workload.processed_tokens),
     ):
-        if limit == 0:
-            return 0.0
         needed.append(busy + base * float(demand) / limit)
     most = float(np.max(needed))
     return math.inf if most <= 0.0 else 1.0 / most
@@ -96,16 +98,41 @@ def carried_at_least(problem: Problem, cap: int | None) -> float:
     return math.inf if most <= 0.0 else 1.0 / most
 
 
+def _mix_off(problem: Problem, cap: int | None, z: float) -> tuple[float, float]:
+    """Most KV held at mean + z sd, and least multiple carried, over the mixes with every rate 30 % off or less.
+
+    N κ̄ + z σ √N is largest where the weight is on the types that hold most per resident: with the types
+    in that order, the first few 30 % up and the others 30 % down. Carried is least with all rates up.
+    """
+    multiple = carried(problem, cap, math.inf) / (1.0 + RATES_OFF)
+    if cap is None:
+        return math.inf, multiple
+    order = np.argsort(-problem.workload.kv_work / problem.workload.iterations)
+    most = 0.0
+    for up in range(len(order) + 1):
+        factor = np.full(len(order), 1.0 - RATES_OFF)
+        factor[order[:up]] = 1.0 + RATES_OFF
+        mean, deviation = resident_kv_law(problem.at_rate(problem.rate * factor))
+        most = max(most, cap * mean + z * deviation * math.sqrt(cap))
+    return most, multiple
+
+
 def check_carried(
     problem: Problem, fluid: FluidSolution, cap: int | None, token_budget: float, slack: Slack
 ) -> float:
     """The multiple carried, or `InfeasibleError` with the largest load if it does not exceed 1 + slack."""
+    if cap == 0:
+        raise InfeasibleError(
+            f"no cap exists: not one request fits into {problem.capacity:,.0f} KV tokens with an overflow "
+            f"probability of {problem.overflow_probability:g}.",
+            "memory",
+        )
     multiple = carried(problem, cap, token_budget)
     margin = 0.0 if slack == "auto" else slack
     if multiple > 1.0 + margin:
         return multiple
     boundary = np.asarray(fluid.workload.arrival_rate) / float(np.max(fluid.load))
-    at_boundary = Problem.of(fluid, problem.overflow_probability, boundary)
+    at_boundary = Problem.of(fluid, problem.overflow_probability, problem.kv_reserve, boundary)
     share = carried(at_boundary, plan_cap(at_boundary)[1], token_budget)
     allowed = "no limit on requests in service" if cap is None else f"a cap of {cap:,}, which memory allows,"
     raise InfeasibleError(
@@ -119,14 +146,12 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, multiple:
     """What a cap guarantees; entries as in `fluidsched.policy.problem.entry`."""
     mean, deviation = resident_kv_law(problem)
     by_law = problem.overflow_probability > 0.0
+    z = normal_quantile(problem.overflow_probability) if by_law else 0.0
     worst: FloatArray | float = math.inf
     if cap is not None and problem.is_bounded:
         worst = cap * _largest_request(problem)
-    held = (
-        math.inf
-        if cap is None
-        else (cap * mean + problem.z * deviation * math.sqrt(cap) if by_law else worst)
-    )
+    held = math.inf if cap is None else (cap * mean + z * deviation * math.sqrt(cap) if by_law else worst)
+    memory_off, carried_off = _mix_off(problem, cap, z)
     return {
         "memory": entry(
             held,
@@ -137,7 +162,7 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, multiple:
             worst_case=worst,
             mean_per_resident=mean,
             sd_per_resident=deviation,
-            z=problem.z,
+            z=z,
         ),
         "overflow_probability": entry(
             problem.overflow_probability,
@@ -160,6 +185,15 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, multiple:
             "expectation",
             at_least=carried_at_least(problem, cap),
             at_least_formula="the same with w_ij at the steepest price of a prompt: batches have whole prompts or none",
+        ),
+        "robustness": entry(
+            multiple - 1.0,
+            "relative error of all rates at once",
+            "carried − 1 for rates in the same proportions; with each rate up to 30 % off, the most that N residents "
+            "hold at mean + z sd, and the least that is carried",
+            "expectation",
+            memory_mix_30_percent_off=memory_off,
+            carried_mix_30_percent_off=carried_off,
         ),
         "throughput": entry(
             float(problem.rate.sum()),

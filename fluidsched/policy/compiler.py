@@ -41,6 +41,7 @@ def compile_policy(
     overflow_probability: float = 0.01,
     block_iterations: int | None = None,
     horizon: float | None = None,
+    kv_reserve: float = 0.0,
 ) -> PolicyTable:
     """Compile a fluid solution into a policy table of the given kind.
 
@@ -63,6 +64,10 @@ def compile_policy(
         Iterations per block of "wait", window of "gated". None: chosen by the compiler.
     horizon : float, optional
         Seconds; "wait" then also states its throughput over that time from an empty start.
+
+    kv_reserve : float
+        Tokens of the KV capacity the table leaves free, for what the model does not know: a drifting mix,
+        lengths correlated in time. Memory bounds are then those of the rest.
 
     Returns
     -------
@@ -100,7 +105,7 @@ def compile_policy(
     slack = check_slack(slack)
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
-    problem = Problem.of(fluid, overflow_probability)
+    problem = Problem.of(fluid, overflow_probability, kv_reserve)
     if kind == "capped":
         if block_iterations is not None:
             raise InputError("block_iterations", block_iterations, "be left out: a cap has no blocks")
@@ -121,6 +126,7 @@ def _capped(fluid: FluidSolution, problem: Problem, slack: Slack) -> PolicyTable
         (TableType("*", arrival_rate=offered, admitted_rate=min(float(problem.rate.sum()), offered)),),
         max_in_service=cap,
         token_budget=TOKEN_BUDGET,
+        kv_limit_tokens=problem.kv_limit,
         certificate=capped.capped_certificate(problem, real, cap, multiple),
         provenance=provenance_of(fluid),
     )
@@ -152,6 +158,7 @@ def _gated(fluid: FluidSolution, problem: Problem, slack: Slack, window: int | N
         "gated",
         rows,
         token_budget=TOKEN_BUDGET,
+        kv_limit_tokens=problem.kv_limit,
         predictor=predictor_of(rows),
         certificate=gated.gated_certificate(problem, plan, spacing, budget),
         provenance=provenance_of(fluid),

@@ -290,6 +290,15 @@ def gated_certificate(
             "expectation",
         ),
         "slack": entry(plan.slack, "", "min_j n_j / (k_j a_j T(q)) − 1", "expectation"),
+        "robustness": entry(
+            plan.slack,
+            "relative error of all rates at once",
+            "margin_j = n_j / (k_j a_j T(q)) − 1: the table keeps up with any rates up to (1 + margin_j) a_j, and its "
+            "memory bound holds for all rates",
+            "expectation",
+            per_type=n / arrivals - 1.0,
+            all_rates_30_percent_up=plan.slack >= 0.3,
+        ),
         "largest_cohort": entry(
             cohort,
             "tokens",

@@ -56,15 +56,24 @@ class Problem:
         Admitted rates a_j, requests/s.
     overflow_probability : float
         δ; 0 for bounds that hold with certainty.
+    kv_reserve : float
+        Tokens of KV capacity that tables leave free.
     """
 
     workload: Workload
     server: Server
     rate: FloatArray
     overflow_probability: float
+    kv_reserve: float = 0.0
 
     @classmethod
-    def of(cls, fluid: FluidSolution, overflow_probability: float, rate: FloatArray | None = None) -> Problem:
+    def of(
+        cls,
+        fluid: FluidSolution,
+        overflow_probability: float,
+        kv_reserve: float = 0.0,
+        rate: FloatArray | None = None,
+    ) -> Problem:
         """The problem a fluid solution poses, at its admitted rates or at `rate` (J,).
 
         `InputError` if the iteration time has no affine pieces, or δ = 0 and a type's lengths have no
@@ -79,7 +88,14 @@ class Problem:
         workload = fluid.workload
         if active.size < len(workload):
             workload = Workload([workload.types[j] for j in active], workload.name)
-        problem = cls(workload, fluid.server, rate[active], float(overflow_probability))
+        kv_reserve = check_real("kv_reserve", kv_reserve, minimum=0.0)
+        if kv_reserve >= fluid.server.usable_kv_capacity:
+            raise InputError(
+                "kv_reserve",
+                kv_reserve,
+                f"be below the KV capacity, {fluid.server.usable_kv_capacity:,.0f} tokens",
+            )
+        problem = cls(workload, fluid.server, rate[active], float(overflow_probability), kv_reserve)
         if overflow_probability == 0.0 and not problem.is_bounded:
             unbounded = next(t.name for t in workload.types if not t.law.is_bounded)
             raise InputError(
@@ -266,8 +282,13 @@ class Problem:
 
     @property
     def capacity(self) -> float:
-        """KV tokens that can be held, whole blocks of them where memory is paged."""
-        return self.server.usable_kv_capacity
+        """KV tokens that tables may fill: whole blocks where memory is paged, less the reserve."""
+        return self.server.usable_kv_capacity - self.kv_reserve
+
+    @property
+    def kv_limit(self) -> float | None:
+        """What admission is told not to exceed, tokens: None without a reserve."""
+        return self.capacity if self.kv_reserve > 0.0 and math.isfinite(self.capacity) else None
 
     @property
     def slots(self) -> float:
@@ -354,7 +375,7 @@ def no_table(
     reason = min(set(reasons), key=list(_REASONS).index)
     load = float(np.max(fluid.load))
     offered = np.asarray(fluid.workload.arrival_rate)
-    boundary = Problem.of(fluid, problem.overflow_probability, offered / load)
+    boundary = Problem.of(fluid, problem.overflow_probability, problem.kv_reserve, offered / load)
     if np.array_equal(offered > 0.0, np.asarray(fluid.admitted_rate) > 0.0):
         boundary = problem.at_rate(boundary.rate)  # the same types: lengths need no second look
     low, high = 0.0, 1.0

@@ -420,6 +420,15 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
             "certain" if problem.is_fixed else "expectation",
             per_type=n / rate - cycle,
         ),
+        "robustness": entry(
+            plan.slack,
+            "relative error of all rates at once",
+            "margin_j = n_j / (a_j T_k(n)) − 1: the table keeps up with any rates up to (1 + margin_j) a_j, and its "
+            "memory bound holds for all rates",
+            "certain" if problem.is_fixed else "expectation",
+            per_type=n / arrivals - 1.0,
+            all_rates_30_percent_up=plan.slack >= 0.3,
+        ),
         "largest_cohort": entry(
             float(prompts + earlier.sum()),
             "tokens",

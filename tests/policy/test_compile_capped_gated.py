@@ -112,6 +112,61 @@ def test_cap_refuses_blocks():
         compile_policy(fluid, "capped", block_iterations=4)
 
 
+def test_ages_vary_also_where_lengths_do_not():
+    """One length: the cap leaves room for residents that happen to be old (z σ √N), unlike at δ = 1/2."""
+    fluid = fs.solve_fluid(fs.Workload([fs.RequestType("p", 1.0, 10, 200)]), fs.Server(4000, PAPER))
+    careful, even = (compile_policy(fluid, "capped", overflow_probability=d) for d in (0.01, 0.5))
+    assert careful.max_in_service < even.max_in_service
+    assert value(careful, "memory") <= 4000
+
+
+def test_no_room_for_one_request_at_that_probability():
+    fluid = fs.solve_fluid(fs.Workload([fs.RequestType("p", 0.01, 10, 200)]), fs.Server(220, PAPER))
+    with pytest.raises(InfeasibleError, match="not one request fits") as caught:
+        compile_policy(fluid, "capped", overflow_probability=0.001)
+    assert caught.value.reason == "memory"
+
+
+@pytest.mark.parametrize("kind", ["capped", "gated", "wait"])
+def test_a_reserve_is_left_free(a100, kind):
+    """Compiled for C − reserve: the bound respects it, and admission is told where it can be."""
+    fluid = fs.solve_fluid(fs.workloads.azure_conv().merged(1).at_load(0.6, a100), a100)
+    table = compile_policy(fluid, kind, kv_reserve=21_728)
+    assert value(table, "memory") <= 100_000
+    assert table.certificate["memory"]["capacity"] == 100_000
+    assert table.kv_limit_tokens == (None if kind == "wait" else 100_000)
+    for wrong in (-1.0, 121_728):
+        with pytest.raises(InputError, match="kv_reserve"):
+            compile_policy(fluid, kind, kv_reserve=wrong)
+
+
+def test_robustness_lines(a100):
+    """WAIT and gated keep up with every rate within its margin at once; a cap states the worst mix 30 % off."""
+    workload = fs.workloads.azure_conv().at_load(0.7, a100)
+    fluid = fs.solve_fluid(workload, a100)
+    for kind in ("wait", "gated"):
+        line = compile_policy(fluid, kind).certificate["robustness"]
+        assert line["value"] == pytest.approx(min(line["per_type"]))
+        assert line["all_rates_30_percent_up"] == (line["value"] >= 0.3)
+    table = compile_policy(fluid, "capped")
+    line = table.certificate["robustness"]
+    assert line["memory_mix_30_percent_off"] > value(table, "memory")
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        off = fluid.admitted_rate * rng.uniform(0.7, 1.3, len(workload))
+        mean, deviation = resident_kv_law(Problem.of(fluid, 0.01, rate=off))
+        held = 86 * mean + 2.3263479 * deviation * math.sqrt(86)
+        assert held <= line["memory_mix_30_percent_off"] * (1 + 1e-9)
+    assert line["carried_mix_30_percent_off"] == pytest.approx(value(table, "carried") / 1.3, rel=1e-6)
+
+
+def test_priorities_reach_the_table():
+    types = [fs.RequestType("a", 2.0, 100, 10, priority=1), fs.RequestType("b", 2.0, 100, 10, priority=0.5)]
+    fluid = fs.solve_fluid(fs.Workload(types), fs.Server(50_000, PAPER))
+    for kind in ("wait", "gated"):
+        assert [row.priority for row in compile_policy(fluid, kind).types] == [1.0, 0.5]
+
+
 # ------------------------------------------------------------------ gated
 
 
