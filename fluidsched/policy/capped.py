@@ -101,8 +101,8 @@ def carried_at_least(problem: Problem, cap: int | None) -> float:
 def _mix_off(problem: Problem, cap: int | None, z: float) -> tuple[float, float]:
     """Most KV held at mean + z sd, and least multiple carried, over the mixes with every rate 30 % off or less.
 
-    N κ̄ + z σ √N is largest where the weight is on the types that hold most per resident: with the types
-    in that order, the first few 30 % up and the others 30 % down. Carried is least with all rates up.
+    N κ̄ is largest with the weight on the types that hold most per resident: with the types in that order, the
+    first few 30 % up and the others 30 % down; σ is that of the same mix. Carried is least with all rates up.
     """
     multiple = carried(problem, cap, math.inf) / (1.0 + RATES_OFF)
     if cap is None:

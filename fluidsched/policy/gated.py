@@ -320,7 +320,7 @@ def gated_certificate(
             per_type=queue,
             factor=factor,
             factor_formula="1 + a_j Σ_i (q_i / T) Var(w_i): random iterations; 1 for fixed lengths",
-            holds_for="arrivals at the admitted rates",
+            holds_for="Poisson arrivals at the admitted rates",
         ),
         "ttft": entry(
             float(rate @ ttft / rate.sum()),
@@ -328,6 +328,6 @@ def gated_certificate(
             "E[V_j] / a_j + (2 + lag_j) T(q), mean over requests",
             "expectation",
             per_type=ttft,
-            holds_for="arrivals at the admitted rates",
+            holds_for="Poisson arrivals at the admitted rates",
         ),
     }

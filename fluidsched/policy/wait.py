@@ -455,7 +455,7 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
             per_type=queue + arrivals / 2.0,
             factor=factor,
             factor_formula="1 + a_j Σ_i (n_i / T) Var(w_i): random cycles; 1 for fixed lengths",
-            holds_for="arrivals at the admitted rates",
+            holds_for="Poisson arrivals at the admitted rates",
         ),
         "ttft": entry(
             float(rate @ ttft / rate.sum()),
@@ -463,7 +463,7 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
             "E[W_j] / a_j + T / 2 + first iteration of a full block, mean over requests",
             "expectation",
             per_type=ttft,
-            holds_for="arrivals at the admitted rates",
+            holds_for="Poisson arrivals at the admitted rates",
         ),
     }
 
