@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fluidsched.simulation.records import STATUSES, EngineRun
 from fluidsched.simulation.result import SimulationResult
+from fluidsched.simulation.rules import Decision, UserRule
 from fluidsched.simulation.run import simulate
 
-__all__ = ["STATUSES", "EngineRun", "SimulationResult", "simulate"]
+__all__ = ["STATUSES", "Decision", "EngineRun", "SimulationResult", "UserRule", "simulate"]

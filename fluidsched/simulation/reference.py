@@ -3,112 +3,96 @@ r"""The reference simulator: what a policy table means, step by step, in plain P
 The server runs one iteration at a time. Before each, at a *decision instant*, the table's rule preempts,
 admits and fixes the batch; the iteration then lasts
 
-    T(n_pf, n_dec, k_dec, q_pf)     (`IterationTime`: prompt tokens, decodes, KV they read, prefill
-    attention)
+    T(n_pf, n_dec, k_dec, q_pf)     (`IterationTime`: prompt tokens, decodes, KV they read, prefill attention)
 
 and takes effect at its end. This module *is* the definition; the compiled kernel equals it request by
 request. What follows numbers every rule; where a choice was open it is made here.
 
 Time
-  1. Decision instants: the end of an iteration; while idle, an arrival or a timer (rule 23). Arrivals up
-  to
+  1. Decision instants: the end of an iteration; while idle, an arrival or a timer (rule 23). Arrivals up to
      and at the instant have joined the queue. Requests that never fit (`limits.never_fits`) are `rejected`
      and never join it.
   2. A run with a horizon H takes no decision at or after H. An iteration that would end after H is cut:
-     nothing of it takes effect, but its decision (admissions, preemptions) stands and time integrals count
-     it up to H. One that ends at H takes effect. An idle server waits for H, so the verdict is always
-     "horizon".
+     nothing of it takes effect, but its decision (admissions, preemptions) stands and time integrals count it
+     up to H. One that ends at H takes effect. An idle server waits for H, so the verdict is always "horizon".
   3. A run without a horizon ends "finished" when nobody is waiting, resident or to come; "stuck" when the
-     server is idle, somebody is waiting or resident, and neither an arrival nor a timer is to come. It
-     ends at its last decision instant.
+     server is idle, somebody is waiting or resident, and neither an arrival nor a timer is to come. It ends
+     at its last decision instant.
 
 Requests
-  4. A request has `computed` KV tokens, `produced` output tokens, and a `target`. Waiting: computed = 0.
-  On
-     admission target = prompt + produced. While computed < target it *prefills*: a chunk of n tokens
-     raises computed by n, and the chunk that reaches target emits one token. After that it *decodes*:
-     computed and produced rise by one. So a resident holds prompt + produced - 1 tokens once its prompt is
-     done. It leaves at the end of the iteration in which produced = output.
+  4. A request has `computed` KV tokens, `produced` output tokens, and a `target`. Waiting: computed = 0. On
+     admission target = prompt + produced. While computed < target it *prefills*: a chunk of n tokens raises
+     computed by n, and the chunk that reaches target emits one token. After that it *decodes*: computed and
+     produced rise by one. So a resident holds prompt + produced - 1 tokens once its prompt is done. It leaves
+     at the end of the iteration in which produced = output.
   5. n_pf counts tokens of chunks, recomputed ones too; n_dec decodes; k_dec is the sum over decodes of
      computed after the iteration (p + k - 1 in iteration k); q_pf = Σ chunk·(computed before + chunk/2).
   6. Residents are ordered by (latest) admission, in the order in which one decision admits them.
 
 Memory
-  7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed +
-  n)
+  7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed + n)
      for it at once; other residents keep units(computed).
-  8. Preemption takes the most recently admitted resident: its memory is freed, its computed tokens are
-  wasted
-     (rule 4's computed before this iteration; tokens already scheduled for it in this decision are
-     withdrawn and go back to the budget), and it waits. `recompute` keeps produced; `restart` sets it to 0
-     and forgets the first-token time. A request may be preempted in the same decision that admitted it
-     only under `wait`.
-  9. Preempted requests wait in one stack, last preempted first, ahead of all others and whatever their
-  type;
+  8. Preemption takes the most recently admitted resident: its memory is freed, its computed tokens are wasted
+     (rule 4's computed before this iteration; tokens already scheduled for it in this decision are withdrawn
+     and go back to the budget), and it waits. `recompute` keeps produced; `restart` sets it to 0 and forgets
+     the first-token time. A request may be preempted in the same decision that admitted it only under `wait`.
+  9. Preempted requests wait in one stack, last preempted first, ahead of all others and whatever their type;
      under `wait` at the front of their own type's queue.
 
 Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
  10. The budget of the iteration is min(table, server). Residents first, in order (rule 6); `sarathi`: all
-     that decode, then all that prefill, each in order. Each takes 1 token (decode) or min(target -
-     computed, budget left, chunk_tokens). When the budget is used up the scan ends.
- 11. If its tokens do not fit in memory, residents are preempted until they do (rule 8). If it was itself
- the
+     that decode, then all that prefill, each in order. Each takes 1 token (decode) or min(target - computed,
+     budget left, chunk_tokens). When the budget is used up the scan ends.
+ 11. If its tokens do not fit in memory, residents are preempted until they do (rule 8). If it was itself the
      one preempted, the scan goes on with the next that is still resident.
  12. If anybody was preempted in this decision, nobody is admitted. If moreover the batch is empty, the
-     decision is taken again at once (this happens when a decode gives way while prefills are held, rule
-     16).
- 13. Otherwise waiting requests are admitted while budget and slots are left: first the preempted stack,
- then
-     by (priority, arrival, index); rows without priority come after all that have one. The scan ends at
-     the first request that does not fit. An admitted request takes its first chunk, min(target, budget
-     left, chunk_tokens).
- 14. A request fits if memory in use + units(target), or units(first chunk) without
- `whole_prompt_admission`,
+     decision is taken again at once (this happens when a decode gives way while prefills are held, rule 16).
+ 13. Otherwise waiting requests are admitted while budget and slots are left: first the preempted stack, then
+     by (priority, arrival, index); rows without priority come after all that have one. The scan ends at the
+     first request that does not fit. An admitted request takes its first chunk, min(target, budget left,
+     chunk_tokens).
+ 14. A request fits if memory in use + units(target), or units(first chunk) without `whole_prompt_admission`,
      is at most the admission limit; the limit is the whole capacity if there is no resident, else
      ⌊min(capacity - watermark·capacity, kv_limit)⌋. Memory in use is that of rule 7 in this iteration.
  15. Slots: residents ≤ min(max_in_service, max_batch_size), partly prefilled ones included.
- 16. `prefill_interval` N: an iteration is *held* if fewer than N - 1 iterations have run since the last
- one
+ 16. `prefill_interval` N: an iteration is *held* if fewer than N - 1 iterations have run since the last one
      that prefilled a token, some resident decodes, and the last decision that was not held left nobody
-     waiting. In a held iteration residents that prefill get nothing and nobody is admitted. Before the
-     first prefill, and with N = 1, nothing is held. A decision that is not held notes, when its batch is
-     fixed, whether anybody waits.
+     waiting. In a held iteration residents that prefill get nothing and nobody is admitted. Before the first
+     prefill, and with N = 1, nothing is held. A decision that is not held notes, when its batch is fixed,
+     whether anybody waits.
 
 `gated` adds
  17. At a decision a row may admit newcomers (never preempted before) if at least `gate` of them wait in it
      when the decision begins, or the longest-waiting of them has waited max_hold_s. It then admits at most
      threshold - (newcomers it admitted in the last period - 1 iterations run, and in this one). A row that
      may not admit, or no longer may, is skipped in rule 13. Preempted requests are exempt and not counted.
- 18. If the batch would be empty, the windows of all rows are cleared and rule 13 is tried once more; if it
- is
+ 18. If the batch would be empty, the windows of all rows are cleared and rule 13 is tried once more; if it is
      still empty the server idles.
 
 `orca`
  19. Every resident decodes. The scan of rule 13 (preempted stack always empty) admits while the slots, at
      most min(max_in_service, max_batch_size, budget), last; a request fits if Σ over residents and it of
-     units(prompt + R - 1) is at most the limit of rule 14, and its whole prompt fits in the budget left
-     after the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
+     units(prompt + R - 1) is at most the limit of rule 14, and its whole prompt fits in the budget left after
+     the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
 
 `wait`
  20. With no block running: J = the rows with threshold > 0 in which at least `gate` wait (preempted ones
      count), or in which the hold has expired (rule 23). The rows of J, by (priority, row), each admit
      min(threshold, waiting, slots left), from the front of their queue. All residents of the rows of J are
-     selected (at most `threshold` of them are ever at one stage, because one block admits at most that
-     many and a row's residents all move together). If nobody is selected the server idles. Otherwise a
-     block starts.
- 21. Each iteration of a block serves every selected request still resident: its whole prompt (target)
- first,
+     selected (at most `threshold` of them are ever at one stage, because one block admits at most that many
+     and a row's residents all move together). If nobody is selected the server idles. Otherwise a block
+     starts.
+ 21. Each iteration of a block serves every selected request still resident: its whole prompt (target) first,
      then a token each. Before it, while the memory of all residents, the served ones after their tokens,
      exceeds the capacity, the most recently admitted resident, selected or not, is preempted. A request
      preempted in a block is not admitted again before the next.
- 22. A block ends after block_iterations iterations or when no selected request is left. If preemption
- leaves
+ 22. A block ends after block_iterations iterations or when no selected request is left. If preemption leaves
      nobody to serve in a block's first iteration, the server idles until the next instant (anything else
      would repeat itself); in a later iteration, the next decision is taken at once.
  23. Hold: a row with max_hold_s h has expired at t if t ≥ s + h for one of its requests, waiting or (under
-     `wait`) resident, where s is the end of the last iteration that served it, or its arrival. Under
-     `gated` only newcomers count. An idle server wakes at the smallest s + h later than now, over the rows
-     with threshold > 0.
+     `wait`) resident, where s is the end of the last iteration that served it, or its arrival. Under `gated`
+     only newcomers count. An idle server wakes at the smallest s + h later than now, over the rows with
+     threshold > 0.
 
 A user's rule (`rules`)
  24. is asked at a decision instant if anybody waits or is resident. It preempts, admits and serves as its
