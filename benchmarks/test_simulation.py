@@ -1,0 +1,130 @@
+"""Requests per second of the kernel, per policy, and the Azure hour; each answer is checked on the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluidsched.policy import baselines
+from fluidsched.policy.table import Match, PolicyTable, TableType
+from fluidsched.server import IterationTime, Server, catalog
+from fluidsched.simulation.kernel import run_kernel, run_many
+from fluidsched.simulation.records import EngineRun
+from fluidsched.simulation.reference import run_reference
+from fluidsched.workload import ArrivalPath, read_trace
+
+SEED = 1
+CHECKED = 300  # requests that the reference simulates too
+OUTPUTS = {"short": 100, "middle": 200, "long": 300}
+
+# Decode times published for Llama-3-8B on an A100 (10.381 ms + 0.03267 ms per decode + 8.998e-5 ms per KV token).
+SERVER = Server(
+    math.inf, IterationTime.affine(0.010381, 0.0, 3.267e-5, 8.998e-8), max_batch_size=128, name="cap 128"
+)
+
+
+def backlog_file(arrivals: str, count: int = 5000) -> ArrivalPath:
+    """5 000 requests: prompt 20, output 100/200/300 in shares 1:2:3, Poisson 20/s or all at once."""
+    rng = np.random.default_rng(SEED)
+    output = rng.choice(list(OUTPUTS.values()), 5000, p=[1 / 6, 2 / 6, 3 / 6])[:count]
+    times = np.cumsum(rng.exponential(1 / 20, 5000))[:count]
+    return ArrivalPath.from_arrays(
+        times if arrivals == "poisson" else np.zeros(count), np.full(count, 20), output
+    )
+
+
+def _rows(gate: bool, period: int | None) -> tuple[TableType, ...]:
+    thresholds = {"short": 6, "middle": 12, "long": 18}
+    return tuple(
+        TableType(
+            name,
+            Match(output=(tokens, tokens)),
+            threshold=thresholds[name],
+            gate=thresholds[name] if gate else 0,
+            period=period,
+        )
+        for name, tokens in OUTPUTS.items()
+    )
+
+
+TABLES = {
+    "vllm": baselines.vllm(),
+    "capped": PolicyTable("capped", "capped", (TableType("*"),), max_in_service=100, token_budget=2048),
+    "sarathi": baselines.sarathi(),
+    "orca": baselines.orca(max_output_tokens=300),
+    "gated": PolicyTable(
+        "gated", "gated", _rows(gate=False, period=30), token_budget=2048, predictor="exact"
+    ),
+    "wait": PolicyTable(
+        "wait", "wait", _rows(gate=True, period=None), freeze=True, block_iterations=30, predictor="exact"
+    ),
+}
+
+
+def agrees(path: ArrivalPath, server: Server, table: PolicyTable) -> bool:
+    """Whether kernel and reference finish the same requests at the same times."""
+    kernel: EngineRun = run_kernel(path, server, table, horizon=None)
+    reference = run_reference(path, server, table, horizon=None)
+    return bool(
+        np.array_equal(kernel.status, reference.status)
+        and np.allclose(kernel.finish_s, reference.finish_s, rtol=1e-9, equal_nan=True)
+    )
+
+
+@pytest.mark.parametrize("arrivals", ["poisson", "at-once"])
+@pytest.mark.parametrize("policy", TABLES)
+def test_five_thousand_requests(
+    policy: str, arrivals: str, benchmark: Any, note: Callable[..., None]
+) -> None:
+    """One run on one processor, records and preemption on."""
+    path, table = backlog_file(arrivals), TABLES[policy]
+    run = benchmark(run_kernel, path, SERVER, table, horizon=None)
+    right = agrees(backlog_file(arrivals, CHECKED), SERVER, table)
+    note(seed=SEED, requests=len(path), iterations=run.iterations, right=right)
+    assert right
+
+
+@pytest.mark.parametrize("output", [100, 1_000, 10_000])
+def test_cost_does_not_grow_with_output_length(
+    output: int, benchmark: Any, note: Callable[..., None]
+) -> None:
+    """At equal batch a request costs the same whatever its length: lengths spread by ±20 %, cap 128."""
+    rng = np.random.default_rng(SEED)
+    count = 5000
+    lengths = rng.integers(round(0.8 * output), round(1.2 * output), count)
+    path = ArrivalPath.from_arrays(np.zeros(count), np.full(count, 20), lengths)
+    run = benchmark(run_kernel, path, SERVER, TABLES["vllm"], horizon=None)
+    note(seed=SEED, requests=count, iterations=run.iterations, right=bool((run.status == 0).all()))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("policy", ["vllm", "sarathi"])
+def test_azure_hour(policy: str, benchmark: Any, note: Callable[..., None], data_root: Path) -> None:
+    """19 366 requests of the conversation trace at its own rate, Llama-2-7B on an A100: under 0.2 s."""
+    path = read_trace(data_root / "traces" / "AzureLLMInferenceTrace_conv.csv")
+    server = catalog.server("a100-80gb", "llama-2-7b")
+    run = benchmark(run_kernel, path, server, TABLES[policy], horizon=None)
+    first = ArrivalPath.from_arrays(
+        path.arrival_s[:CHECKED], path.prompt_tokens[:CHECKED], path.output_tokens[:CHECKED]
+    )
+    right = agrees(first, server, TABLES[policy])
+    note(requests=len(path), iterations=run.iterations, preempted=run.preempted, right=right)
+    assert right
+
+
+@pytest.mark.data
+def test_azure_hour_sixty_four_replications(
+    benchmark: Any, note: Callable[..., None], data_root: Path
+) -> None:
+    """64 replications of the hour under one policy on all processors."""
+    path = read_trace(data_root / "traces" / "AzureLLMInferenceTrace_conv.csv")
+    server = catalog.server("a100-80gb", "llama-2-7b")
+    runs = benchmark(run_many, [path] * 64, server, TABLES["vllm"], horizon=None)
+    right = all(np.array_equal(run.finish_s, runs[0].finish_s) for run in runs)
+    note(requests=64 * len(path), right=right)
+    assert right
