@@ -52,6 +52,7 @@ if (
     from fluidsched.workload import Workload as Workload
     from fluidsched.workload import arrivals as arrivals
     from fluidsched.workload import lengths as lengths
+    from fluidsched.workload import predictions as predictions
     from fluidsched.workload import read_trace as read_trace
     from fluidsched.workload import workloads as workloads
 

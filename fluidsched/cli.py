@@ -132,6 +132,7 @@ def _spec(argument: str, path: Path) -> dict[str, Any]:
 def _load_workload(name: str) -> Workload | ArrivalPath:
     """An embedded workload by name, a spec by its suffix, else a trace."""
     from fluidsched.workload import Workload, read_trace, workloads
+    from fluidsched.workload.traces import is_json_trace
 
     if name in workloads.names():
         return workloads.get(name)
@@ -144,7 +145,7 @@ def _load_workload(name: str) -> Workload | ArrivalPath:
         raise InputError(
             "--workload", name, "name an embedded workload or an existing trace or spec file", hint
         )
-    if path.suffix.lower() in {".toml", ".json"}:
+    if path.suffix.lower() == ".toml" or (path.suffix.lower() == ".json" and not is_json_trace(path)):
         return Workload.from_dict(_spec("--workload", path))
     return read_trace(path)
 

@@ -11,7 +11,7 @@ import numpy as np
 from fluidsched.errors import InputError
 from fluidsched.workload.trace_rows import Columns, Rows, whole_number
 
-__all__ = ["read_json"]
+__all__ = ["is_trace", "read_json"]
 
 MOONCAKE = ("timestamp", "input_length", "output_length")
 BENCH = ("input_lens", "output_lens", "start_times")
@@ -20,11 +20,20 @@ LENGTHS = ("prompt_tokens", "output_tokens")
 _log = logging.getLogger(__name__)
 
 
+def is_trace(text: str) -> bool:
+    """Whether JSON text is a trace, not a description of a workload."""
+    return text.lstrip().startswith("[") or '"input_length"' in text or _is_bench(text)
+
+
+def _is_bench(text: str) -> bool:
+    return '"input_lens"' in text or '"request_throughput"' in text
+
+
 def read_json(place: str, text: str) -> Columns:
     """Columns of a JSON trace; which of the formats is seen from the first character and the keys."""
     if text.lstrip().startswith("["):
         return _lengths(place, _parsed(place, text))
-    if '"input_lens"' in text or '"request_throughput"' in text:
+    if _is_bench(text):
         return _bench(place, _parsed(place, text))
     return _mooncake(place, text)
 

@@ -50,11 +50,11 @@ from fluidsched._files import read_text
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import FloatArray
 from fluidsched.workload.path import ArrivalPath
-from fluidsched.workload.trace_json import read_json
+from fluidsched.workload.trace_json import is_trace, read_json
 from fluidsched.workload.trace_parquet import MAGIC, read_parquet
 from fluidsched.workload.trace_rows import Columns, Rows
 
-__all__ = ["read_trace"]
+__all__ = ["is_json_trace", "read_trace"]
 
 _TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?:Z|\+00:00)?", re.ASCII)
 
@@ -98,6 +98,11 @@ def read_trace(path: str | os.PathLike[str]) -> ArrivalPath:
         columns["type"] = np.array([index[label] for label in labels])
     sorted_columns: dict[str, Any] = {name: column[order] for name, column in columns.items()}
     return ArrivalPath(**sorted_columns, type_names=names, name=Path(path).stem)
+
+
+def is_json_trace(path: str | os.PathLike[str]) -> bool:
+    """Whether a JSON file is a trace for `read_trace`, not a workload for `Workload.from_json`."""
+    return is_trace(read_text("path", path))
 
 
 def _is_parquet(path: str | os.PathLike[str]) -> bool:

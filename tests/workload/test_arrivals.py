@@ -412,7 +412,7 @@ def test_ten_thousand_types_construct_in_linear_time() -> None:
         ),
         (lambda: fs.RequestType("a", 1.0, 5, 5, arrivals=2.0), "arrivals of type 'a' must be an arrival"),
         (lambda: arrivals.from_dict("x", 3), 'x must be an object with the field "process"'),
-        (lambda: arrivals.from_dict("x", {"process": "renewl", "cv": 1}), "Did you mean 'renewal'"),
+        (lambda: arrivals.from_dict("x", {"process": "renewa1", "cv": 1}), "Did you mean 'renewal'"),
         (lambda: arrivals.from_dict("x", {"process": "renewal"}), "x.cv must be given"),
         (lambda: arrivals.from_dict("x", {"process": "renewal", "cv": "1"}), "x.cv must be a finite"),
         (lambda: arrivals.from_dict("x", {"process": "batches", "size": 0}), "x.size must be a whole"),

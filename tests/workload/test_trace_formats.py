@@ -19,6 +19,7 @@ from path_cases import paths
 
 import fluidsched as fs
 from fluidsched.errors import InputError
+from fluidsched.workload.traces import is_json_trace
 
 BURST = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type"
 
@@ -230,3 +231,17 @@ def test_parquet_without_pyarrow_says_what_to_install(
     with pytest.raises(InputError, match=r"Install fluidsched\[parquet\]"):
         path.to_parquet(tmp_path / "new.parquet")
     assert not (tmp_path / "new.parquet").exists()
+
+
+def test_json_traces_are_told_from_workloads(tmp_path: Path) -> None:
+    """What the command line needs to know of a JSON file before it reads it."""
+    contents = {
+        "bench": (bench(), True),
+        "lengths": ([{"prompt_tokens": 1, "output_tokens": 1}], True),
+        "mooncake": ({"timestamp": 0, "input_length": 1, "output_length": 1}, True),
+        "workload": (fs.workloads.azure_conv().to_json(), False),
+    }
+    for name, (content, expected) in contents.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert is_json_trace(tmp_path / name) is expected
