@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluidsched.policy import baselines
-from fluidsched.policy.compiler import compile_policy
+from fluidsched.policy.compiler import compile_policy, largest_load
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.policy.wait import WaitCurve, wait_curve
 
@@ -16,5 +16,6 @@ __all__ = [
     "WaitCurve",
     "baselines",
     "compile_policy",
+    "largest_load",
     "wait_curve",
 ]

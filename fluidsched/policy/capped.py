@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 RATES_OFF = 0.3  # of the robustness line
 
-__all__ = ["capped_certificate", "carried", "plan_cap", "resident_kv_law"]
+__all__ = ["capped_certificate", "carried", "plan_cap", "resident_kv_law", "share_carried"]
 
 
 def resident_kv_law(problem: Problem) -> tuple[float, float]:
@@ -101,8 +101,9 @@ def carried_at_least(problem: Problem, cap: int | None) -> float:
 def _mix_off(problem: Problem, cap: int | None, z: float) -> tuple[float, float]:
     """Most KV held at mean + z sd, and least multiple carried, over the mixes with every rate 30 % off or less.
 
-    N κ̄ is largest with the weight on the types that hold most per resident: with the types in that order, the
-    first few 30 % up and the others 30 % down; σ is that of the same mix. Carried is least with all rates up.
+    N κ̄ is largest with the weight on the types that hold most per resident: with the types in that order,
+    the first few 30 % up and the others 30 % down; σ is that of the same mix. Carried is least with all
+    rates up.
     """
     multiple = carried(problem, cap, math.inf) / (1.0 + RATES_OFF)
     if cap is None:
@@ -115,6 +116,13 @@ def _mix_off(problem: Problem, cap: int | None, z: float) -> tuple[float, float]
         mean, deviation = resident_kv_law(problem.at_rate(problem.rate * factor))
         most = max(most, cap * mean + z * deviation * math.sqrt(cap))
     return most, multiple
+
+
+def share_carried(problem: Problem, fluid: FluidSolution, token_budget: float) -> float:
+    """Share of the fluid boundary, along the offered mix, below which a cap carries what is offered."""
+    boundary = np.asarray(fluid.workload.arrival_rate) / float(np.max(fluid.load))
+    at_boundary = Problem.of(fluid, problem.overflow_probability, problem.kv_reserve, boundary)
+    return carried(at_boundary, plan_cap(at_boundary)[1], token_budget)
 
 
 def check_carried(
@@ -131,9 +139,7 @@ def check_carried(
     margin = 0.0 if slack == "auto" else slack
     if multiple > 1.0 + margin:
         return multiple
-    boundary = np.asarray(fluid.workload.arrival_rate) / float(np.max(fluid.load))
-    at_boundary = Problem.of(fluid, problem.overflow_probability, problem.kv_reserve, boundary)
-    share = carried(at_boundary, plan_cap(at_boundary)[1], token_budget)
+    share = share_carried(problem, fluid, token_budget)
     allowed = "no limit on requests in service" if cap is None else f"a cap of {cap:,}, which memory allows,"
     raise InfeasibleError(
         f"at load {float(np.max(fluid.load)):.3f} {allowed} carries {multiple:.3f} times the admitted rates, "

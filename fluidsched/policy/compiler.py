@@ -18,16 +18,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluidsched._checks import check_real
+from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
 from fluidsched.policy import capped, gated, wait
-from fluidsched.policy.problem import Problem, Slack, check_slack, predictor_of, provenance_of, rows_of
+from fluidsched.policy.problem import (
+    Problem,
+    Slack,
+    check_slack,
+    largest_share,
+    predictor_of,
+    provenance_of,
+    rows_of,
+)
 from fluidsched.policy.table import PolicyTable, TableType
 
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
 
-__all__ = ["compile_policy"]
+__all__ = ["compile_policy", "largest_load"]
 
 COMPILED_KINDS = ("capped", "wait", "gated")
 TOKEN_BUDGET = 2048  # tokens per iteration of capped and gated tables, as vLLM's default
@@ -115,9 +123,61 @@ def compile_policy(
     return _gated(fluid, problem, slack, block_iterations)
 
 
+def largest_load(
+    fluid: FluidSolution,
+    kind: str,
+    *,
+    slack: float = 0.0,
+    overflow_probability: float = 0.01,
+    block_iterations: int | None = None,
+    kv_reserve: float = 0.0,
+) -> float:
+    """Return the largest share of the fluid boundary at which a table of this kind exists.
+
+    Parameters
+    ----------
+    fluid : FluidSolution
+        Names the workload, whose offered mix is scaled, and the server.
+    kind, overflow_probability, block_iterations, kv_reserve
+        As in `compile_policy`.
+    slack : float
+        ε the table has to have.
+
+    Returns
+    -------
+    float
+        In [0, 1], to within 0.001 for "wait" and "gated"; 0 where no table exists at any load.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> server = fs.catalog.server("a100-80gb", "llama-2-7b")
+    >>> fluid = fs.solve_fluid(fs.workloads.azure_conv().at_load(0.8, server), server)
+    >>> round(largest_load(fluid, "capped"), 3)
+    0.987
+    """
+    check_choice("kind", kind, COMPILED_KINDS)
+    slack = check_real("slack", slack, minimum=0.0)
+    problem = Problem.of(fluid, overflow_probability, kv_reserve)
+    if kind == "capped":
+        return min(capped.share_carried(problem, fluid, _token_budget(problem)) / (1.0 + slack), 1.0)
+    if kind == "wait":
+        lengths = wait.block_lengths(problem.mean_profile.stages, block_iterations)
+        return largest_share(fluid, problem, lambda offered: wait.wait_exists(offered, slack, lengths))
+    return largest_share(
+        fluid,
+        problem,
+        lambda offered: gated.gated_exists(offered, slack, _token_budget(problem), block_iterations),
+    )
+
+
+def _token_budget(problem: Problem) -> float:
+    return float(min(TOKEN_BUDGET, problem.server.token_budget or TOKEN_BUDGET))
+
+
 def _capped(fluid: FluidSolution, problem: Problem, slack: Slack) -> PolicyTable:
     real, cap = capped.plan_cap(problem)
-    budget = min(TOKEN_BUDGET, problem.server.token_budget or TOKEN_BUDGET)
+    budget = _token_budget(problem)
     multiple = capped.check_carried(problem, fluid, cap, budget, slack)
     offered = float(np.sum(fluid.workload.arrival_rate))
     return PolicyTable(
@@ -150,7 +210,7 @@ def _wait(
 
 
 def _gated(fluid: FluidSolution, problem: Problem, slack: Slack, window: int | None) -> PolicyTable:
-    budget = float(min(TOKEN_BUDGET, problem.server.token_budget or TOKEN_BUDGET))
+    budget = _token_budget(problem)
     plan, spacing = gated.plan_gated(problem, fluid, slack, budget, window)
     rows = rows_of(fluid, plan.threshold, np.zeros_like(plan.threshold), plan.period)
     return PolicyTable(

@@ -46,7 +46,7 @@ from fluidsched.queues import embedded_queue_mean
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
 
-__all__ = ["GatedPlan", "gated_certificate", "plan_gated"]
+__all__ = ["GatedPlan", "gated_certificate", "gated_exists", "plan_gated"]
 
 IntArray = NDArray[np.int64]
 
@@ -216,20 +216,36 @@ def plan_gated(
             "slack", "auto", "be a number where nothing limits the thresholds: there is no largest slack"
         )
     spacing = _spacing(problem, token_budget)
-    windows = spacing.periods.tolist()
-    if window is not None:
-        windows = [check_count("block_iterations", window, minimum=1)]
+    windows = _windows(spacing, window)
     plans = [_solve(problem, spacing, token_budget, k, slack) for k in windows]
     feasible = [p for p in plans if not isinstance(p, str)]
     if feasible:
         return min(feasible, key=lambda p: (p.wait, p.iteration_time)), spacing
     margin = 0.0 if slack == "auto" else slack
 
-    def exists(offered: Problem) -> bool:
-        room = _spacing(offered, token_budget)
-        return any(not isinstance(_solve(offered, room, token_budget, k, margin), str) for k in windows)
+    raise no_table(
+        "gated table",
+        problem,
+        fluid,
+        margin,
+        [p for p in plans if isinstance(p, str)],
+        lambda offered: gated_exists(offered, margin, token_budget, window),
+    )
 
-    raise no_table("gated table", problem, fluid, margin, [p for p in plans if isinstance(p, str)], exists)
+
+def _windows(spacing: _Spacing, window: int | None) -> list[int]:
+    if window is None:
+        return [int(k) for k in spacing.periods]
+    return [check_count("block_iterations", window, minimum=1)]
+
+
+def gated_exists(problem: Problem, margin: float, token_budget: float, window: int | None) -> bool:
+    """Whether a table with this slack exists for any window."""
+    spacing = _spacing(problem, token_budget)
+    return any(
+        not isinstance(_solve(problem, spacing, token_budget, k, margin), str)
+        for k in _windows(spacing, window)
+    )
 
 
 def gated_certificate(

@@ -37,7 +37,16 @@ from fluidsched.workload import RequestType, Workload
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
 
-__all__ = ["Problem", "Slack", "check_slack", "entry", "expected_largest", "no_table", "queue_estimate"]
+__all__ = [
+    "Problem",
+    "Slack",
+    "check_slack",
+    "entry",
+    "expected_largest",
+    "largest_share",
+    "no_table",
+    "queue_estimate",
+]
 
 Slack = float | Literal["auto"]
 SHARE_TOLERANCE = 1e-3  # of the largest load reported
@@ -358,24 +367,16 @@ _REASONS = {  # the least severe first
 }
 
 
-def no_table(
-    what: str,
-    problem: Problem,
-    fluid: FluidSolution,
-    margin: float,
-    reasons: Iterable[str],
-    exists: Callable[[Problem], bool],
-) -> InfeasibleError:
-    """The error that no table `what` exists: the least severe reason, the largest load at which one does.
+def largest_share(fluid: FluidSolution, problem: Problem, exists: Callable[[Problem], bool]) -> float:
+    """Largest share of the fluid boundary, along the offered mix, at which `exists`; 0 if nowhere.
 
-    The load is the largest share of the fluid boundary, along the offered mix, at which `exists`, by
-    bisection to within 0.001 and rounded down. `exists` must be monotone: what exists at a load exists
+    By bisection to within 0.001, rounded down. `exists` must be monotone: what exists at a load exists
     below it.
     """
-    reason = min(set(reasons), key=list(_REASONS).index)
-    load = float(np.max(fluid.load))
     offered = np.asarray(fluid.workload.arrival_rate)
-    boundary = Problem.of(fluid, problem.overflow_probability, problem.kv_reserve, offered / load)
+    boundary = Problem.of(
+        fluid, problem.overflow_probability, problem.kv_reserve, offered / float(np.max(fluid.load))
+    )
     if np.array_equal(offered > 0.0, np.asarray(fluid.admitted_rate) > 0.0):
         boundary = problem.at_rate(boundary.rate)  # the same types: lengths need no second look
     low, high = 0.0, 1.0
@@ -385,7 +386,20 @@ def no_table(
             low = middle
         else:
             high = middle
-    share = math.floor(low / SHARE_TOLERANCE) * SHARE_TOLERANCE
+    return math.floor(low / SHARE_TOLERANCE) * SHARE_TOLERANCE
+
+
+def no_table(
+    what: str,
+    problem: Problem,
+    fluid: FluidSolution,
+    margin: float,
+    reasons: Iterable[str],
+    exists: Callable[[Problem], bool],
+) -> InfeasibleError:
+    """The error that no table `what` exists: the least severe reason, the largest load at which one does."""
+    reason = min(set(reasons), key=list(_REASONS).index)
+    share = largest_share(fluid, problem, exists)
     until = (
         f"One exists up to {share:.3f} of the fluid boundary."
         if share > 0.0
@@ -393,7 +407,8 @@ def no_table(
     )
     margin_text = f" with slack {margin:g}" if margin else ""
     return InfeasibleError(
-        f"no {what}{margin_text} exists at load {load:.3f}: {_REASONS[reason]}. {until}", reason
+        f"no {what}{margin_text} exists at load {float(np.max(fluid.load)):.3f}: {_REASONS[reason]}. {until}",
+        reason,
     )
 
 

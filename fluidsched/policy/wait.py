@@ -75,7 +75,15 @@ if TYPE_CHECKING:
 
     from fluidsched.fluid import FluidSolution
 
-__all__ = ["WaitCurve", "WaitPlan", "block_lengths", "plan_wait", "wait_certificate", "wait_curve"]
+__all__ = [
+    "WaitCurve",
+    "WaitPlan",
+    "block_lengths",
+    "plan_wait",
+    "wait_certificate",
+    "wait_curve",
+    "wait_exists",
+]
 
 IntArray = NDArray[np.int64]
 ROUNDING = 1e-12  # relative: n counts as ⌈x⌉ if it is within this of x
@@ -322,10 +330,6 @@ def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterat
         exact = _solve(problem, best.block_iterations, slack)
         assert isinstance(exact, WaitPlan)
         return exact
-
-    def exists(offered: Problem) -> bool:
-        return any(not isinstance(_solve(offered, k, margin), str) for k in lengths)
-
     blocks = f"of {lengths[0]}" if len(lengths) == 1 else f"of 1 to {lengths[-1]:,}"
     raise no_table(
         f"WAIT table in blocks {blocks} iterations",
@@ -333,8 +337,13 @@ def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterat
         fluid,
         margin,
         _why_not(problem, margin, lengths),
-        exists,
+        lambda offered: wait_exists(offered, margin, lengths),
     )
+
+
+def wait_exists(problem: Problem, margin: float, lengths: Sequence[int]) -> bool:
+    """Whether a table with this slack exists for any of the block lengths."""
+    return any(not isinstance(_solve(problem, k, margin), str) for k in lengths)
 
 
 def _why_not(problem: Problem, margin: float, lengths: Sequence[int]) -> list[str]:

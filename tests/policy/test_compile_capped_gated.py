@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fluidsched as fs
 from fluidsched.errors import InfeasibleError, InputError
-from fluidsched.policy import compile_policy
+from fluidsched.policy import compile_policy, largest_load
 from fluidsched.policy.capped import resident_kv_law
 from fluidsched.policy.problem import Problem, expected_largest
 from fluidsched.queues import embedded_queue_mean
@@ -326,3 +326,15 @@ def test_expected_largest_of_normals():
     assert float(two) == pytest.approx(draws[:, :2].max(axis=1).mean(), abs=error)
     assert float(expected_largest(mean, variance)) >= draws.max(axis=1).mean() - error
     assert float(expected_largest(mean, np.zeros((3, 3)))) == 0.3
+
+
+@pytest.mark.parametrize("kind", ["capped", "wait", "gated"])
+def test_largest_load_is_where_tables_end(a100, kind):
+    """A table exists just below it and none just above; overload or not, the boundary is the same."""
+    conv = fs.workloads.azure_conv().merged(3)
+    share = largest_load(fs.solve_fluid(conv.at_load(0.5, a100), a100), kind)
+    assert largest_load(fs.solve_fluid(conv.at_load(1.4, a100), a100), kind) == pytest.approx(share, abs=1e-9)
+    compile_policy(fs.solve_fluid(conv.at_load(share - 0.001, a100), a100), kind)
+    with pytest.raises(InfeasibleError):
+        compile_policy(fs.solve_fluid(conv.at_load(share + 0.002, a100), a100), kind)
+    assert largest_load(fs.solve_fluid(conv.at_load(0.5, a100), a100), kind, slack=0.2) < share
