@@ -112,8 +112,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,7 +124,7 @@ from fluidsched.server import Server
 from fluidsched.server.iteration import BatchSummary
 from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Verdict
-from fluidsched.simulation.rules import Decision, RequestView, UserRule
+from fluidsched.simulation.rules import UserRule, follow
 
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
@@ -475,148 +474,6 @@ _RULES: dict[str, Callable[[_System], None]] = {
 }
 
 
-class _RequestView:
-    """`rules.RequestView` over the engine's own record."""
-
-    __slots__ = (
-        "_request", "arrival_s", "index", "label", "output_tokens", "predicted_output_tokens", "prompt_tokens",
-    )  # fmt: skip
-
-    def __init__(self, request: _Request, label: str | None, predicted_output_tokens: int | None):
-        self._request = request
-        self.index = request.index
-        self.arrival_s = request.arrival_s
-        self.prompt_tokens = request.prompt
-        self.output_tokens = request.output
-        self.label = label
-        self.predicted_output_tokens = predicted_output_tokens
-
-    @property
-    def produced(self) -> int:
-        return self._request.produced
-
-    @property
-    def computed(self) -> int:
-        return self._request.computed
-
-    @property
-    def preemptions(self) -> int:
-        return self._request.preemptions
-
-    @property
-    def served_s(self) -> float:
-        return self._request.served_s
-
-    @property
-    def missing(self) -> int:
-        request = self._request
-        target = request.target or request.prompt + request.produced
-        return max(target - request.computed, 0)
-
-    @property
-    def next_tokens(self) -> int:
-        return self.missing or 1
-
-
-class _Line(Sequence[RequestView]):
-    """The waiting requests in line, walked only as far as the rule looks."""
-
-    def __init__(self, system: _System, views: list[RequestView]):
-        self._system = system
-        self._views = views
-
-    def __len__(self) -> int:
-        return self._system.waiting_count()
-
-    def __iter__(self) -> Iterator[RequestView]:
-        for request in chain(reversed(self._system.preempted), self._system.queues[0]):
-            yield self._views[request.index]
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return list(islice(self, *key.indices(len(self))))
-        return self[key : key + 1 or None][0]
-
-
-class _UserDecision:
-    """Rule 24: asks the user's function and carries out what it says; itself the `rules.View` it hands over."""
-
-    def __init__(self, rule: UserRule, path: ArrivalPath, requests: list[_Request]):
-        predicted = path.predicted_output_tokens
-        self._rule = rule
-        self._requests = requests
-        self._views: list[RequestView] = [
-            _RequestView(request, path.label(i), None if predicted is None else int(predicted[i]))
-            for i, request in enumerate(requests)
-        ]
-        self._system: _System
-
-    @property
-    def now(self) -> float:
-        return self._system.now
-
-    @property
-    def iterations(self) -> int:
-        return self._system.iterations
-
-    @property
-    def kv_held(self) -> int:
-        return self._system.held
-
-    @property
-    def waiting(self) -> Sequence[RequestView]:
-        return _Line(self._system, self._views)
-
-    @property
-    def residents(self) -> list[RequestView]:
-        return [self._views[request.index] for request in self._system.residents]
-
-    def __call__(self, system: _System) -> None:
-        self._system = system
-        system.wake_s = math.inf
-        if not system.residents and not system.waiting_count():
-            return
-        decision = self._rule.decide(self)
-        if not isinstance(decision, Decision):
-            raise SimulationError(f"rule {self._rule.name!r} returned {decision!r}, not a Decision")
-        self._move(decision)
-        system.budget = system.limits.budget
-        for index, tokens in decision.serve.items():
-            request = self._named(index)
-            most = max(request.target - request.computed, 1)
-            self._require(request.target > 0, f"served request {index}, which is not resident")
-            self._require(1 <= tokens <= most, f"gave request {index} {tokens} tokens, not 1 to {most}")
-            system.schedule(request, tokens)
-        limits = system.limits
-        self._require(system.budget >= 0, f"filled more than the token budget, {limits.budget:,}")
-        self._require(system.used <= limits.capacity, f"filled more than the memory, {limits.capacity:,}")
-        self._require(len(system.residents) <= limits.slots, f"filled more than {limits.slots:,} slots")
-        if decision.wake_s is not None:
-            system.wake_s = decision.wake_s
-
-    def _move(self, decision: Decision) -> None:
-        system = self._system
-        for index in decision.preempt:
-            request = self._named(index)
-            self._require(request.target > 0, f"preempted request {index}, which is not resident")
-            system.preempt(request)
-            system.preempted.append(request)
-        for index in decision.admit:
-            request = self._named(index)
-            line = system.preempted if request in system.preempted else system.queues[0]
-            self._require(request in line, f"admitted request {index}, which does not wait")
-            line.remove(request)
-            system.admit(request)
-
-    def _named(self, index: int) -> _Request:
-        self._require(0 <= index < len(self._requests), f"named request {index!r}, which is not in the path")
-        return self._requests[index]
-
-    def _require(self, holds: bool, what: str) -> None:
-        if not holds:
-            raise SimulationError(f"rule {self._rule.name!r} {what}, at {self._system.now!r} s")
-
-
 # ------------------------------------------------------------------ time
 
 
@@ -694,7 +551,7 @@ def run_reference(
     clock = _Clock(server, horizon, warmup, on_iteration)
     last_arrival = requests[-1].arrival_s if requests else 0.0
     occupancy = _Occupancy(points, last_arrival if horizon is None else horizon)
-    decide = _RULES[table.kind] if rule is None else _UserDecision(rule, path, requests)
+    decide = _RULES[table.kind] if rule is None else follow(rule, path, requests)
     while True:
         while arrivals and arrivals[0].arrival_s <= system.now:
             request = arrivals.popleft()

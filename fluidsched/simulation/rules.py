@@ -33,17 +33,23 @@ One at a time, shortest prompt first:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
-from fluidsched.errors import InputError
+from fluidsched.errors import InputError, SimulationError
 from fluidsched.policy.table import PolicyTable, TableType
 
-__all__ = ["Decision", "RequestView", "UserRule", "View"]
+if TYPE_CHECKING:
+    from fluidsched.simulation.reference import _Request, _System
+    from fluidsched.workload import ArrivalPath
+
+__all__ = ["Decision", "RequestView", "UserRule", "View", "follow"]
 
 
-class RequestView(Protocol):
+class RequestView:
     """One request, read-only.
 
     Attributes
@@ -57,70 +63,107 @@ class RequestView(Protocol):
         The path's prediction, if it has one.
     label : str or None
         The path's type, if it has types.
-    produced, computed : int
-        Output tokens emitted, KV tokens held.
-    missing : int
-        Tokens to prefill before the next output token (waiting: prompt + produced); 0 if it decodes.
-    next_tokens : int
-        What finishes its next output token: `missing`, or 1.
-    preemptions : int
-    served_s : float
-        End of the last iteration that served it; its arrival before that.
     """
 
-    @property
-    def index(self) -> int: ...
-    @property
-    def arrival_s(self) -> float: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def predicted_output_tokens(self) -> int | None: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def produced(self) -> int: ...
-    @property
-    def computed(self) -> int: ...
-    @property
-    def missing(self) -> int: ...
-    @property
-    def next_tokens(self) -> int: ...
-    @property
-    def preemptions(self) -> int: ...
-    @property
-    def served_s(self) -> float: ...
+    __slots__ = (
+        "_request", "arrival_s", "index", "label", "output_tokens", "predicted_output_tokens", "prompt_tokens",
+    )  # fmt: skip
 
-
-class View(Protocol):
-    """What a rule sees at a decision instant, read-only.
-
-    Attributes
-    ----------
-    now : float
-        s.
-    iterations : int
-        Iterations run so far.
-    waiting : sequence of RequestView
-        Preempted ones first, the last preempted in front, then by arrival.
-    residents : sequence of RequestView
-        In order of admission.
-    kv_held : int
-        KV tokens held by residents.
-    """
+    def __init__(self, request: _Request, label: str | None, predicted_output_tokens: int | None):
+        self._request = request
+        self.index = request.index
+        self.arrival_s = request.arrival_s
+        self.prompt_tokens = request.prompt
+        self.output_tokens = request.output
+        self.label = label
+        self.predicted_output_tokens = predicted_output_tokens
 
     @property
-    def now(self) -> float: ...
+    def produced(self) -> int:
+        """Output tokens emitted."""
+        return self._request.produced
+
     @property
-    def iterations(self) -> int: ...
+    def computed(self) -> int:
+        """KV tokens held."""
+        return self._request.computed
+
     @property
-    def waiting(self) -> Sequence[RequestView]: ...
+    def preemptions(self) -> int:
+        """How often it lost its place."""
+        return self._request.preemptions
+
     @property
-    def residents(self) -> Sequence[RequestView]: ...
+    def served_s(self) -> float:
+        """End of the last iteration that served it; its arrival before that."""
+        return self._request.served_s
+
     @property
-    def kv_held(self) -> int: ...
+    def missing(self) -> int:
+        """Tokens to prefill before the next output token (waiting: prompt + produced); 0 if it decodes."""
+        request = self._request
+        target = request.target or request.prompt + request.produced
+        return max(target - request.computed, 0)
+
+    @property
+    def next_tokens(self) -> int:
+        """What finishes its next output token: `missing`, or 1."""
+        return self.missing or 1
+
+
+class View:
+    """What a rule sees at a decision instant, read-only."""
+
+    __slots__ = ("_system", "_views")
+
+    def __init__(self, system: _System, views: Sequence[RequestView]):
+        self._system = system
+        self._views = views
+
+    @property
+    def now(self) -> float:
+        """The instant, s."""
+        return self._system.now
+
+    @property
+    def iterations(self) -> int:
+        """Iterations run so far."""
+        return self._system.iterations
+
+    @property
+    def waiting(self) -> Sequence[RequestView]:
+        """Preempted requests, the last preempted in front, then the others by arrival."""
+        return _Line(self._system, self._views)
+
+    @property
+    def residents(self) -> Sequence[RequestView]:
+        """In order of admission."""
+        return [self._views[request.index] for request in self._system.residents]
+
+    @property
+    def kv_held(self) -> int:
+        """KV tokens held by residents."""
+        return self._system.held
+
+
+class _Line(Sequence[RequestView]):
+    """The waiting requests in line, walked only as far as the rule looks."""
+
+    def __init__(self, system: _System, views: Sequence[RequestView]):
+        self._system = system
+        self._views = views
+
+    def __len__(self) -> int:
+        return self._system.waiting_count()
+
+    def __iter__(self) -> Iterator[RequestView]:
+        for request in chain(reversed(self._system.preempted), self._system.queues[0]):
+            yield self._views[request.index]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return list(islice(self, *key.indices(len(self))))
+        return self[key : key + 1 or None][0]
 
 
 @dataclass(frozen=True)
@@ -169,3 +212,60 @@ class UserRule:
             raise InputError("decide", self.decide, "be a function of a View")
         plain = PolicyTable(self.name, "vllm", (TableType("*"),), preemption=self.preemption)
         object.__setattr__(self, "table", plain)
+
+
+def follow(rule: UserRule, path: ArrivalPath, requests: list[_Request]) -> Callable[[_System], None]:
+    """Return what the reference engine calls at a decision instant: ask the rule, carry out its decision."""
+    predicted = path.predicted_output_tokens
+    views = [
+        RequestView(request, path.label(i), None if predicted is None else int(predicted[i]))
+        for i, request in enumerate(requests)
+    ]
+
+    def require(holds: bool, what: str, system: _System) -> None:
+        if not holds:
+            raise SimulationError(f"rule {rule.name!r} {what}, at {system.now!r} s")
+
+    def named(index: int, system: _System) -> _Request:
+        require(0 <= index < len(requests), f"named request {index!r}, which is not in the path", system)
+        return requests[index]
+
+    def move(decision: Decision, system: _System) -> None:
+        for index in decision.preempt:
+            request = named(index, system)
+            require(request.target > 0, f"preempted request {index}, which is not resident", system)
+            system.preempt(request)
+            system.preempted.append(request)
+        for index in decision.admit:
+            request = named(index, system)
+            line = system.preempted if request in system.preempted else system.queues[0]
+            require(request in line, f"admitted request {index}, which does not wait", system)
+            line.remove(request)
+            system.admit(request)
+
+    def serve(decision: Decision, system: _System) -> None:
+        limits = system.limits
+        system.budget = limits.budget
+        for index, tokens in decision.serve.items():
+            request = named(index, system)
+            most = max(request.target - request.computed, 1)
+            require(request.target > 0, f"served request {index}, which is not resident", system)
+            require(1 <= tokens <= most, f"gave request {index} {tokens} tokens, not 1 to {most}", system)
+            system.schedule(request, tokens)
+        require(system.budget >= 0, f"filled more than the token budget, {limits.budget:,}", system)
+        require(system.used <= limits.capacity, f"filled more than the memory, {limits.capacity:,}", system)
+        require(len(system.residents) <= limits.slots, f"filled more than {limits.slots:,} slots", system)
+
+    def decide(system: _System) -> None:
+        system.wake_s = math.inf
+        if not system.residents and not system.waiting_count():
+            return
+        decision = rule.decide(View(system, views))
+        if not isinstance(decision, Decision):
+            raise SimulationError(f"rule {rule.name!r} returned {decision!r}, not a Decision")
+        move(decision, system)
+        serve(decision, system)
+        if decision.wake_s is not None:
+            system.wake_s = decision.wake_s
+
+    return decide

@@ -140,7 +140,7 @@ class TestSimulate:
 
 
 class TestMeasures:
-    """Three requests with known times: iterations 0–2, 2–4, 4–7.5 and 7.5–9 (see test_traces)."""
+    """Three requests with known times: iterations 0–2, 2–4, 4–7.5 and 7.5–9 (see test_hand_traces)."""
 
     PATH = path_of((0.0, 4, 3), (0.5, 2, 1), (2.5, 8, 2))
     SERVER = server_of(40, MIXED)
