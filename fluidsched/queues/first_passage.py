@@ -17,10 +17,10 @@ few roundings. The rows of Q^b become proportional to one another, to the quasi-
 rate at which the queue forgets. From then on Q^b = (1 − a_b) νᵀ and each doubling is a multiplication of
 vectors: time grows with the logarithm of the memory of the queue, hardly with b.
 
-**Buffer.** The probability decreases in x, is 0 for an x never exceeded, and at most δ at the Lundberg
-buffer: the exact buffer is found below it by bisection. Memory bounds need the queue *after* decisions:
-what stands in the queue beyond the n the table's base memory provides for is never more than that (theory
-of `policy`, Nested WAIT).
+**Buffer.** The probability decreases in x and is at most δ at the Lundberg buffer: the exact buffer is found
+below it by bisection. Memory bounds need the queue *after* decisions. The base memory of a table provides for n
+requests at a segment's first position; either n are being served there, or the segment is paused and the n
+places stand empty. What waits beyond them is at most what a decision would leave.
 """
 
 from __future__ import annotations
