@@ -15,6 +15,10 @@ that is iff
 
     c0_i Σ a_j S_j + N Σ a_j w_ij < N        for every piece i.
 
+That is so for the mean batch. A batch has whole prompts or none: with prompts at the steepest price of any
+piece (`Problem.lumped_work`) the same condition suffices however they fall, and where the two differ, beyond a
+knee, the certificate gives both.
+
 A token budget B per iteration binds in the same way with Σ a_j τ_j in place of Σ a_j S_j and B in place of
 N. Without a limit of its kind only Σ a_j w_ij < 1 remains. The left-hand sides are linear in the rates:
 the largest load carried is the smallest ratio of the right-hand side to the left.
@@ -75,11 +79,14 @@ def _largest_request(problem: Problem) -> float:
     return float((workload.max_prompt_tokens + workload.max_output_tokens - 1).max()) + problem.padding
 
 
-def carried(problem: Problem, cap: int | None, token_budget: float) -> float:
-    """Largest multiple of the admitted rates that stays stable under a cap and a token budget."""
+def carried(problem: Problem, cap: int | None, token_budget: float, work: FloatArray | None = None) -> float:
+    """Largest multiple of the admitted rates that stays stable under a cap and a token budget.
+
+    With the busy work of the mean batch, or with `work` (I, A).
+    """
     if cap == 0:
         return 0.0
-    base, busy = problem.coefficients[:, 0], problem.work @ problem.rate
+    base, busy = problem.coefficients[:, 0], (problem.work if work is None else work) @ problem.rate
     needed = [busy]
     for limit, demand in (
         (math.inf if cap is None else cap, problem.rate @ problem.workload.iterations),
@@ -87,14 +94,6 @@ def carried(problem: Problem, cap: int | None, token_budget: float) -> float:
     ):
         needed.append(busy + base * float(demand) / limit)
     most = float(np.max(needed))
-    return math.inf if most <= 0.0 else 1.0 / most
-
-
-def carried_at_least(problem: Problem, cap: int | None) -> float:
-    """Multiple of the admitted rates carried with prompts at the steepest price of any piece (no token budget)."""
-    base, busy = problem.coefficients[:, 0], problem.lumped_work @ problem.rate
-    per_resident = 0.0 if cap is None else float(problem.rate @ problem.workload.iterations) / cap
-    most = float((busy + base * per_resident).max())
     return math.inf if most <= 0.0 else 1.0 / most
 
 
@@ -148,7 +147,9 @@ def check_carried(
     )
 
 
-def capped_certificate(problem: Problem, real: float, cap: int | None, multiple: float) -> dict[str, Any]:
+def capped_certificate(
+    problem: Problem, real: float, cap: int | None, multiple: float, token_budget: float
+) -> dict[str, Any]:
     """What a cap guarantees; entries as in `fluidsched.policy.problem.entry`."""
     mean, deviation = resident_kv_law(problem)
     by_law = problem.overflow_probability > 0.0
@@ -158,6 +159,7 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, multiple:
         worst = cap * _largest_request(problem)
     held = math.inf if cap is None else (cap * mean + z * deviation * math.sqrt(cap) if by_law else worst)
     memory_off, carried_off = _mix_off(problem, cap, z)
+    at_least = carried(problem, cap, token_budget, problem.lumped_work)
     return {
         "memory": entry(
             held,
@@ -189,7 +191,7 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, multiple:
             "min_i N / (c0_i Σ a_j S_j + N Σ a_j w_ij), and likewise for the token budget; stable above 1 where "
             "the mean batch stands for all",
             "expectation",
-            at_least=carried_at_least(problem, cap),
+            at_least=at_least,
             at_least_formula="the same with w_ij at the steepest price of a prompt: batches have whole prompts or none",
         ),
         "robustness": entry(
@@ -202,9 +204,9 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, multiple:
             carried_mix_30_percent_off=carried_off,
         ),
         "throughput": entry(
-            float(problem.rate.sum()),
+            float(problem.rate.sum()) * min(1.0, at_least),
             "requests/s",
-            "Σ_j a_j in the long run, as the cap is stable",
+            "Σ_j a_j in the long run where `carried` is at least 1 with prompts apart, else that share of it",
             "expectation",
         ),
     }

@@ -187,7 +187,7 @@ def _capped(fluid: FluidSolution, problem: Problem, slack: Slack) -> PolicyTable
         max_in_service=cap,
         token_budget=TOKEN_BUDGET,
         kv_limit_tokens=problem.kv_limit,
-        certificate=capped.capped_certificate(problem, real, cap, multiple),
+        certificate=capped.capped_certificate(problem, real, cap, multiple, budget),
         provenance=provenance_of(fluid),
     )
 

@@ -309,6 +309,9 @@ def test_prompts_apart_carry_less_than_the_mean_batch_says():
     table = compile_policy(fs.solve_fluid(conv.at_load(0.9, server), server), "capped")
     carried = table.certificate["carried"]
     assert carried["at_least"] < 0.99 * carried["value"]
+    near = compile_policy(fs.solve_fluid(conv.at_load(0.97, server), server), "capped")
+    assert near.certificate["carried"]["at_least"] < 1.0 < value(near, "carried")
+    assert value(near, "throughput") < conv.at_load(0.97, server).total_arrival_rate
     plain = fs.Server(121_728, fs.IterationTime.affine(0.01, 5e-5, 5e-5, 3e-7))
     table = compile_policy(fs.solve_fluid(conv.at_load(0.9, plain), plain), "capped")
     carried = table.certificate["carried"]
