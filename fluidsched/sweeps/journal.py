@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import uuid
@@ -38,6 +39,7 @@ __all__ = ["Journal", "record"]
 
 FREE, CLAIMED, DONE, FAILED = range(4)
 ENDED = {b"done": DONE, b"failed": FAILED}
+CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 
@@ -295,7 +297,7 @@ class Journal:
             return FREE not in self._state and CLAIMED not in self._state
 
     def results(self) -> Iterator[tuple[int, bool, dict[str, Any]]]:
-        """Yield (cell, whether it ended well, its values) by cell; memory is 8 bytes per cell."""
+        """Yield (cell, whether it ended well, its values, NaN as None) by cell; memory is 8 bytes per cell."""
         places = np.full(len(self._state), -1, dtype=np.int64)
         place = 0
         for line in self._lines(0):
@@ -308,7 +310,7 @@ class Journal:
                 stream.seek(int(places[cell]))
                 parsed = _parse(stream.readline())
                 assert parsed is not None
-                yield cell, parsed[0] == b"done", json.loads(parsed[2])
+                yield cell, parsed[0] == b"done", json.loads(parsed[2], parse_constant=CONSTANTS.get)
 
     def close(self) -> None:
         """Leave: the process's claims are void from here on."""

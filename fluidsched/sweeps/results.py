@@ -13,7 +13,6 @@ import hashlib
 import html
 import importlib.util
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,22 +95,23 @@ def _rows(spec: SweepSpec, journal: Journal) -> Iterator[dict[str, Any]]:
 def _columns(rows: Iterator[dict[str, Any]]) -> dict[str, set[type]]:
     """Column names in order of appearance, with the types of what they hold."""
     columns: dict[str, set[type]] = {}
+    last: tuple[list[str], list[type]] | None = None
     for row in rows:
-        for name, value in row.items():
+        shape = list(row), list(map(type, row.values()))
+        if shape == last:
+            continue
+        last = shape
+        for name, value_type in zip(*shape, strict=True):
             types = columns.setdefault(name, {str} if name in ("status", "diagnosis") else set())
-            if value is not None:
-                types.add(type(value))
+            types.update({value_type} - {type(None)})
     return columns
 
 
 def _write_csv(path: Path, columns: dict[str, set[type]], rows: Iterator[dict[str, Any]]) -> None:
-    def text(value: Any) -> Any:
-        return "" if isinstance(value, float) and math.isnan(value) else value
-
     with open(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([text(row.get(name)) for name in columns] for row in rows)
+        writer.writerows(map(row.get, columns) for row in rows)
 
 
 def _write_parquet(path: Path, columns: dict[str, set[type]], rows: Iterator[dict[str, Any]]) -> None:

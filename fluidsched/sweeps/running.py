@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import numbers
 import os
 import queue
 import signal
@@ -45,10 +44,10 @@ from fluidsched.sweeps.spec import OWN_COLUMNS, Parameters, SweepSpec, resolve_f
 
 __all__ = ["WorkerPool", "run_cells", "worker_pool"]
 
-LEAST_BATCH_S = 0.2
+LEAST_BATCH_S = 0.5
 MAIN_SHARE = 0.25
 IN_FLIGHT = 2
-MOST_BATCH = 4096
+MOST_BATCH = 512
 MEMORY = 0.9  # weight of the past in the measured costs, per batch
 POLL_S = 0.1  # how often to look whether the processes that share the directory have finished
 MOST_STARTS = 3  # of worker processes that die before they finish anything
@@ -71,10 +70,8 @@ def _encode(values: Any, reserved: Collection[str]) -> str:
             raise InputError("result of a cell", name, "not be called like another column of the table")
         if isinstance(value, np.generic):
             value = value.item()
-        if value is not None and not isinstance(value, (bool, str, numbers.Integral)):
-            if not isinstance(value, numbers.Real):
-                raise InputError(f"result {name!r} of a cell", value, "be a number, a string or None")
-            value = float(value)
+        if not (value is None or isinstance(value, (float, str, int))):
+            raise InputError(f"result {name!r} of a cell", value, "be a number, a string or None")
         plain[str(name)] = value
     return json.dumps(plain, ensure_ascii=False)
 
@@ -303,19 +300,22 @@ class _Run:
         """Write down what came back, at once; return the seconds it took to compute."""
         lines: list[bytes] = []
         seconds = 0.0
+        breakdown: BaseException | None = None
         for future in futures:
             batch = self.out.pop(future)
             try:
                 batch_lines, batch_s = future.result()
             except (BrokenExecutor, CancelledError) as error:
                 if self.pool is None:
-                    raise self._breakdown(error) from error
-                self.broken = True
-                lines += self._died(batch)
+                    breakdown = error
+                else:
+                    self.broken = True
+                    lines += self._died(batch)
             except Exception as error:
-                if type(error).__name__ != "KilledWorker":  # Dask's word for tasks whose workers keep dying
-                    raise self._breakdown(error) from error
-                lines += self._died(batch)
+                if type(error).__name__ == "KilledWorker":  # Dask's word for tasks whose workers keep dying
+                    lines += self._died(batch)
+                else:
+                    breakdown = error
             else:
                 lines += batch_lines
                 seconds += batch_s
@@ -323,6 +323,8 @@ class _Run:
         if lines:
             self.journal.append(lines)
             self.starts = 0
+        if breakdown is not None:
+            raise self._breakdown(breakdown) from breakdown
         return seconds
 
     def _died(self, batch: _Batch) -> list[bytes]:

@@ -121,8 +121,9 @@ def sweep(
                 run_cells(spec, journal, executor, workers or _concurrency(executor), progress)
             path = write_result(spec, journal, place, table_format)
         except OSError as error:
+            remedy = "What is finished is kept; run the same sweep there to go on"
             raise SimulationError(
-                f"cannot use {place}: {error.strerror or error}. The journal is valid"
+                f"the sweep in {place} stopped: {error.strerror or error}. {remedy}"
             ) from error
         return SweepResult(spec, path, len(spec), journal.failed)
 

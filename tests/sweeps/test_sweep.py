@@ -17,7 +17,7 @@ from sweep_driver import the_spec
 
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.sweeps import SweepSpec, sweep
-from fluidsched.sweeps.running import _Costs
+from fluidsched.sweeps.running import MOST_BATCH, _Costs
 
 SPEC = the_spec(cells=60, seconds=0.0)
 
@@ -222,8 +222,9 @@ def test_batch_size_follows_from_costs() -> None:
     costs = _Costs()
     assert costs.batch_size(workers=2, free=10_000) == 1, "nothing is known yet"
     costs.add_batch(cells=10, seconds=0.1)
-    assert costs.batch_size(workers=2, free=10_000) == 20, "cells of 10 ms, batches of 0.2 s"
+    assert costs.batch_size(workers=2, free=10_000) == 50, "cells of 10 ms, batches of 0.5 s"
     costs.add_main(batches=1, seconds=0.005)
-    assert costs.batch_size(workers=1000, free=10**7) == 2000, "1000 workers at 5 ms a batch: 20 s"
+    assert costs.batch_size(workers=100, free=10**7) == 200, "100 workers at 5 ms a batch: 2 s"
+    assert costs.batch_size(workers=1000, free=10**7) == MOST_BATCH
     assert costs.batch_size(workers=2, free=40) == 10, "the end is shared out"
     assert costs.batch_size(workers=2, free=0) == 1
