@@ -16,4 +16,4 @@ def test_reach_of_one_server_and_one_type():
     lines = list(script["reach"]([server], ["azure_conv"], [1]))
     assert [line[3] for line in lines] == ["wait", "gated", "capped"]
     assert all(0.9 < line[4] < 1.0 for line in lines)
-    assert [line[5] for line in lines] == ["memory", "memory", "time"]
+    assert [line[5] for line in lines] == ["rounding", "memory", "time"]
