@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fluid_cases import logarithmic, servers, workloads
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import fluidsched as fs
@@ -88,6 +88,7 @@ extreme = st.tuples(logarithmic(1e-6, 1e6), logarithmic(1, 1e7), logarithmic(1, 
 
 
 @settings(max_examples=150)
+@example([(1.0, 22026.5, 1.0)], 65659969.1, (1.234e-4, 7.485e-5, 4.54e-5, 6.144e-6))  # 1 − Σ a w is 2e-8
 @given(
     st.lists(extreme, min_size=1, max_size=6),
     logarithmic(1e3, 1e8),
