@@ -336,7 +336,7 @@ class _MarkovModulated(ArrivalProcess):
         return 1.0 + 2.0 * float((shares * rates) @ deviation @ self._unit_rate)
 
     def accelerated(self, zeta: float) -> ArrivalProcess:
-        return _MarkovModulated(
+        return markov_modulated(
             self.relative_rate, tuple(s / zeta for s in self.mean_sojourn), self.transition
         )
 
@@ -433,7 +433,7 @@ class _TimeVarying(ArrivalProcess):
         return 1.0
 
     def accelerated(self, zeta: float) -> ArrivalProcess:
-        return _TimeVarying(self.relative_rate, tuple(s / zeta for s in self.step))
+        return time_varying(self.relative_rate, tuple(s / zeta for s in self.step))
 
     def to_dict(self) -> dict[str, Any]:
         step = self.step[0] if len(set(self.step)) == 1 else list(self.step)
@@ -561,7 +561,8 @@ class _Superposition(ArrivalProcess):
 def superposition(processes: Sequence[ArrivalProcess], shares: ArrayLike) -> ArrivalProcess:
     """Several independent processes together; what joined types (`Workload.merged`) bring.
 
-    Where all parts are Poisson, or follow one profile, so does the whole: then that process is returned.
+    Parts without a share are left out. Where all others are Poisson, or follow one profile, so does the whole:
+    then that process is returned.
 
     Parameters
     ----------
@@ -584,9 +585,11 @@ def superposition(processes: Sequence[ArrivalProcess], shares: ArrayLike) -> Arr
     weights = _number_row("shares", shares, minimum=0, size=len(parts))
     if max(weights) == 0:
         raise InputError("shares", "all zero", "have a positive entry")
-    if len(parts) == 1 or (len(set(parts)) == 1 and isinstance(parts[0], (_Poisson, _TimeVarying))):
-        return parts[0]
-    return _Superposition(parts, weights)
+    present, kept = zip(*((p, w) for p, w in zip(parts, weights, strict=True) if w > 0), strict=True)
+    if len(present) == 1 or (len(set(present)) == 1 and isinstance(present[0], (_Poisson, _TimeVarying))):
+        whole: ArrivalProcess = present[0]
+        return whole
+    return _Superposition(present, kept)
 
 
 _MAKERS: Makers[ArrivalProcess] = {

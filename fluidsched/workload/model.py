@@ -451,7 +451,8 @@ class Workload:
     def at_load(self, x: float, server: Server) -> Workload:
         """Rates scaled so that the largest load of the fluid solution on `server` is `x`.
 
-        At x = 1 the mix is on the boundary of the region the server can carry in the fluid limit.
+        At x = 1 the mix is on the boundary of the region the server can carry in the fluid limit. As with
+        `scaled`, arrival processes are sped up as a whole.
         """
         from fluidsched.fluid import solve_fluid
 
@@ -646,12 +647,16 @@ class Workload:
     def __repr__(self) -> str:
         width = max(len(name) for name in self.type_names)
         count = f"{len(self)} type{'s' if len(self) > 1 else ''}"
-        lines = [f"Workload {self.name!r}: {count}, {self.total_arrival_rate:.4g} req/s"]
+        common = self.types[0].arrivals if len({t.arrivals for t in self.types}) == 1 else None
+        spread = "" if common in (None, processes.poisson()) else f", {common!r}"
+        predicted = "" if self.predictions is None else f", outputs predicted {self.predictions!r}"
+        lines = [f"Workload {self.name!r}: {count}, {self.total_arrival_rate:.4g} req/s{spread}{predicted}"]
         for member, work in zip(self.types, self.kv_work.tolist(), strict=True):
             prompt, output = member.law.moment(1, 0), member.law.moment(0, 1)
+            own = f"  {member.arrivals!r}" if common is None else ""
             lines.append(
                 f"  {member.name:{width}}  {member.arrival_rate:8.4g} req/s  prompt {prompt:8.6g}  "
-                f"output {output:8.6g}  KV work {work:10.6g}"
+                f"output {output:8.6g}  KV work {work:10.6g}{own}"
             )
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fluidsched._files import whole_file
 from fluidsched.errors import InputError
 from fluidsched.workload.path import TOKEN_COLUMNS
-from fluidsched.workload.trace_rows import Columns, Rows, whole_number
+from fluidsched.workload.trace_rows import Cells, Columns, Rows, whole_number
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -48,7 +48,7 @@ def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
     if table.num_rows == 0:
         raise InputError(place, "no rows", "hold at least one request")
     rows = Rows(place, "row", range(1, table.num_rows + 1))
-    cells = {name: table.column(name).to_pylist() for name in wanted}
+    cells = {name: _cells(table.column(name)) for name in wanted}
     columns: Columns = {}
     for name, given in cells.items():
         if name == "type":
@@ -58,6 +58,17 @@ def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
         else:
             columns[name] = rows.tokens(name, given, whole_number)
     return columns
+
+
+def _cells(column: Any) -> Cells:
+    """A column as an array of numbers, or of strings with None for none, where it is one; else as a list."""
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    whole = not column.null_count and (types.is_integer(column.type) or types.is_floating(column.type))
+    cells: Cells = column.to_numpy() if whole or types.is_string(column.type) else column.to_pylist()
+    return cells
 
 
 def write_parquet(columns: Mapping[str, NDArray[Any]], path: str | os.PathLike[str]) -> None:

@@ -16,10 +16,13 @@ import numpy as np
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import MAX_TOKENS, FloatArray, IntArray
 
-__all__ = ["Columns", "Rows", "whole_number"]
+__all__ = ["Cells", "Columns", "Rows", "whole_number"]
 
 Columns = dict[str, np.ndarray[Any, Any]]
 """Columns of a path by name, rows in the order of the file; "type" holds labels."""
+
+Cells = Sequence[Any] | np.ndarray[Any, Any]
+"""What a file holds in one column."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +50,12 @@ class Rows:
         remedy = f"Correct or remove the {'row' if self.unit == 'line' else self.unit}."
         raise InputError(f"{self.place}, {self.unit} {self.numbers[index]}", received, required, remedy)
 
-    def tokens(self, column: str, given: Sequence[Any], count: Callable[[Any], int]) -> IntArray:
-        """Whole numbers of at least 1; `count` turns a cell into one, 0 if it is none."""
+    def tokens(self, column: str, given: Cells, count: Callable[[Any], int]) -> IntArray:
+        """Whole numbers of at least 1; `count` turns a cell into one, 0 if it is none. (Arrays of numbers: at once.)"""
+        if isinstance(given, np.ndarray) and given.dtype != object:
+            if np.all((given >= 1) & (given <= MAX_TOKENS) & (given == np.floor(given))):
+                return given.astype(np.int64)
+            given = given.tolist()
         values = [count(value) for value in given]
         for index, value in enumerate(values):
             if not 1 <= value <= MAX_TOKENS:
@@ -56,10 +63,11 @@ class Rows:
                 self.refuse(index, f"{column} {given[index]!r}", required)
         return np.array(values, dtype=np.int64)
 
-    def times(self, column: str, given: Sequence[Any], unit: str = "seconds") -> FloatArray:
+    def times(self, column: str, given: Cells, unit: str = "seconds") -> FloatArray:
         """Finite numbers of at least 0, from numbers or text, in the unit they have."""
-        times = np.empty(len(given))
-        for index, value in enumerate(given):
+        numbers = isinstance(given, np.ndarray) and given.dtype != object
+        times = np.array(given, dtype=np.float64) if numbers else np.empty(len(given))
+        for index, value in enumerate(() if numbers else given):
             try:
                 times[index] = np.nan if isinstance(value, bool) or "_" in str(value) else float(value)
             except (TypeError, ValueError, OverflowError):
@@ -71,7 +79,7 @@ class Rows:
             self.refuse(index, f"{column} {given[index]!r}", required)
         return times
 
-    def labels(self, column: str, given: Sequence[Any]) -> np.ndarray[Any, Any]:
+    def labels(self, column: str, given: Cells) -> np.ndarray[Any, Any]:
         """Non-empty strings."""
         for index, label in enumerate(given):
             if not isinstance(label, str) or not label:

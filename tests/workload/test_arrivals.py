@@ -295,6 +295,18 @@ def test_workload_with_processes_round_trips(tmp_path) -> None:
         assert workload.with_arrivals(arrivals.poisson()) == plain
 
 
+def test_workloads_show_their_processes() -> None:
+    """A common process stands in the first line, differing ones with their types, Poisson nowhere."""
+    a, b = fs.RequestType("a", 1.0, 10, 5), fs.RequestType("b", 2.0, 10, 5, arrivals=arrivals.renewal(2))
+    assert "poisson" not in repr(fs.Workload([a]))
+    mixed = repr(fs.Workload([a, b])).splitlines()
+    assert mixed[0].endswith("3 req/s")
+    assert mixed[1].endswith("poisson()")
+    assert mixed[2].endswith("renewal(cv=2)")
+    same = fs.Workload([a, b]).with_arrivals(arrivals.renewal(3)).with_predictions(fs.predictions.exact())
+    assert repr(same).splitlines()[0].endswith("3 req/s, renewal(cv=3), outputs predicted exact()")
+
+
 def _written(workload: fs.Workload, file):
     workload.to_json(file)
     return file
@@ -343,6 +355,8 @@ def test_joined_types_superpose_their_arrivals() -> None:
     joined = workload.with_arrivals(arrivals.renewal(3)).merged(2).types[0].arrivals
     assert joined == arrivals.superposition([arrivals.renewal(3)] * 2, [0.25, 0.25])
     assert joined.dispersion(0.5) == pytest.approx(9.0)
+    idle = arrivals.superposition([arrivals.renewal(3), profile], [0, 2])
+    assert idle == profile
 
 
 def test_ten_thousand_types_construct_in_linear_time() -> None:
@@ -411,6 +425,8 @@ def test_ten_thousand_types_construct_in_linear_time() -> None:
             "expected requests",
         ),
         (lambda: fs.RequestType("a", 1.0, 5, 5, arrivals=2.0), "arrivals of type 'a' must be an arrival"),
+        (lambda: arrivals.time_varying([1, 2], 1).accelerated(-1.0), r"step\[0\] must"),
+        (lambda: arrivals.markov_modulated([1, 2], [1, 1]).accelerated(1e-320), r"mean_sojourn\[0\] must"),
         (lambda: arrivals.from_dict("x", 3), 'x must be an object with the field "process"'),
         (lambda: arrivals.from_dict("x", {"process": "renewa1", "cv": 1}), "Did you mean 'renewal'"),
         (lambda: arrivals.from_dict("x", {"process": "renewal"}), "x.cv must be given"),
