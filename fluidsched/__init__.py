@@ -33,6 +33,7 @@ if (
     from fluidsched.fluid import FluidSolution as FluidSolution
     from fluidsched.fluid import Pool as Pool
     from fluidsched.fluid import plan_capacity as plan_capacity
+    from fluidsched.fluid import solve_fair as solve_fair
     from fluidsched.fluid import solve_fluid as solve_fluid
     from fluidsched.fluid import solve_transient as solve_transient
     from fluidsched.fluid import stability_region as stability_region
@@ -76,6 +77,7 @@ _PUBLIC = {
     "FluidProgram": "fluidsched.fluid",
     "solve_transient": "fluidsched.fluid",
     "Pool": "fluidsched.fluid",
+    "solve_fair": "fluidsched.fluid",
     "stability_region": "fluidsched.fluid",
     "plan_capacity": "fluidsched.fluid",
     "compile_policy": "fluidsched.policy",

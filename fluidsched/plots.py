@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from fluidsched.fluid import FluidSolution, TransientSolution
+    from fluidsched.fluid import FairSolution, FluidSolution, TransientSolution
     from fluidsched.simulation import SimulationResult
 
-__all__ = ["COLOURS", "kv_occupancy", "latency_distribution", "load_curve", "style", "transient"]
+__all__ = [
+    "COLOURS",
+    "fair_shares",
+    "kv_occupancy",
+    "latency_distribution",
+    "load_curve",
+    "style",
+    "transient",
+]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1, 1, 1)), "-")
@@ -280,4 +288,46 @@ def transient(solution: TransientSolution, *, ax: Axes | None = None) -> Axes:
     axes.set_ylabel("rate (req/s)")
     axes.set_ylim(bottom=0.0)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return axes
+
+
+def fair_shares(solutions: Sequence[FairSolution], *, ax: Axes | None = None) -> Axes:
+    """Admitted rates by type, one bar for each degree of fairness, inside the offered rate's outline.
+
+    Parameters
+    ----------
+    solutions : sequence of FairSolution
+        Of one workload, with different α or weights.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    InputError
+        If there is no solution, or the types differ.
+    """
+    kinds = {solution.fluid.workload.type_names for solution in solutions}
+    if len(kinds) != 1:
+        raise InputError(
+            "solutions", f"{len(kinds)} sets of types", "be of one workload, at least one solution"
+        )
+    (names,) = kinds
+    axes = _axes(ax)
+    place, width = np.arange(len(names)), 0.8 / len(solutions)
+    offered = solutions[0].fluid.arrival_rate
+    axes.bar(place, offered, 0.86, fill=False, edgecolor="black", linewidth=0.8, label="offered")
+    for position, solution in enumerate(solutions):
+        alpha = "∞" if np.isinf(solution.alpha) else f"{solution.alpha:g}"
+        left = place - 0.4 + (position + 0.5) * width
+        colour = COLOURS[position % len(COLOURS)]
+        axes.bar(left, solution.admitted_rate, width, color=colour, label=f"α = {alpha}")
+    axes.set_xticks(
+        place, names, rotation=45 if len(names) > 4 else 0, ha="right" if len(names) > 4 else "center"
+    )
+    axes.set_ylabel("rate (req/s)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6)
     return axes

@@ -1,364 +1,563 @@
-"""Fair sharing of an overloaded server, and the fluid program's variables for your own cvxpy objectives.
+"""Fair sharing of a server that cannot carry everything: α-fair admission.
 
-Instead of the largest reward, the admitted rates a over the same polyhedron may maximise Σ_j ω_j U_α(a_j)
-with
+With share s_j = r_j a_j of type j (requests, tokens or reward per second) and weights ω_j > 0,
 
-    U_α(a) = a^(1−α)/(1−α)   (α ≠ 1),        U_1(a) = log a,
+    max   Σ_j ω_j U_α(s_j),     U_α(s) = s^{1−α}/(1 − α),  U_1 = log
 
-which is the total rate at α = 0, proportional fairness at α = 1 and, as α → ∞, max-min fairness: no type
-can be given more without taking from one that has no more (each counted in units of ω_j). A type without
-arrivals has no part in it. Finite α > 0 is a cone program (cvxpy, Clarabel); max-min is filled by raising
-all rates together, a type dropping out when its demand is met or a half-space {g·a ≤ 1} of the stability
-region that it uses is full.
+over the rates the fluid program admits. α = 0 is the program itself; α = 1 proportional fairness (no other
+admission raises the sum of relative changes); α = 2 minimises Σ ω_j/s_j, potential delay; α → ∞ is
+max-min fairness: no share can grow but at the cost of one no larger. Weights do not matter in that limit.
+Types without demand are left out. Fairness in *admitted fractions* is the share with r_j = 1/λ_j.
 
-At an optimum with prices p_j = Σ_h μ_h g_hj of the half-spaces, each rate maximises ω_j U_α(a) − p_j a
-over [f_j λ_j, λ_j] by itself. Summing these maxima and Σ_h μ_h bounds the utility of every feasible point:
-that is the certificate's gap.
+Once u is eliminated (`FluidModel.halfspaces`) the admissible rates are G a ≤ 1, f_j λ_j ≤ a_j ≤ λ_j with G
+≥ 0, and with multipliers y ≥ 0 of its few rows the optimum for 0 < α < ∞ is explicit,
 
-Source: Mo, Walrand (2000) for α-fairness; Bertsekas, Gallager for filling.
+    a_j(y) = [ ( ω_j r_j^{1−α} / p_j )^{1/α} ],  p = Gᵀ y, cut to f_j λ_j … λ_j.
+
+So only y is sought. Raising y_h lowers the load Σ_j G_hj a_j(y) of its own row, so each y_h in turn solves a
+scalar equation (dual coordinate ascent, which always converges); dropping rows left slack and Newton's
+method on the others are tried after each sweep. Everything is in logarithms, so sizes do not matter. With
+one row the solution is the weighted fair knapsack, s_j ∝ (ω_j r_j/G_j)^{1/α} where demand does not bind.
+
+At α = ∞ shares are filled alike until a row is full, its types are frozen, and the rest go on: at most one
+stage a row, each a search over the breakpoints of a piecewise-linear load (`progressive_filling`).
+
+*Certificate.* A concave objective is at its optimum over a polyhedron exactly where the point maximises the
+objective linearised there. So the solution carries the `FluidSolution` whose rewards are the bid prices:
+its certificate says that rows are met and that priced rows are full. What remains is stationarity: the
+marginal utility ω_j r_j s_j^{−α} of a type is at least its bid price if it is above its floor, at most that
+if it is below its demand. At α = ∞ it is the bottleneck condition, necessary
+and sufficient since G ≥ 0: a type below its demand has a full row in which no share above its floor is
+larger.
+
+Sources: Mo and Walrand, IEEE/ACM Trans. Networking 8 (2000); Bertsekas and Gallager, Data Networks, 6.5.2.
+The elimination of u and the solution by rows are ours.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched._checks import check_real
-from fluidsched.errors import InfeasibleError, InputError, SolverError
+from fluidsched.errors import InputError, SolverError
 from fluidsched.fluid.certificate import TOLERANCE, Certificate
 from fluidsched.fluid.model import FluidModel, build_model
+from fluidsched.fluid.program import solve_model
+from fluidsched.fluid.solution import FluidSolution
 from fluidsched.server import Server
 from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
-__all__ = ["FairSolution", "FluidVariables", "fluid_variables", "solve_fair"]
+__all__ = ["FairSolution", "progressive_filling", "solve_fair"]
 
-#: Relative tolerance of the certificate; the interior-point solver works to about 1e-8 on the scaled program.
-FAIR_TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class FluidVariables:
-    """The fluid program as cvxpy expressions, in its own units.
-
-    Attributes
-    ----------
-    admitted_rate : cvxpy expression of shape (J,)
-        a, req/s.
-    iteration_rate : cvxpy expression
-        u, 1/s.
-    constraints : list of cvxpy constraints
-        All of the program: time, memory, batch, tokens, iteration time, floors and demand.
-    """
-
-    admitted_rate: Any
-    iteration_rate: Any
-    constraints: list[Any]
+#: Load a row may miss 1 by where its multiplier is positive.
+_PRECISION = 1e-13
+_MAX_SWEEPS = 2000
+#: Load a row may miss 1 by and still count as full in progressive filling.
+_FULL = 1e-12
+#: Logarithms of multipliers are sought within this distance of the last value.
+_WIDEST = 1e4
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FairSolution:
-    """Fairly shared admitted rates. J types, H half-spaces.
+    """An α-fair admission. J types.
 
     Attributes
     ----------
-    model : FluidModel
-        The program.
     alpha : float
-        0 to inf.
-    weight : ndarray of shape (J,)
+        Degree of fairness, 0 … inf.
+    weights : ndarray of shape (J,)
         ω.
-    admitted_rate : ndarray of shape (J,)
-        a, req/s.
-    price : ndarray of shape (J,) or None
-        p_j, utility per req/s; None for max-min and with constraints of the user's own, which have prices
-        too.
-    certificate : Certificate or None
-        None where `price` is.
+    share_per_request : ndarray of shape (J,)
+        r: the share of a type is r_j a_j.
+    fluid : FluidSolution
+        The same rates as optimum of the linear program with the bid prices, relative to the largest, as
+        rewards, for all that takes a `FluidSolution`.
+    log_price_scale : float
+        Logarithm of the factor that turns these relative prices into marginal utilities; 0 at α = 0 and ∞.
     """
 
-    model: FluidModel
     alpha: float
-    weight: NDArray[np.float64]
-    admitted_rate: NDArray[np.float64]
-    price: NDArray[np.float64] | None
-    certificate: Certificate | None
+    weights: NDArray[np.float64]
+    share_per_request: NDArray[np.float64]
+    fluid: FluidSolution
+    log_price_scale: float
+
+    def __post_init__(self) -> None:
+        self.weights.setflags(write=False)
+        self.share_per_request.setflags(write=False)
 
     @property
-    def admitted_fraction(self) -> NDArray[np.float64]:
-        """a/λ, shape (J,); 1 for a type without arrivals."""
-        offered = self.model.workload.arrival_rate
-        fraction = np.ones_like(offered)
-        np.divide(self.admitted_rate, offered, out=fraction, where=offered > 0.0)
-        return fraction
+    def admitted_rate(self) -> NDArray[np.float64]:
+        """a, shape (J,), req/s."""
+        return self.fluid.admitted_rate
+
+    @cached_property
+    def share(self) -> NDArray[np.float64]:
+        """r_j a_j, shape (J,), per second."""
+        share = self.share_per_request * self.admitted_rate
+        share.setflags(write=False)
+        return share
 
     @property
-    def load(self) -> NDArray[np.float64]:
-        """Load of each of `model.resources` by the *admitted* rates."""
-        return self.model.load(self.admitted_rate)
+    def total(self) -> float:
+        """Σ_j ω_j r_j a_j: what the linear program (α = 0) maximises, so fairness costs the difference."""
+        return float(self.weights @ self.share)
 
     @property
-    def iteration_time(self) -> float:
-        """Mean iteration time, s."""
-        speed = self.model.iteration_rate(self.admitted_rate)
-        return math.inf if speed == 0.0 else 1.0 / speed
+    def bid_price(self) -> NDArray[np.float64]:
+        """What one more request of each type per second costs the others, shape (J,), in utility.
+
+        At α = ∞, where no prices exist, relative to the largest of prices that support the rates.
+        """
+        with np.errstate(over="ignore"):
+            return np.asarray(self.fluid.bid_price * np.exp(self.log_price_scale))
+
+    @cached_property
+    def utility(self) -> float:
+        """Σ_j ω_j U_α(s_j) over the types with demand; at α = ∞ their least share."""
+        active = self.fluid.arrival_rate > 0.0
+        share, weights = self.share[active], self.weights[active]
+        if math.isinf(self.alpha):
+            return float(share.min(initial=math.inf))
+        with np.errstate(divide="ignore", over="ignore"):
+            if self.alpha == 1.0:
+                return float(weights @ np.log(share))
+            return float(weights @ share ** (1.0 - self.alpha)) / (1.0 - self.alpha)
+
+    @property
+    def status(self) -> Literal["optimal", "imprecise"]:
+        """Whether the certificate holds."""
+        return "optimal" if self.certificate.ok else "imprecise"
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """Optimality checked from the numbers alone; see the module's mathematics.
+
+        `complementary_slackness` covers stationarity too: the relative difference of marginal utility and
+        price where a rate is between its limits, its excess with the wrong sign at a limit. At α = ∞ it
+        covers the bottleneck condition, relative to the largest share.
+        """
+        linear = self.fluid.certificate
+        if self.alpha == 0.0:
+            return linear
+        error = self._bottleneck_violation() if math.isinf(self.alpha) else self._stationarity_violation()
+        return dataclasses.replace(linear, complementary_slackness=max(linear.complementary_slackness, error))
+
+    def _stationarity_violation(self) -> float:
+        active = self.fluid.arrival_rate > 0.0
+        fraction, floor = self.fluid.admitted_fraction[active], self.fluid.model.fairness_floor[active]
+        marginal = _log(self.weights * self.share_per_request) - self.alpha * _log(self.share)
+        excess = marginal[active] - _log(self.fluid.bid_price[active]) - self.log_price_scale
+        at_floor, at_demand = fraction <= floor * (1.0 + TOLERANCE), fraction >= 1.0 - TOLERANCE
+        too_low = np.where(at_floor, 0.0, -excess)
+        too_high = np.where(at_demand, 0.0, excess)
+        return float(np.maximum(too_low, too_high).max(initial=0.0))
+
+    def _bottleneck_violation(self) -> float:
+        """Largest over types of the least over rows: how far the row is from full, and the share from largest."""
+        model, rate = self.fluid.model, self.fluid.arrival_rate
+        admitted, share = self.admitted_rate, self.share
+        largest = float(share.max())
+        if largest == 0.0:
+            return 0.0
+        rows = model.halfspaces
+        uses = rows > 0.0
+        above_floor = admitted > model.fairness_floor * rate
+        rival = np.where(uses & above_floor, share, 0.0).max(axis=1)
+        missing = np.maximum((1.0 - rows @ admitted)[:, None], (rival[:, None] - share) / largest)
+        least = np.where(uses, missing, math.inf).min(axis=0)
+        refused = 1.0 - self.fluid.admitted_fraction
+        return float(np.minimum(least, refused).max())
+
+    # How it is shown.
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per type: offered and admitted rate in req/s, fraction, weight."""
-        import pandas as pd
+        """Return one row per type: rates in req/s, shares, and the bid price relative to the marginal utility."""
+        frame = self.fluid.to_frame()[
+            ["type", "arrival_rate", "admitted_rate", "admitted_fraction", "decision"]
+        ]
+        frame["share"] = self.share
+        frame["weight"] = self.weights
+        return frame
 
-        workload = self.model.workload
-        return pd.DataFrame(
-            {
-                "type": workload.type_names,
-                "arrival_rate": workload.arrival_rate,
-                "admitted_rate": self.admitted_rate,
-                "admitted_fraction": self.admitted_fraction,
-                "weight": self.weight,
-            }
-        )
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw offered and admitted rates by type; see `fluidsched.plots.fair_shares`."""
+        from fluidsched import plots
+
+        return plots.fair_shares([self], ax=ax)
+
+    def _summary(self) -> list[tuple[str, str]]:
+        names = {0.0: " (total)", 1.0: " (proportional)", 2.0: " (potential delay)", math.inf: " (max-min)"}
+        active = self.fluid.arrival_rate > 0.0
+        share = self.share[active]
+        spread = f"{share.min():.4g} to {share.max():.4g} per second" if active.any() else "no demand"
+        offered, admitted = float(self.fluid.arrival_rate.sum()), float(self.admitted_rate.sum())
+        rows = [
+            ("alpha", f"{self.alpha:g}{names.get(self.alpha, '')}"),
+            ("offered", f"{offered:.4g} req/s in {len(active)} types"),
+            ("admitted", f"{admitted:.4g} req/s"),
+            ("shares", spread),
+            ("binding", ", ".join(self.fluid.binding_constraints) or "demand alone"),
+        ]
+        if self.status != "optimal":
+            rows.append(("status", "imprecise: the certificate fails, do not rely on these numbers"))
+        return rows
 
     def __repr__(self) -> str:
-        workload = self.model.workload
-        lines = [f"FairSolution (alpha {self.alpha:g}): {self.admitted_rate.sum():.4g} req/s admitted"]
-        rates = zip(workload.type_names, workload.arrival_rate, self.admitted_rate, strict=True)
-        lines += [f"  {name}: {admitted:.4g} of {offered:.4g} req/s" for name, offered, admitted in rates]
+        lines = ["FairSolution", *(f"  {name:<10} {value}" for name, value in self._summary())]
+        names = self.fluid.model.workload.type_names
+        shown = min(len(names), 20)
+        width = max(len("type"), *(len(name) for name in names[:shown]))
+        lines.append(f"  {'type':<{width}}   offered  admitted  [req/s]       share")
+        for j in range(shown):
+            lines.append(
+                f"  {names[j]:<{width}} {self.fluid.arrival_rate[j]:>9.4g} {self.admitted_rate[j]:>9.4g}"
+                f"  {self.fluid.decision[j]:<9} {self.share[j]:>9.4g}"
+            )
+        if shown < len(names):
+            lines.append(f"  … and {len(names) - shown} more types: see to_frame()")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from html import escape
 
-def fluid_variables(model: FluidModel) -> FluidVariables:
-    """Return the program's variables and constraints, for objectives and constraints of your own.
-
-    Parameters
-    ----------
-    model : FluidModel
-        `FluidProgram.model`; the workload's rates are the demand.
-
-    Examples
-    --------
-    >>> import cvxpy as cp
-    >>> import fluidsched as fs
-    >>> types = [fs.RequestType("a", 9.0, 500, 100), fs.RequestType("b", 9.0, 500, 100)]
-    >>> program = fs.FluidProgram(fs.Workload(types), fs.catalog.server("a100", "llama-2-7b"))
-    >>> fluid = fluid_variables(program.model)
-    >>> a = fluid.admitted_rate
-    >>> problem = cp.Problem(cp.Maximize(cp.sum(a)), [*fluid.constraints, a[0] == 3 * a[1]])
-    >>> _ = problem.solve(solver=cp.HIGHS)
-    >>> float(round(a.value[0] / a.value[1], 6))
-    3.0
-    """
-    cp = _cvxpy()
-    rate = model.workload.arrival_rate
-    unit = np.where(rate > 0.0, np.minimum(rate, model.rate_alone), model.rate_alone)
-    fastest = 1.0 / float(model.base.max())
-    share, speed = cp.Variable(len(rate)), cp.Variable()
-    matrix = np.column_stack([model.matrix * unit, model.rate_coefficient * fastest])
-    size = np.abs(matrix).max(axis=1)
-    constraints = [
-        (matrix[:, :-1] / size[:, None]) @ share + (matrix[:, -1] / size) * speed <= model.limit / size,
-        share >= model.fairness_floor * rate / unit,
-        share <= rate / unit,
-        speed >= 1.0 / (model.max_iteration_time * fastest),
-    ]
-    return FluidVariables(cp.multiply(unit, share), fastest * speed, constraints)
+        cell = "style='text-align:left'"
+        rows = "".join(
+            f"<tr><th {cell}>{escape(name)}</th><td {cell}>{escape(value)}</td></tr>"
+            for name, value in self._summary()
+        )
+        return f"<table>{rows}</table>{self.to_frame().to_html(index=False)}"
 
 
 def solve_fair(
     workload: Workload,
     server: Server,
     alpha: float = 1.0,
+    share: str | ArrayLike = "requests",
     *,
-    weight: ArrayLike = 1.0,
+    weights: ArrayLike = 1.0,
     fairness_floor: ArrayLike | None = None,
     max_iteration_time: float | None = None,
     chunk_tokens: int | None = None,
-    constraints: Callable[[FluidVariables], Sequence[Any]] | None = None,
 ) -> FairSolution:
-    """Share the server α-fairly among the types.
+    """Share the server α-fairly among the request types.
 
     Parameters
     ----------
-    workload, server, fairness_floor, max_iteration_time, chunk_tokens
-        As for `FluidProgram`.
+    workload : Workload
+        J request types with their offered rates; those without demand take no part.
+    server : Server
+        With a piecewise-affine iteration time.
     alpha : float
-        0 (largest total), 1 (proportional), up to inf (max-min).
-    weight : array_like of shape (J,)
-        ω, positive.
-    constraints : callable, optional
-        Given the program's variables, returns further cvxpy constraints. Not with max-min.
+        0: the largest total; 1: proportional fairness; inf: max-min fairness.
+    share : {"requests", "output_tokens", "total_tokens"} or array_like of shape (J,)
+        What is shared, per request: the share of type j is r_j a_j. With 1/λ_j, fractions of demand.
+    weights : float or array_like of shape (J,)
+        ω_j > 0.
+    fairness_floor, max_iteration_time, chunk_tokens : optional
+        As for `FluidProgram`.
 
     Raises
     ------
     InputError
-        If an argument is wrong.
+        If an argument is wrong; with α > 0 every r_j must be positive.
     InfeasibleError
-        If the floors, or the constraints of your own, cannot be met; the latter are named by their
-        position.
+        If the fairness floors cannot be met.
     SolverError
-        If the solver fails.
+        If the multipliers do not converge.
 
     Examples
     --------
+    Two types, one with four times the work of the other, on a server that could serve 8 req/s of the first
+    alone. The total is largest without the second; proportionally fair, each takes half the server; max-min
+    fair, each gets the same rate.
+
     >>> import fluidsched as fs
-    >>> types = [fs.RequestType("short", 40.0, 500, 100), fs.RequestType("long", 40.0, 2000, 100)]
-    >>> workload, server = fs.Workload(types), fs.catalog.server("a100", "llama-2-7b")
-    >>> [solve_fair(workload, server, a).admitted_rate.round(2).tolist() for a in (1.0, float("inf"))]
-    [[9.73, 2.64], [4.15, 4.15]]
+    >>> workload = fs.Workload([fs.RequestType("a", 9.0, 125, 1), fs.RequestType("b", 9.0, 500, 1)])
+    >>> server = fs.Server(float("inf"), fs.IterationTime.affine(1e-9, 1e-3, 0.0, 0.0))
+    >>> for alpha in (0.0, 1.0, float("inf")):
+    ...     print(fs.solve_fair(workload, server, alpha).admitted_rate.round(6))
+    [8. 0.]
+    [4. 1.]
+    [1.6 1.6]
     """
     alpha = check_real("alpha", alpha, minimum=0.0, allow_inf=True)
     model = build_model(
         workload,
         server,
+        share,
         fairness_floor=fairness_floor,
         max_iteration_time=max_iteration_time,
         chunk_tokens=chunk_tokens,
     )
-    weights = np.array(weight, dtype=np.float64)
-    if weights.ndim == 0:
-        weights = np.full(len(workload), weights)
-    if weights.shape != (len(workload),):
-        raise InputError("weight", f"shape {weights.shape}", f"have one number per type, {len(workload)}")
-    for name, value in zip(workload.type_names, weights.tolist(), strict=True):
-        check_real(f"weight of type {name!r}", value, above=0.0)
-    model.check_floors(workload.arrival_rate)
-    if math.isinf(alpha):
-        if constraints is not None:
-            raise InputError("constraints", constraints, "be left out with max-min fairness (alpha inf)")
-        return FairSolution(model, alpha, weights, _filled(model, weights), None, None)
-    return _alpha_fair(model, alpha, weights, constraints)
-
-
-def _filled(model: FluidModel, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Raise a_j = max(f_j λ_j, min(λ_j, ω_j t)) with t until nothing can grow."""
-    rate, normals = model.workload.arrival_rate, model.halfspaces
-    floor = model.fairness_floor * rate
-    admitted = floor.copy()
-    free = rate > floor
-    level = 0.0
-    while free.any():
-        # Along one stretch of t the rates that grow are fixed; it ends at the next floor, demand or full half-space.
-        growing = free & (weight * level >= floor * (1.0 - TOLERANCE))
-        starts = floor[free & ~growing] / weight[free & ~growing]
-        ends = rate[growing] / weight[growing]
-        use = normals[:, growing] @ weight[growing]
-        left = 1.0 - normals @ np.where(growing, weight * level, admitted)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            until = np.where(use > 0.0, level + np.maximum(left, 0.0) / use, math.inf)
-        level = float(min(starts.min(initial=math.inf), ends.min(initial=math.inf), until.min()))
-        admitted[growing] = np.minimum(weight[growing] * level, rate[growing])
-        full = until <= level * (1.0 + TOLERANCE)
-        free &= admitted < rate * (1.0 - TOLERANCE)
-        free &= ~((normals[full] > 0.0).any(axis=0))
-    return np.minimum(admitted, rate)
-
-
-def _alpha_fair(
-    model: FluidModel,
-    alpha: float,
-    weight: NDArray[np.float64],
-    constraints: Callable[[FluidVariables], Sequence[Any]] | None,
-) -> FairSolution:
-    cp = _cvxpy()
-    rate = model.workload.arrival_rate
-    offered = rate > 0.0
-    if not offered.any():
-        return FairSolution(model, alpha, weight, np.zeros_like(rate), None, None)
-    floor = model.fairness_floor * rate
-    unit = np.where(offered, np.minimum(rate, model.rate_alone), 1.0)
-    fluid = fluid_variables(model)
-    share = cp.multiply(1.0 / unit, fluid.admitted_rate)
-    normals = model.halfspaces * unit
-    region = normals @ share <= 1.0
-    # U_α(unit·x) = unit^(1−α) U_α(x) up to a constant; the largest factor is put to 1.
-    exponent = np.log(weight) + (1.0 - alpha) * np.log(unit)
-    scaled = np.where(offered, np.exp(exponent - exponent[offered].max()), 0.0)
-    chosen = np.flatnonzero(offered)
+    weight = _positive_weights(workload, weights)
+    rate, worth = workload.arrival_rate, model.reward
     if alpha == 0.0:
-        utility = scaled[chosen] @ share[chosen]
-    elif alpha == 1.0:
-        utility = scaled[chosen] @ cp.log(share[chosen])
-    else:
-        utility = scaled[chosen] @ cp.power(share[chosen], 1.0 - alpha) / (1.0 - alpha)
-    own = [] if constraints is None else list(constraints(fluid))
-    # The half-spaces repeat the program's rows with u eliminated; their multipliers are the prices.
-    demand = fluid.constraints[1:3] if not own else fluid.constraints
-    problem = cp.Problem(cp.Maximize(utility), [region, *demand, *own])
+        linear = dataclasses.replace(model, objective="rewards", reward=_frozen(weight * worth))
+        return FairSolution(alpha, weight, np.array(worth), solve_model(linear, rate), 0.0)
+    active = rate > 0.0
+    if np.any(active & (worth == 0.0)):
+        name = workload.type_names[int(np.argmax(active & (worth == 0.0)))]
+        raise InputError(
+            f"share of type {name!r}",
+            0.0,
+            "be positive for alpha > 0",
+            "Set the type's arrival rate to 0 to leave it out.",
+        )
+    model.check_floors(rate)
+    rows, lift = _rows(model)
+    rows = rows[:, active]
+    floor = (model.fairness_floor * rate)[active]
+    price, shift, effort = np.zeros(len(rows)), 0.0, 0
+    admitted = np.zeros_like(rate)
+    if math.isinf(alpha):
+        admitted[active] = progressive_filling(rows, worth[active], floor, rate[active])
+        # Any positive multipliers of full rows support the point; each row's types get prices of one size.
+        full = rows @ admitted[active] >= 1.0 - _FULL
+        price[full] = 1.0 / rows[full].max(axis=1, initial=0.0)
+    elif active.any():
+        log_scale = _log(weight[active]) + (1.0 - alpha) * _log(worth[active])
+        allocation = _Allocation(rows, alpha, log_scale, floor, rate[active])
+        admitted[active], price, shift, effort = allocation.solve()
+    row_dual = price @ lift
+    bid = row_dual @ model.matrix
+    largest = float(bid.max()) or 1.0
+    fluid = FluidSolution(
+        model=dataclasses.replace(model, objective="rewards", reward=_frozen(bid / largest)),
+        arrival_rate=rate,
+        admitted_rate=admitted,
+        iteration_rate=model.iteration_rate(admitted),
+        row_dual=row_dual / largest,
+        effort=effort,
+    )
+    scale = 0.0 if math.isinf(alpha) else shift + math.log(largest)
+    return FairSolution(alpha, weight, np.array(worth), fluid, scale)
+
+
+def progressive_filling(
+    rows: NDArray[np.float64],
+    worth: NDArray[np.float64],
+    floor: NDArray[np.float64],
+    cap: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Return the max-min fair rates of a packing polytope.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (M, J)
+        G ≥ 0 of G a ≤ 1.
+    worth : ndarray of shape (J,)
+        Share per unit of rate, positive.
+    floor, cap : ndarray of shape (J,)
+        Limits on the rates; the floors must be feasible.
+
+    Examples
+    --------
+    Both types share the first row alike until it is full; the third has the second row's rest.
+
+    >>> rows = np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    >>> progressive_filling(rows, np.ones(3), np.zeros(3), np.full(3, 9.0)).tolist()
+    [0.5, 0.5, 0.5]
+    >>> rows[1] /= 2.0
+    >>> progressive_filling(rows, np.ones(3), np.zeros(3), np.full(3, 9.0)).tolist()
+    [0.5, 0.5, 1.5]
+    """
+    rates, free = floor.copy(), np.ones(len(cap), dtype=bool)
+
+    def at(level: float) -> NDArray[np.float64]:
+        return np.where(free, np.clip(level / worth, floor, cap), rates)
+
+    while free.any():
+        # Between two breakpoints the load of every row is linear in the level.
+        levels = np.unique(np.concatenate([[0.0], (worth * floor)[free], (worth * cap)[free]]))
+        low, high = 0, len(levels) - 1
+        if (rows @ at(levels[high]) <= 1.0).all():
+            return at(levels[high])
+        while high - low > 1:
+            middle = (low + high) // 2
+            if (rows @ at(levels[middle]) <= 1.0).all():
+                low = middle
+            else:
+                high = middle
+        before, after = rows @ at(levels[low]), rows @ at(levels[high])
+        crossing = after > 1.0
+        part = np.ones(len(rows))
+        part[crossing] = np.maximum(1.0 - before[crossing], 0.0) / (after - before)[crossing]
+        first = int(np.argmin(part))
+        rates = at(levels[low] + part[first] * (levels[high] - levels[low]))
+        full = rows @ rates >= 1.0 - _FULL
+        full[first] = True
+        free &= (rates < cap) & ~(rows[full] > 0.0).any(axis=0)
+    return rates
+
+
+class _Allocation:
+    """The explicit allocation of 0 < α < ∞ as a function of the rows' multipliers, and the search for these."""
+
+    def __init__(
+        self,
+        rows: NDArray[np.float64],
+        alpha: float,
+        log_scale: NDArray[np.float64],
+        floor: NDArray[np.float64],
+        cap: NDArray[np.float64],
+    ) -> None:
+        self._rows, self._alpha, self._log_scale = rows, alpha, log_scale
+        self._floor, self._cap = floor, cap
+        self._log_floor, self._log_cap = _log(floor), _log(cap)
+        # A rounding of the multiplier's logarithm moves the rates by that over α.
+        self._precision = _PRECISION * max(1.0, 1.0 / alpha)
+
+    def solve(self) -> tuple[NDArray[np.float64], NDArray[np.float64], float, int]:
+        """Return the rates, the multipliers relative to the largest, the logarithm of that, and sweeps taken."""
+        log_price = np.full(len(self._rows), -np.inf)
+        sweeps, residual = 0, math.inf
+        while residual > self._precision:
+            if sweeps == _MAX_SWEEPS:
+                raise SolverError(
+                    f"the multipliers of the {self._alpha:g}-fair allocation did not converge in {sweeps} sweeps:"
+                    f" a row is {residual:.2g} from full"
+                )
+            for row in range(len(self._rows)):
+                log_price[row] = self._fill(log_price, row)
+            log_price = self._shed(log_price)
+            log_price, residual = self._newton(log_price)
+            sweeps += 1
+        rates = self._rates(log_price)[0]
+        shift = float(log_price.max())
+        if math.isinf(shift):  # no row is full
+            return rates, np.zeros_like(log_price), 0.0, sweeps
+        return rates, np.exp(log_price - shift), shift, sweeps
+
+    def _rates(self, log_price: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the rates and the logarithms of the types' prices."""
+        shift = float(log_price.max())
+        if math.isinf(shift):
+            return self._cap, np.full_like(self._log_cap, -np.inf)
+        log_bid = shift + _log(np.exp(log_price - shift) @ self._rows)
+        log_rate = (self._log_scale - log_bid) / self._alpha
+        rate = np.exp(np.clip(log_rate, self._log_floor, self._log_cap))
+        return np.clip(np.where(log_rate >= self._log_cap, self._cap, rate), self._floor, self._cap), log_bid
+
+    def _fill(self, log_price: NDArray[np.float64], row: int) -> float:
+        """Return the row's log multiplier, given the others: −inf if not full, else where its load is 1."""
+        from scipy.optimize import brentq
+
+        trial = log_price.copy()
+
+        def excess(value: float) -> float:
+            trial[row] = value
+            load = float(self._rows[row] @ self._rates(trial)[0])
+            return load - 1.0
+
+        if excess(-math.inf) <= 0.0:
+            return -math.inf
+        use = self._rows[row]
+        start = float(log_price[row])
+        if math.isinf(start):  # where the type that wants most takes the whole row
+            taking = use > 0.0
+            wants = self._log_scale[taking] + (self._alpha - 1.0) * _log(use[taking])
+            start = float(wants.max())
+        low = high = start
+        step = 1.0
+        while excess(high) > 0.0:
+            low, high = high, high + step
+            step *= 2.0
+            if step > _WIDEST:  # the floors alone fill the row
+                return high
+        step = 1.0
+        while excess(low) <= 0.0:
+            low, step = low - step, 2.0 * step
+        return float(brentq(excess, low, high, xtol=1e-15, rtol=4.0 * np.finfo(float).eps))
+
+    def _shed(self, log_price: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Drop the multipliers of rows that a sweep has left slack, if that halves the residual.
+
+        Of two nearly parallel rows one must go, which ascent by coordinates does in very small steps.
+        """
+        load = self._rows @ self._rates(log_price)[0]
+        slack = np.isfinite(log_price) & (load < 1.0 - self._precision)
+        if not slack.any():
+            return log_price
+        trial = self._without(log_price, slack)
+        return trial if self._residual(trial) < self._residual(log_price) / 2 else log_price
+
+    def _without(self, log_price: NDArray[np.float64], dropped: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Set some multipliers to 0 and fill the other priced rows again."""
+        trial = np.where(dropped, -np.inf, log_price)
+        for row in np.flatnonzero(np.isfinite(trial)).tolist():
+            trial[row] = self._fill(trial, row)
+        return trial
+
+    def _newton(self, log_price: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+        """Newton's method on the rows with multipliers, while it halves the residual."""
+        residual = self._residual(log_price)
+        while residual > self._precision:
+            priced = np.isfinite(log_price)
+            rates, log_bid = self._rates(log_price)
+            inside = (rates > self._floor) & (rates < self._cap)
+            rows = self._rows[priced]
+            part = np.exp(log_price[priced][:, None] - log_bid) * rows * inside
+            slope = (rows * rates) @ part.T / self._alpha
+            step = np.linalg.lstsq(slope, rows @ rates - 1.0, rcond=None)[0]
+            trial = log_price.copy()
+            # The relative change of each multiplier: one that would be negative becomes 0.
+            kept = step > -1.0
+            trial[priced] = np.where(kept, trial[priced] + np.log1p(np.where(kept, step, 0.0)), -np.inf)
+            if not kept.all():
+                trial = self._without(trial, np.isinf(trial))
+            achieved = self._residual(trial)
+            if not achieved < residual / 2:
+                break
+            log_price, residual = trial, achieved
+        return log_price, residual
+
+    def _residual(self, log_price: NDArray[np.float64]) -> float:
+        excess = self._rows @ self._rates(log_price)[0] - 1.0
+        return float(np.where(np.isfinite(log_price), np.abs(excess), np.maximum(excess, 0.0)).max())
+
+
+def _rows(model: FluidModel) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return G without rows that another makes superfluous, and what turns its multipliers into the model's."""
+    # The half-spaces are linear in the columns of the program: unit columns give the combinations of rows.
+    lift = dataclasses.replace(model, matrix=np.eye(len(model.row_names))).halfspaces
+    rows = model.halfspaces
+    kept: list[int] = []
+    for h, row in enumerate(rows):
+        below = (rows >= row).all(axis=1)
+        equal = (rows == row).all(axis=1)
+        if not (below & ~equal).any() and not equal[:h].any():
+            kept.append(h)
+    return rows[kept], lift[kept]
+
+
+def _positive_weights(workload: Workload, weights: ArrayLike) -> NDArray[np.float64]:
     try:
-        problem.solve(solver=cp.HIGHS if alpha == 0.0 else cp.CLARABEL)
-    except cp.SolverError as error:
-        raise SolverError(f"cvxpy could not solve the fair program: {error}") from None
-    if problem.status in ("infeasible", "infeasible_inaccurate"):
-        raise InfeasibleError(_contradiction(cp, [region, *fluid.constraints], own), "constraints")
-    if problem.status != "optimal":
-        raise SolverError(f"cvxpy ended with status {problem.status!r} on the fair program")
-    admitted = np.where(offered, np.clip(fluid.admitted_rate.value, floor, rate), 0.0)
-    # Back into the region where the interior point left it by its tolerance.
-    admitted = np.maximum(admitted / max(float(model.load(admitted).max()), 1.0), floor)
-    if own:
-        return FairSolution(model, alpha, weight, admitted, None, None)
-    multiplier = np.maximum(np.asarray(region.dual_value, dtype=np.float64), 0.0)
-    certificate = _certificate(
-        alpha, scaled, normals, multiplier, (floor / unit, rate / unit), admitted / unit
-    )
-    factor = math.exp(exponent[offered].max())
-    return FairSolution(model, alpha, weight, admitted, multiplier @ normals / unit * factor, certificate)
+        array = np.array(np.broadcast_to(np.asarray(weights, dtype=np.float64), len(workload)))
+    except (TypeError, ValueError):
+        raise InputError("weights", weights, f"be a number, or one per type, {len(workload)}") from None
+    for name, value in zip(workload.type_names, array.tolist(), strict=True):
+        check_real(f"weights of type {name!r}", value, above=0.0)
+    return array
 
 
-def _certificate(
-    alpha: float,
-    weight: NDArray[np.float64],
-    normals: NDArray[np.float64],
-    multiplier: NDArray[np.float64],
-    bounds: tuple[NDArray[np.float64], NDArray[np.float64]],
-    share: NDArray[np.float64],
-) -> Certificate:
-    """Weak duality: each share maximises weight·U(x) − price·x within its bounds by itself."""
-    low, high = bounds
-    price = multiplier @ normals
-    active = weight > 0.0
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        if alpha == 0.0:
-            best = np.where(weight > price, high, low)
-        else:
-            best = np.clip((weight / price) ** (1.0 / alpha), low, high)
-    terms = _utility(alpha, best[active]) - _utility(alpha, share[active])
-    gap = float(weight[active] @ terms - price[active] @ (best - share)[active])
-    gap += float(multiplier @ (1.0 - normals @ share))
-    size = float(weight[active] @ np.abs(share[active] ** (1.0 - alpha)))
-    primal = max(
-        float((normals @ share).max()) - 1.0, float((share - high).max()), float((low - share).max()), 0.0
-    )
-    used = np.minimum(multiplier / max(float(multiplier.max()), 1e-300), 1.0 - normals @ share)
-    return Certificate(primal, 0.0, max(float(used.max()), 0.0), abs(gap) / size, FAIR_TOLERANCE)
+def _log(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(values))
 
 
-def _utility(alpha: float, rate: NDArray[np.float64]) -> NDArray[np.float64]:
-    if alpha == 1.0:
-        return np.log(rate)
-    return np.asarray(rate ** (1.0 - alpha) / (1.0 - alpha))
-
-
-def _cvxpy() -> Any:
-    import cvxpy
-
-    return cvxpy
-
-
-def _contradiction(cp: Any, program: list[Any], own: list[Any]) -> str:
-    """Name an irreducible set of the user's constraints that contradicts the program."""
-    kept = list(range(len(own)))
-    for position in list(kept):
-        rest = [own[i] for i in kept if i != position]
-        problem = cp.Problem(cp.Minimize(0.0), [*program, *rest])
-        problem.solve(solver=cp.CLARABEL)
-        if problem.status in ("infeasible", "infeasible_inaccurate"):
-            kept.remove(position)
-    named = "; ".join(f"constraints[{i}]: {own[i]}" for i in kept)
-    return f"these constraints contradict the fluid program together: {named}. Drop or relax one of them."
+def _frozen(array: NDArray[np.float64]) -> NDArray[np.float64]:
+    array.setflags(write=False)
+    return array

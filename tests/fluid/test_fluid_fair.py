@@ -1,211 +1,350 @@
-"""Fair sharing against its definitions, closed forms and scipy."""
+"""α-fair sharing: closed forms, scalar search, cvxpy, limits, laws, certificate, errors."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.optimize
+from fluid_cases import logarithmic, servers, workloads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import fluidsched as fs
 from fluidsched.errors import InfeasibleError, InputError
-from fluidsched.fluid.fair import fluid_variables, solve_fair
+
+INSTANT = fs.IterationTime.affine(1e-9, 1e-3, 0.0, 0.0)
+"""A millisecond a prompt token and next to nothing an iteration: with p tokens 1000/p req/s are served."""
+
+alphas = st.one_of(st.just(1.0), logarithmic(0.1, 20.0))
 
 
-def case(seed: int, load: float = 4.0) -> tuple[fs.Workload, fs.Server]:
-    """Five types in overload on a catalog server."""
-    rng = np.random.default_rng(seed)
-    types = [
-        fs.RequestType(
-            f"type {j}", rng.uniform(0.5, 5), int(rng.integers(10, 3000)), int(rng.integers(2, 500))
-        )
-        for j in range(5)
-    ]
-    entries = [e for e in fs.catalog.entries() if e.kv_capacity_tokens > 20_000]
-    server = entries[int(rng.integers(len(entries)))].server()
-    return fs.Workload(types).at_load(load, server), server
+def one_row(work: list[float], rate: float = 1e6) -> tuple[fs.Workload, fs.Server]:
+    """Types that use given shares of a server per req/s, demand out of the way."""
+    types = [fs.RequestType(f"type {j}", rate, round(1000 * w), 1) for j, w in enumerate(work)]
+    return fs.Workload(types), fs.Server(math.inf, INSTANT)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_certified_and_within_the_program(alpha: float, seed: int) -> None:
-    """Every answer is feasible and its utility within the certificate's gap of the bound."""
-    workload, server = case(seed)
-    fair = solve_fair(workload, server, alpha)
-    assert fair.certificate is not None
+def two_piece_server(kv_capacity: float = 60_000) -> fs.Server:
+    iteration_time = fs.IterationTime.two_piece(0.01, 2e-5, 256, 4e-5, 1e-7, 1e-9)
+    return fs.Server(kv_capacity, iteration_time, max_batch_size=64, token_budget=2048)
+
+
+def mixed() -> fs.Workload:
+    return fs.Workload(
+        [
+            fs.RequestType("chat", 40.0, 300, 200),
+            fs.RequestType("long prompts", 9.0, 3000, 20),
+            fs.RequestType("long answers", 5.0, 50, 1500),
+            fs.RequestType("rare", 0.01, 500, 100),
+        ]
+    )
+
+
+def utility(share: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+    return np.log(share) if alpha == 1.0 else share ** (1 - alpha) / (1 - alpha)
+
+
+# Closed forms.
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 900), logarithmic(0.1, 10)), min_size=1, max_size=5),
+    alphas,
+    st.sampled_from(["requests", "total_tokens"]),
+)
+def test_knapsack(types: list[tuple[int, float]], alpha: float, share: str) -> None:
+    """One resource, demand out of the way: a_j ∝ (ω_j r_j^{1−α}/g_j)^{1/α}, filling it."""
+    work = np.array([tokens for tokens, _ in types]) / 1000
+    weights = np.array([weight for _, weight in types])
+    worth = np.ones(len(work)) if share == "requests" else 1000 * work + 1
+    fair = fs.solve_fair(*one_row(work.tolist()), alpha, share, weights=weights)
+    wanted = (weights * worth ** (1 - alpha) / work) ** (1 / alpha)
+    np.testing.assert_allclose(fair.admitted_rate, wanted / (wanted @ work), rtol=1e-9)
+    assert fair.certificate.ok
+
+
+def test_proportional_fairness_splits_the_server() -> None:
+    """α = 1: every type gets the same part of the server's time, in proportion to its weight."""
+    work = np.array([0.1, 0.2, 0.7])
+    fair = fs.solve_fair(*one_row(work.tolist()), weights=[1.0, 2.0, 5.0])
+    np.testing.assert_allclose(fair.admitted_rate * work, np.array([1, 2, 5]) / 8, rtol=1e-9)
+    # d utility / d capacity = 8 weights over one server: the price of a second of server time.
+    np.testing.assert_allclose(fair.bid_price, 8 * work, rtol=1e-9)
+
+
+@settings(max_examples=25)
+@given(st.floats(0.5, 5.0), st.floats(0.5, 5.0), alphas)
+def test_two_types_by_scalar_search(first: float, second: float, alpha: float) -> None:
+    """All along the boundary of the region of two types no point has a larger utility."""
+    types = [fs.RequestType("a", first, 300, 200), fs.RequestType("b", second, 2000, 20)]
+    workload, server = fs.Workload(types), two_piece_server(20_000)
+    fair = fs.solve_fair(workload, server, alpha)
+    assert fair.certificate.ok
+    load = fair.fluid.model.load
+    a = np.linspace(0, first, 4001)[1:]
+    low, high = np.zeros_like(a), np.full_like(a, second)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = load(np.stack([a, middle], axis=1)).max(axis=1) <= 1
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    b = np.where(load(np.stack([a, np.full_like(a, second)], axis=1)).max(axis=1) <= 1, second, low)
+    kept = b > 0
+    best = (utility(a[kept], alpha) + utility(b[kept], alpha)).max()
+    reached = utility(fair.admitted_rate, alpha).sum()
+    assert fair.utility == pytest.approx(reached, rel=1e-9, abs=1e-9)
+    assert reached >= best - 1e-9 * abs(best)
+    assert reached <= best + 1e-3 * max(1.0, abs(best))
+
+
+def test_max_min_by_hand() -> None:
+    """Demand stops one type, the full server the others: 1 = 0.1·2 + (0.2 + 0.6)·x."""
+    workload, server = one_row([0.1, 0.2, 0.6])
+    fair = fs.solve_fair(workload.with_rates([0.5, 9.0, 9.0]), server, math.inf)
+    np.testing.assert_allclose(fair.admitted_rate, [0.5, 0.95 / 0.8, 0.95 / 0.8])
+    floors = fs.solve_fair(
+        workload.with_rates([0.5, 9.0, 9.0]), server, math.inf, fairness_floor=[0, 0.25, 0]
+    )
+    np.testing.assert_allclose(floors.admitted_rate, [0.5, 2.25, 0.5 / 0.6])
+
+
+# Witness and limits.
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 3.0])
+def test_cvxpy_agrees(alpha: float) -> None:
+    """A cone solver on the rows with u kept, all limits, floors and two pieces."""
+    import cvxpy as cp
+
+    # Demand of one size: a rare type's utility would drown the others' in the cone solver's tolerance.
+    workload, server = mixed().with_rates([40.0, 9.0, 5.0, 2.0]), two_piece_server()
+    weights = np.array([1.0, 3.0, 0.5, 2.0])
+    floor = np.array([0.02, 0.1, 0.0, 0.0])
+    fair = fs.solve_fair(workload, server, alpha, weights=weights, fairness_floor=floor)
+    model = fair.fluid.model
+    unit = np.minimum(model.rate_alone, workload.arrival_rate)
+    size = np.abs(model.matrix * unit).max(axis=1)
+    x, u = cp.Variable(4), cp.Variable()
+    a = cp.multiply(unit, x)
+    if alpha == 1.0:
+        objective = cp.sum(cp.multiply(weights, cp.log(a)))
+    else:
+        objective = cp.sum(cp.multiply(weights / (1 - alpha), cp.power(a, 1 - alpha)))
+    rows = (model.matrix * unit / size[:, None]) @ x + model.rate_coefficient / size * u
+    problem = cp.Problem(
+        cp.Maximize(objective),
+        [
+            rows <= model.limit / size,
+            u >= 0,
+            a <= workload.arrival_rate,
+            a >= floor * workload.arrival_rate,
+        ],
+    )
+    problem.solve(solver=cp.CLARABEL)
+    np.testing.assert_allclose(fair.admitted_rate, a.value, rtol=2e-4)
+    assert fair.utility == pytest.approx(problem.value, rel=1e-6)
+    assert fair.utility >= problem.value - 1e-6 * abs(problem.value)
+    assert fair.certificate.ok
+
+
+@settings(max_examples=25)
+@given(workloads(max_types=5), servers())
+def test_no_fairness_is_the_linear_program(workload: fs.Workload, server: fs.Server) -> None:
+    """α = 0 is `solve_fluid`; small α comes close in total."""
+    fluid = fs.solve_fluid(workload, server, "output_tokens")
+    fair = fs.solve_fair(workload, server, 0.0, "output_tokens")
+    assert fair.total == pytest.approx(fluid.objective_value, rel=1e-9)
+    near = fs.solve_fair(workload, server, 0.01, "output_tokens")
+    assert near.total >= 0.9 * fair.total
+
+
+@settings(max_examples=25)
+@given(workloads(max_types=5), servers())
+def test_large_alpha_is_max_min(workload: fs.Workload, server: fs.Server) -> None:
+    """The least share of a 200-fair allocation is nearly the max-min one, and never more."""
+    most = fs.solve_fair(workload, server, math.inf)
+    near = fs.solve_fair(workload, server, 200.0)
+    assert near.certificate.ok
+    active = workload.arrival_rate > 0
+    if active.any():
+        least, reached = most.share[active].min(), near.share[active].min()
+        assert reached <= least * (1 + 1e-9)
+        assert reached >= 0.9 * least
+
+
+# Laws.
+
+
+@settings(max_examples=60)
+@given(
+    workloads(max_types=5, rates=logarithmic(1e-6, 1e6)),
+    servers(),
+    st.one_of(st.just(0.0), st.just(math.inf), logarithmic(0.05, 50)),
+    st.sampled_from(["requests", "output_tokens"]),
+)
+def test_certificate_holds_at_any_scale(
+    workload: fs.Workload, server: fs.Server, alpha: float, share: str
+) -> None:
+    """Rates 1e-6 … 1e6, lengths 1 … 8000, any limits: optimal to 1e-9, within capacity and demand."""
+    fair = fs.solve_fair(workload, server, alpha, share)
     assert fair.certificate.ok, fair.certificate
-    assert fair.load.max() <= 1 + 1e-9
+    assert fair.fluid.model.load(fair.admitted_rate).max() <= 1 + 1e-9
     assert np.all(fair.admitted_rate <= workload.arrival_rate)
-    taken = fs.solve_fluid(workload.with_rates(fair.admitted_rate), server)
-    assert taken.is_stable
 
 
-def test_alpha_zero_is_the_largest_total() -> None:
-    """α = 0 has the value of the fluid program."""
-    workload, server = case(1)
-    total = fs.solve_fluid(workload, server).objective_value
-    assert solve_fair(workload, server, 0.0).admitted_rate.sum() == pytest.approx(total, rel=1e-7)
+@settings(max_examples=20)
+@given(workloads(max_types=4), servers(), st.one_of(alphas, st.just(math.inf)))
+def test_all_demand_that_fits_is_admitted(workload: fs.Workload, server: fs.Server, alpha: float) -> None:
+    """Inside the stable region every α admits everything."""
+    if not math.isfinite(fs.solve_fluid(workload, server).critical_rate):
+        return
+    workload = workload.at_load(0.9, server)
+    fair = fs.solve_fair(workload, server, alpha)
+    np.testing.assert_array_equal(fair.admitted_rate, workload.arrival_rate)
+    assert fair.status == "optimal"
+
+
+def test_fairness_costs_total_and_raises_the_least() -> None:
+    """From α = 0 to ∞ the total falls and the least share rises."""
+    workload = fs.workloads.azure_conv()
+    server = fs.catalog.server("a100-80gb", "llama-2-7b", 1)
+    workload = workload.at_load(2.0, server)
+    fairs = [fs.solve_fair(workload, server, alpha) for alpha in (0.0, 0.5, 1.0, 2.0, 5.0, math.inf)]
+    totals, least = [fair.total for fair in fairs], [fair.share.min() for fair in fairs]
+    assert totals == sorted(totals, reverse=True)
+    assert least == sorted(least)
+    assert totals[-1] < 0.8 * totals[0]
+
+
+def test_fractions_as_shares() -> None:
+    """With r_j = 1/λ_j max-min fairness admits the same fraction of every type's demand."""
+    workload, server = mixed(), two_piece_server()
+    fair = fs.solve_fair(workload, server, math.inf, 1 / workload.arrival_rate)
+    fraction = fair.fluid.admitted_fraction
+    np.testing.assert_allclose(fraction, fraction[0], rtol=1e-9)
+    assert fraction[0] == pytest.approx(1 / fair.fluid.load.max(), rel=1e-9)
+
+
+@settings(max_examples=20)
+@given(workloads(max_types=4), servers(), alphas, logarithmic(1e-3, 1e3))
+def test_weights_and_units_of_shares(
+    workload: fs.Workload, server: fs.Server, alpha: float, factor: float
+) -> None:
+    """All weights, or all shares per request, times a factor: the same admission."""
+    once = fs.solve_fair(workload, server, alpha).admitted_rate
+    weighted = fs.solve_fair(workload, server, alpha, weights=factor).admitted_rate
+    scaled = fs.solve_fair(workload, server, alpha, np.full(len(workload), factor)).admitted_rate
+    np.testing.assert_allclose(weighted, once, rtol=1e-7)
+    np.testing.assert_allclose(scaled, once, rtol=1e-7)
+
+
+def test_types_without_demand_take_no_part() -> None:
+    """A type of rate zero changes nothing, even at α = ∞ where the least share would be its 0."""
+    workload, server = mixed(), two_piece_server()
+    without = fs.Workload(workload.types[:3])
+    for alpha in (0.5, 1.0, math.inf):
+        fair = fs.solve_fair(workload.with_rates([40.0, 9.0, 5.0, 0.0]), server, alpha)
+        np.testing.assert_allclose(
+            fair.admitted_rate[:3], fs.solve_fair(without, server, alpha).admitted_rate, rtol=1e-12
+        )
+        assert fair.admitted_rate[3] == 0.0
+        assert fair.certificate.ok
+    nobody = fs.solve_fair(workload.with_rates(np.zeros(4)), server)
+    assert nobody.certificate.ok
+    assert "no demand" in repr(nobody)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
-def test_one_half_space_has_a_closed_form(alpha: float) -> None:
-    """With one constraint g·a ≤ 1 and ample demand, a_j is proportional to (ω_j/g_j)^(1/α)."""
-    types = [fs.RequestType("a", 1e4, 300, 50), fs.RequestType("b", 1e4, 900, 200)]
-    workload = fs.Workload(types)
-    server = fs.Server(50_000, fs.IterationTime.paper(0.01, 3e-7))
-    weight = np.array([1.0, 2.5])
-    g = fs.FluidProgram(workload, server).model.halfspaces.max(axis=0)
-    shape = (weight / g) ** (1 / alpha)
-    fair = solve_fair(workload, server, alpha, weight=weight)
-    np.testing.assert_allclose(fair.admitted_rate, shape / (g @ shape), rtol=1e-4)
-    assert fair.price is not None
-    np.testing.assert_allclose(fair.price, weight * fair.admitted_rate**-alpha, rtol=1e-3)
+def test_iteration_time_and_floors_are_kept(alpha: float) -> None:
+    """Fairness inside a limit on the iteration time, with floors for all."""
+    workload, server = mixed(), two_piece_server()
+    fair = fs.solve_fair(workload, server, alpha, fairness_floor=0.01, max_iteration_time=0.015)
+    assert fair.certificate.ok, fair.certificate
+    assert fair.fluid.iteration_time <= 0.015 * (1 + 1e-9)
+    assert np.all(fair.fluid.admitted_fraction >= 0.01 * (1 - 1e-12))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_scipy_agrees(seed: int) -> None:
-    """A general-purpose optimiser finds no better α = 2 utility over the half-spaces."""
-    workload, server = case(seed)
-    normals = fs.FluidProgram(workload, server).model.halfspaces
-    fair = solve_fair(workload, server, 2.0)
-    scale = fair.admitted_rate
-    answer = scipy.optimize.minimize(
-        lambda x: float((1 / (x * scale)).sum()),
-        np.full(5, 0.3),
-        bounds=[(1e-3, rate / s) for rate, s in zip(workload.arrival_rate, scale, strict=True)],
-        constraints=[{"type": "ineq", "fun": lambda x: 1 - normals @ (x * scale)}],
-        options={"maxiter": 500, "ftol": 1e-12},
+# The certificate.
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0, math.inf])
+def test_certificate_sees_tampering(alpha: float) -> None:
+    """Moving capacity from one type to another, at the same total load, is noticed."""
+    fair = fs.solve_fair(mixed(), two_piece_server(), alpha)
+    row = int(np.argmax(fair.fluid.model.halfspaces @ fair.admitted_rate))
+    work = fair.fluid.model.halfspaces[row]
+    moved = np.array(fair.admitted_rate)
+    moved[:2] += np.array([1.0, -1.0]) * 1e-4 / work[:2]
+    fluid = dataclasses.replace(
+        fair.fluid, admitted_rate=moved, iteration_rate=fair.fluid.model.iteration_rate(moved)
     )
-    assert float((1 / scale).sum()) <= answer.fun * (1 + 1e-5)
+    wrong = dataclasses.replace(fair, fluid=fluid)
+    assert fair.certificate.ok
+    assert wrong.certificate.complementary_slackness > 1e-6
+    assert wrong.status == "imprecise"
+    assert "imprecise" in repr(wrong)
 
 
-def max_min(workload: fs.Workload, server: fs.Server, weight: Any) -> Any:
-    """Max-min by its definition: raise the common level by a linear program, freeze who cannot rise alone."""
-    normals = fs.FluidProgram(workload, server).model.halfspaces
-    rate = workload.arrival_rate
-    fixed = np.full(len(rate), math.nan)
-    while np.isnan(fixed).any():
-        free = np.isnan(fixed)
-        base = np.where(free, 0.0, fixed)
-        # Columns: t and the free rates, a_j ≥ ω_j t.
-        size = int(free.sum())
-        cost = np.zeros(size + 1)
-        cost[0] = -1.0
-        level = np.hstack([weight[free][:, None], -np.eye(size)])
-        room = np.hstack([np.zeros((len(normals), 1)), normals[:, free]])
-        bounds = [(0, None), *((0, r) for r in rate[free])]
-        answer = scipy.optimize.linprog(
-            cost,
-            np.vstack([level, room]),
-            np.concatenate([np.zeros(size), 1 - normals @ base]),
-            bounds=bounds,
-        )
-        t = -answer.fun
-        reached = np.where(free, weight * t, fixed)
-        slack = 1 - normals @ reached
-        stuck = free & (
-            (reached >= rate * (1 - 1e-7)) | ((normals > 0) & (slack < 1e-7)[:, None]).any(axis=0)
-        )
-        fixed[stuck] = reached[stuck]
-    return fixed
+def test_embedded_solution_is_one_like_any_other() -> None:
+    """Certified by itself, written and read."""
+    fluid = fs.solve_fair(mixed(), two_piece_server()).fluid
+    assert fluid.certificate.ok
+    again = fs.FluidSolution.from_dict(fluid.to_dict())
+    np.testing.assert_array_equal(again.admitted_rate, fluid.admitted_rate)
+    assert again.certificate.ok
 
 
-@pytest.mark.parametrize("load", [0.7, 1.5, 6.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_filling_is_max_min(seed: int, load: float) -> None:
-    """Filling all rates together is max-min by its definition, weights included."""
-    workload, server = case(seed, load)
-    weight = np.random.default_rng(seed).uniform(0.5, 2, 5)
-    fair = solve_fair(workload, server, math.inf, weight=weight)
-    np.testing.assert_allclose(fair.admitted_rate, max_min(workload, server, weight), rtol=1e-5)
+# How it is shown.
 
 
-def test_alpha_grows_towards_max_min() -> None:
-    """The smallest rate rises with α up to the max-min one, the total falls."""
-    workload, server = case(2)
-    answers = [solve_fair(workload, server, a).admitted_rate for a in (0.0, 0.5, 1.0, 2.0, 4.0, math.inf)]
-    smallest, total = ([f(a) for a in answers] for f in (np.min, np.sum))
-    assert np.all(np.diff(smallest) >= -1e-6)
-    assert np.all(np.diff(total) <= 1e-6 * total[0])
+def test_frame_repr_and_plot() -> None:
+    """One row per type, the name of the fairness, bars inside the offered outline."""
+    from matplotlib import pyplot
+
+    fairs = [fs.solve_fair(mixed(), two_piece_server(), alpha) for alpha in (1.0, math.inf)]
+    frame = fairs[0].to_frame()
+    assert frame["type"].tolist() == list(mixed().type_names)
+    np.testing.assert_allclose(frame["share"], fairs[0].admitted_rate)
+    assert "proportional" in repr(fairs[0])
+    assert "max-min" in fairs[1]._repr_html_()
+    axes = fs.plots.fair_shares(fairs)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["offered", "α = 1", "α = ∞"]
+    heights = [bar.get_height() for bar in axes.containers[1]]
+    np.testing.assert_allclose(heights, fairs[0].admitted_rate)
+    pyplot.close(axes.figure)
+    pyplot.close(fairs[0].plot().figure)
+    with pytest.raises(InputError):
+        fs.plots.fair_shares([])
 
 
-def test_everything_is_admitted_where_it_fits() -> None:
-    """Below the boundary every α admits all; a type without arrivals has no part in it."""
-    workload, server = case(0, 0.8)
-    silent = fs.Workload([*workload.types, fs.RequestType("silent", 0.0, 10, 10)])
-    for alpha in (0.0, 1.0, 2.0, math.inf):
-        fair = solve_fair(silent, server, alpha)
-        np.testing.assert_allclose(fair.admitted_fraction, 1.0, rtol=1e-6)
-    assert solve_fair(workload.scaled(0.0), server).admitted_rate.sum() == 0.0
-    assert solve_fair(workload.scaled(0.0), server, math.inf).admitted_rate.sum() == 0.0
+# What it says when it cannot.
 
 
-@pytest.mark.parametrize("alpha", [1.0, math.inf])
-def test_floors_hold(alpha: float) -> None:
-    """Floors are kept beside fairness; floors beyond the server's reach are refused with the repair."""
-    workload, server = case(1)
-    floor = np.array([0.6, 0.0, 0.0, 0.0, 0.0])
-    fair = solve_fair(workload, server, alpha, fairness_floor=floor)
-    assert fair.admitted_fraction[0] >= 0.6 * (1 - 1e-9)
-    assert fair.load.max() <= 1 + 1e-6
-    with pytest.raises(InfeasibleError, match="floors"):
-        solve_fair(workload, server, alpha, fairness_floor=0.9)
-
-
-def test_constraints_of_your_own() -> None:
-    """A further constraint is kept; contradictory ones are named, and only those."""
-    workload, server = case(0)
-
-    def equal(fluid: Any) -> list[Any]:
-        return [fluid.admitted_rate[0] == fluid.admitted_rate[1]]
-
-    fair = solve_fair(workload, server, constraints=equal)
-    assert fair.admitted_rate[0] == pytest.approx(fair.admitted_rate[1], rel=1e-5)
-    assert fair.certificate is None
-
-    def contradictory(fluid: Any) -> list[Any]:
-        a = fluid.admitted_rate
-        return [a[2] >= 0.01, a[0] >= 2 * workload.arrival_rate[0], a[1] >= 0.0]
-
-    with pytest.raises(InfeasibleError, match=r"constraints\[1\]") as caught:
-        solve_fair(workload, server, constraints=contradictory)
-    assert "constraints[0]" not in str(caught.value)
-    assert "constraints[2]" not in str(caught.value)
-    with pytest.raises(InputError, match="alpha inf"):
-        solve_fair(workload, server, math.inf, constraints=equal)
-
-
-def test_variables_carry_the_whole_program() -> None:
-    """Maximising the total over the hook's variables is the fluid program."""
-    import cvxpy as cp
-
-    workload, server = case(2)
-    program = fs.FluidProgram(workload, server, max_iteration_time=server.iteration_time.empty * 2)
-    fluid = fluid_variables(program.model)
-    problem = cp.Problem(cp.Maximize(cp.sum(fluid.admitted_rate)), fluid.constraints)
-    problem.solve(solver=cp.HIGHS)
-    assert problem.value == pytest.approx(program.solve().objective_value, rel=1e-6)
-
-
-def test_bad_arguments_are_named() -> None:
-    """α and weights."""
-    workload, server = case(0)
-    for options, named in [
+@pytest.mark.parametrize(
+    ("asked", "argument"),
+    [
         ({"alpha": -1.0}, "alpha"),
         ({"alpha": math.nan}, "alpha"),
-        ({"weight": 0.0}, "weight of type"),
-        ({"weight": [1.0]}, "weight"),
-    ]:
-        with pytest.raises(InputError, match=named):
-            solve_fair(workload, server, **options)  # type: ignore[arg-type]
+        ({"weights": 0.0}, "weights of type 'chat'"),
+        ({"weights": [1.0, 2.0]}, "weights"),
+        ({"weights": [1.0, 1.0, -1.0, 1.0]}, "weights of type 'long answers'"),
+        ({"share": [1.0, 0.0, 1.0, 1.0]}, "share of type 'long prompts'"),
+        ({"share": "revenue"}, "objective"),
+        ({"max_iteration_time": 0.001}, "max_iteration_time"),
+    ],
+)
+def test_wrong_input_is_named(asked: dict[str, Any], argument: str) -> None:
+    """The argument at fault, with the type where there is one."""
+    with pytest.raises(InputError) as caught:
+        fs.solve_fair(mixed(), two_piece_server(), **asked)
+    assert caught.value.argument == argument
 
 
-def test_frame_and_repr() -> None:
-    """One row per type; a page for people."""
-    workload, server = case(0)
-    fair = solve_fair(workload, server)
-    assert len(fair.to_frame()) == 5
-    assert "alpha 1" in repr(fair)
-    assert fair.iteration_time >= server.iteration_time.empty
+def test_infeasible_floors_are_named() -> None:
+    """Floors beyond the server: the resources they overload and the factor that would do."""
+    with pytest.raises(InfeasibleError, match="feasible when multiplied by"):
+        fs.solve_fair(mixed(), two_piece_server(), 1.0, fairness_floor=0.9)
