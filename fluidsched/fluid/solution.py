@@ -260,7 +260,7 @@ class FluidSolution:
         slack = (model.limit - by_rate - use) / np.where(row_size > 0.0, row_size, 1.0)
         demand = np.where(rate > 0.0, rate, 1.0)
         refused, beyond_floor = (rate - admitted) / demand, (admitted - floor) / demand
-        speed = (self.iteration_rate - least) / max(self.iteration_rate, least, 1e-300)
+        speed = (self.iteration_rate - least) * float(model.base.max())
         primal = max(-slack.min(), -refused.min(), -beyond_floor.min(), -speed, 0.0)
 
         worth = self.row_dual * row_size

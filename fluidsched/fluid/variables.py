@@ -94,7 +94,7 @@ class FluidVariables:
         weights : float or array_like of shape (J,)
             ω_j > 0.
         """
-        import cvxpy as cp
+        cp = _cvxpy()
 
         alpha = check_real("alpha", alpha, minimum=0.0)
         rate = self.model.workload.arrival_rate
@@ -126,7 +126,7 @@ class FluidVariables:
         SolverError
             If the objective is unbounded or the solver fails.
         """
-        import cvxpy as cp
+        cp = _cvxpy()
 
         own = dict(constraints or {})
         for label in own:
@@ -182,7 +182,7 @@ def fluid_variables(model: FluidModel) -> FluidVariables:
     >>> float((best.admitted_rate[0] / best.admitted_rate[1]).round(6))
     3.0
     """
-    import cvxpy as cp
+    cp = _cvxpy()
 
     rate = model.workload.arrival_rate
     unit = np.where(rate > 0.0, np.minimum(rate, model.rate_alone), model.rate_alone)
@@ -200,8 +200,14 @@ def fluid_variables(model: FluidModel) -> FluidVariables:
     return FluidVariables(model, cp.multiply(unit, share), fastest * speed, constraints)
 
 
+def _cvxpy() -> Any:
+    import cvxpy
+
+    return cvxpy
+
+
 def _run(problem: Any) -> None:
-    import cvxpy as cp
+    cp = _cvxpy()
 
     try:
         problem.solve(solver=cp.HIGHS if problem.is_lp() else cp.CLARABEL)
@@ -211,7 +217,7 @@ def _run(problem: Any) -> None:
 
 def _contradiction(program: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Name an irreducible set of constraints: each dropped in turn, for good where the rest still contradicts."""
-    import cvxpy as cp
+    cp = _cvxpy()
 
     def contradicts(rows: Mapping[str, Any]) -> bool:
         problem = cp.Problem(cp.Minimize(0.0), list(rows.values()))
@@ -219,7 +225,7 @@ def _contradiction(program: Mapping[str, Any], own: Mapping[str, Any]) -> str:
         return str(problem.status) in ("infeasible", "infeasible_inaccurate")
 
     kept = {**program, **own}
-    for label in [*program, *own]:
+    for label in [*own, *program]:  # blame as few of the user's as possible
         rest = {name: row for name, row in kept.items() if name != label}
         if contradicts(rest):
             kept = rest

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 from fluid_cases import logarithmic, servers, workloads
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,6 +150,36 @@ def test_cvxpy_agrees(alpha: float) -> None:
     assert fair.utility == pytest.approx(problem.value, rel=1e-6)
     assert fair.utility >= problem.value - 1e-6 * abs(problem.value)
     assert fair.certificate.ok
+
+
+@pytest.mark.parametrize("load", [1.5, 6.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_filling_is_max_min_by_its_definition(seed: int, load: float) -> None:
+    """Raise the common level by a linear program, freeze who cannot rise, again and again."""
+    rng = np.random.default_rng(seed)
+    types = [
+        fs.RequestType(
+            f"type {j}", rng.uniform(0.5, 5), int(rng.integers(10, 3000)), int(rng.integers(2, 500))
+        )
+        for j in range(5)
+    ]
+    entries = [entry for entry in fs.catalog.entries() if entry.kv_capacity_tokens > 20_000]
+    server = entries[int(rng.integers(len(entries)))].server()
+    workload = fs.Workload(types).at_load(load, server)
+    normals, rate = fs.FluidProgram(workload, server).model.halfspaces, workload.arrival_rate
+    fixed = np.full(5, math.nan)
+    while np.isnan(fixed).any():
+        free = np.isnan(fixed)
+        room = 1 - normals @ np.where(free, 0.0, fixed)
+        # One variable, the level: every free rate is at it.
+        bounds = [(0, rate[free].min())]
+        answer = scipy.optimize.linprog([-1.0], normals[:, free].sum(axis=1)[:, None], room, bounds=bounds)
+        reached = np.where(free, -answer.fun, fixed)
+        full = 1 - normals @ reached < 1e-7
+        stuck = free & ((reached >= rate * (1 - 1e-7)) | (normals[full] > 0).any(axis=0))
+        fixed[stuck] = reached[stuck]
+    fair = fs.solve_fair(workload, server, math.inf)
+    np.testing.assert_allclose(fair.admitted_rate, fixed, rtol=1e-6)
 
 
 @settings(max_examples=25)
