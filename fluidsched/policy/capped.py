@@ -48,15 +48,21 @@ def resident_kv_law(problem: Problem) -> tuple[float, float]:
 
     Paging adds its largest waste, block size − 1 tokens, to every resident.
     """
-    workload, rate = problem.workload, problem.rate
-    iterations = float(rate @ workload.iterations)
-    mean = float(rate @ workload.kv_work) / iterations
+    return _law_of(problem, *(float(problem.rate @ sums) for sums in _life_sums(problem)))
+
+
+def _life_sums(problem: Problem) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """E of the iterations, the KV and the squared KV held over a life: S, W and Σ_k (p + k − 1)², (A,) each."""
+    workload = problem.workload
     o, oo, ooo = (workload.moment(0, i) for i in (1, 2, 3))
-    squares = (
-        workload.moment(2, 1) + workload.moment(1, 2) - workload.moment(1, 1) + ooo / 3.0 - oo / 2.0 + o / 6.0
-    )
-    second = float(rate @ squares) / iterations
-    return mean + problem.padding, math.sqrt(max(second - mean * mean, 0.0))
+    squares = workload.moment(2, 1) + workload.moment(1, 2) - workload.moment(1, 1)
+    return workload.iterations, workload.kv_work, squares + ooo / 3.0 - oo / 2.0 + o / 6.0
+
+
+def _law_of(problem: Problem, iterations: Any, kv: Any, squares: Any) -> tuple[Any, Any]:
+    """κ̄ and σ from the sums over types of rate times `_life_sums`; numbers or arrays of mixes."""
+    mean = kv / iterations
+    return mean + problem.padding, np.sqrt(np.maximum(squares / iterations - mean * mean, 0.0))
 
 
 def plan_cap(problem: Problem) -> tuple[float, int | None]:
@@ -108,13 +114,11 @@ def _mix_off(problem: Problem, cap: int | None, z: float) -> tuple[float, float]
     if cap is None:
         return math.inf, multiple
     order = np.argsort(-problem.workload.kv_work / problem.workload.iterations)
-    most = 0.0
-    for up in range(len(order) + 1):
-        factor = np.full(len(order), 1.0 - RATES_OFF)
-        factor[order[:up]] = 1.0 + RATES_OFF
-        mean, deviation = resident_kv_law(problem.at_rate(problem.rate * factor))
-        most = max(most, cap * mean + z * deviation * math.sqrt(cap))
-    return most, multiple
+    sums = np.array([problem.rate * life for life in _life_sums(problem)])[:, order]
+    up = np.concatenate([np.zeros((3, 1)), np.cumsum(sums, axis=1)], axis=1)  # the first 0..A types
+    mixes = (1.0 - RATES_OFF) * up[:, -1:] + 2.0 * RATES_OFF * up
+    mean, deviation = _law_of(problem, *mixes)
+    return float((cap * mean + z * deviation * math.sqrt(cap)).max()), multiple
 
 
 def share_carried(problem: Problem, fluid: FluidSolution, token_budget: float) -> float:

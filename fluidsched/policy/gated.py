@@ -265,13 +265,9 @@ def gated_certificate(
     ttft = queue / rate + (2.0 + spacing.lag) * time
     worst = math.inf
     if problem.is_bounded:
-        worst_profile = problem.worst_profile.spaced(spacing.lag)
-        worst = float(
-            sum(
-                size * worst_profile.bound(int(k))[0, j]
-                for j, (size, k) in enumerate(zip(n, period, strict=True))
-            )
-        )
+        by_age = problem.worst_profile.spaced(spacing.lag).by_age
+        of_type = [SpacedProfile(by_age[:1, j : j + 1]).bound(int(k))[0, 0] for j, k in enumerate(period)]
+        worst = float(n @ np.array(of_type))
     certain = problem.is_certain
     cohort = float(n @ problem.workload.max_prompt_tokens)
     return {
