@@ -307,16 +307,19 @@ class _MarkovModulated(ArrivalProcess):
         return np.asarray(relative / (self._shares @ relative))
 
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
-        _check_expected(horizon / float(self._shares @ np.array(self.mean_sojourn)), "changes of the rate")
+        sojourns = np.array(self.mean_sojourn)
+        visits = horizon * float((self._shares / sojourns).sum())
+        _check_expected(visits, "changes of the rate")
+        size = int(visits + 4 * math.sqrt(visits)) + 4
         chain, clock = _streams(rng, 2)
         cumulative = np.cumsum(self._jumps, axis=1)
         rows = [row[: int(np.argmax(row >= row[-1])) + 1].tolist() for row in cumulative]
         start = np.cumsum(self._shares)
         state = int(np.searchsorted(start / start[-1], chain.random(), side="right"))
-        sojourns = np.array(self.mean_sojourn)
         ends, masses = [np.zeros(1)], [np.zeros(1)]
         while ends[-1][-1] <= horizon:
-            uniforms = chain.random((256, 2))
+            uniforms = chain.random((size, 2))
+            size = size // 4 + 4
             states = np.empty(len(uniforms), dtype=np.int64)
             for index, uniform in enumerate(uniforms[:, 1].tolist()):
                 states[index] = state
