@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sweep_driver import the_spec
+from sweep_driver import real_spec, the_spec
 from sweep_processes import HERE, Start, dask_cluster
 
 from fluidsched.errors import SimulationError
@@ -110,6 +110,26 @@ def test_sixty_random_kills(start: Start, tmp_path: Path, undisturbed: Callable[
     accidents = torment(start, tmp_path, undisturbed(0.01), kills=80, seed=2)
     assert accidents["worker killed"] + accidents["main killed"] >= 60
     assert min(accidents.values()) >= 5
+
+
+@pytest.mark.slow
+def test_real_simulations_killed_again_and_again(start: Start, tmp_path: Path) -> None:
+    """Compiled loops in worker processes; the main process is killed whenever it has done some more cells."""
+    expected = sweep(real_spec(), tmp_path / "undisturbed", format="csv").path.read_bytes()
+    place = tmp_path / "killed"
+    random = np.random.default_rng(4)
+    for kept in (5, 30, 60, 90):
+        process = start(DRIVER, place, "--real", "--workers", 2)
+        deadline = time.monotonic() + 120
+        while not (place / "journal.txt").exists() or records(place)[b"done"] < kept:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        victims = [process.pid, *children(process.pid)]
+        kill(int(random.choice(victims)))
+        kill(process.pid)
+        process.communicate()
+    run_to_the_end(start, place, "--real", "--workers", 2)
+    assert (place / "cells.csv").read_bytes() == expected
 
 
 def test_workers_end_when_the_main_process_is_killed(start: Start, tmp_path: Path) -> None:
