@@ -231,7 +231,7 @@ def share(cells: int) -> dict[str, Any]:
     }
     sums = ["engine_seconds", "simulate_seconds", "cell_s", "engine_cpu_s", "cell_cpu_s"]
     one = child({"spec": spec, "workers": 2, "sums": sums})
-    cpu_s = one["main_cpu_s"] + one["workers_cpu_s"]
+    cpu_s = one["main_cpu_s"] + one["table_cpu_s"] + one["workers_cpu_s"]
     return {
         "cells": cells,
         "busy_share_of_workers": one["cell_s"] / (2 * one["wall_s"]),
