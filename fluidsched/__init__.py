@@ -26,6 +26,7 @@ if (
     from fluidsched import bounds as bounds
     from fluidsched import errors as errors
     from fluidsched import examples as examples
+    from fluidsched import fluid as fluid
     from fluidsched import plots as plots
     from fluidsched.comparison import Comparison as Comparison
     from fluidsched.comparison import compare as compare
@@ -72,6 +73,7 @@ _PUBLIC = {
     "Server": "fluidsched.server",
     "IterationTime": "fluidsched.server",
     "catalog": "fluidsched.server.catalog",
+    "fluid": "fluidsched.fluid",
     "solve_fluid": "fluidsched.fluid",
     "FluidSolution": "fluidsched.fluid",
     "FluidProgram": "fluidsched.fluid",
