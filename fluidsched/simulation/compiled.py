@@ -246,9 +246,6 @@ RULES = _record_type(
     "horizon warmup",
 )
 
-#: A request of the path and what becomes of it; times NaN where it did not happen.
-REQUEST = _record_type("prompt output row preemptions", "arrival admitted first_token finish")
-
 #: A row of the table (hold inf: none). rank: of its priority; turn: at place i the i-th row by (priority,
 #: row). Its newcomers are order[head:tail]. `gated`: recent[first:first + size] is a ring of the iterations
 #: of its last admissions, of which there were `admissions` and `passed` are outside the window; quota: how
@@ -297,13 +294,18 @@ class Calendars(NamedTuple):
 class Run(NamedTuple):
     """All a loop reads and writes: one record of rules and of state; N requests, J rows, G groups, I pieces.
 
-    `order` sorts the requests by row, oldest first.
+    `arrival`, `prompt`, `output`, `row` (N,) are the path, `order` sorts it by row, oldest first; `admitted`,
+    `first_token`, `finish` (NaN where it did not happen), `preemptions` (N,) and `occupancy` (2·points, 4) are
+    what becomes of it.
     """
 
     rules: Records
     state: Records
     coefficients: Floats
-    requests: Records
+    arrival: Floats
+    prompt: Ints
+    output: Ints
+    row: Ints
     order: Ints
     rows: Records
     recent: Ints
@@ -311,6 +313,10 @@ class Run(NamedTuple):
     groups: Records
     calendars: Calendars
     returned: Records
+    admitted: Floats
+    first_token: Floats
+    finish: Floats
+    preemptions: Ints
     occupancy: Floats
 
 
@@ -362,11 +368,11 @@ def _units(rules: Pointer, tokens: int) -> int:
 @_inline
 def _finish(run: Run, slot: int, now: float) -> None:
     """The last iteration of the resident in `slot`, which does not decode any more, ended now."""
-    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    s, rules, slots = run.state[0], run.rules[0], run.slots
     request = slots[slot].request
-    requests[request].finish = now
+    run.finish[request] = now
     if rules.reserve > 0:
-        s.reserved -= _units(rules, requests[request].prompt + rules.reserve - 1)
+        s.reserved -= _units(rules, run.prompt[request] + rules.reserve - 1)
     _leave(s, slots, slot)
 
 
@@ -462,12 +468,12 @@ def _complete(run: Run, group: int, now: float) -> None:
 @_inline
 def _emit(run: Run, group: int, slot: int, now: float) -> None:
     """The prefill of `slot` is complete: it emits a token, then decodes or, if that was its last, leaves."""
-    requests, slots, groups, calendars = run.requests, run.slots, run.groups, run.calendars
+    slots, groups, calendars = run.slots, run.groups, run.calendars
     request = slots[slot].request
     resumed = slots[slot].resumed
     if resumed == 0:
-        requests[request].first_token = now
-    to_go = requests[request].output - resumed - 1
+        run.first_token[request] = now
+    to_go = run.output[request] - resumed - 1
     if to_go == 0:
         _finish(run, slot, now)
     else:
@@ -480,10 +486,10 @@ def _emit(run: Run, group: int, slot: int, now: float) -> None:
 @_inline
 def _join(run: Run, now: float) -> None:
     """Rule 1: arrivals up to and at the instant have joined."""
-    s, requests, rows = run.state[0], run.requests, run.rows
+    s, rows = run.state[0], run.rows
     arrived = s.arrived
-    while arrived < requests.size and requests[arrived].arrival <= now:
-        rows[requests[arrived].row].tail += 1
+    while arrived < run.arrival.size and run.arrival[arrived] <= now:
+        rows[run.row[arrived]].tail += 1
         arrived += 1
     s.waiting += arrived - s.arrived
     s.arrived = arrived
@@ -492,7 +498,7 @@ def _join(run: Run, now: float) -> None:
 @_part
 def _preempt(run: Run, group: int, now: float) -> None:
     """Rule 8: the newest resident, of this group, loses its place and waits on the group's stack."""
-    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, returned, calendars = run.groups, run.returned, run.calendars
     slot = s.newest
     request = slots[slot].request
@@ -500,19 +506,19 @@ def _preempt(run: Run, group: int, now: float) -> None:
     held = slots[slot].done
     served = groups[group].last
     if slots[slot].decodes == 1:
-        produced = requests[request].output - (slots[slot].key - groups[group].clock)
+        produced = run.output[request] - (slots[slot].key - groups[group].clock)
         held = _stop_decode(slots, groups, calendars, group, slot)
     else:
         s.partials -= 1  # prefilling slots are listed in the order of admission: it is the last
-        served = returned[request].served if requests[request].preemptions > 0 else requests[request].arrival
+        served = returned[request].served if run.preemptions[request] > 0 else run.arrival[request]
     _leave(s, slots, slot)
     if rules.restart:
         produced = 0
-        requests[request].first_token = math.nan
+        run.first_token[request] = math.nan
     s.wasted += held
     s.preempted += 1
     s.returned += 1
-    requests[request].preemptions += 1
+    run.preemptions[request] += 1
     returned[request].produced = produced
     returned[request].since = now
     returned[request].served = served
@@ -524,7 +530,7 @@ def _preempt(run: Run, group: int, now: float) -> None:
 @_inline
 def _admit(run: Run, stack: int, row: int, now: float) -> int:
     """Admit the request on top of `stack`, or if that is empty the oldest newcomer of `row`."""
-    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, rows, returned = run.groups, run.rows, run.returned
     request = groups[stack].top
     if request != NOBODY:
@@ -537,15 +543,15 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
         request = run.order[rows[row].head]
         rows[row].head += 1
         s.waiting -= 1
-        since = requests[request].arrival
+        since = run.arrival[request]
         produced = 0
-        requests[request].admitted = now
+        run.admitted[request] = now
     waited = now - max(since, rules.warmup)
     if waited > 0.0:
         s.waiting_area += waited
     slot = _enter(s, slots, request)
     slots[slot].resumed = produced
-    slots[slot].target = requests[request].prompt + produced
+    slots[slot].target = run.prompt[request] + produced
     slots[slot].done = 0
     slots[slot].decodes = 0
     slots[s.partials].partial = slot
@@ -556,17 +562,17 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
 @_part
 def _next_hold(run: Run, row: int, now: float) -> float:
     """Smallest arrival + hold of the row's newcomers that is later than now."""
-    requests, rows = run.requests, run.rows
+    rows = run.rows
     low, high = rows[row].head, rows[row].tail
     while low < high:
         middle = (low + high) // 2
-        if requests[run.order[middle]].arrival + rows[row].hold > now:
+        if run.arrival[run.order[middle]] + rows[row].hold > now:
             high = middle
         else:
             low = middle + 1
     if low == rows[row].tail:
         return math.inf
-    return requests[run.order[low]].arrival + rows[row].hold
+    return run.arrival[run.order[low]] + rows[row].hold
 
 
 # --------------------------------------------------------------------------- time and measures
@@ -723,7 +729,7 @@ def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
 @_inline
 def _open_rows(run: Run, now: float) -> None:
     """Rule 17: what each row may admit in this decision."""
-    rules, requests, rows = run.rules[0], run.requests, run.rows
+    rules, rows = run.rules[0], run.rows
     for j in range(rows.size):
         waiting = rows[j].tail - rows[j].head
         rows[j].quota = 0
@@ -731,7 +737,7 @@ def _open_rows(run: Run, now: float) -> None:
             continue
         if not rules.gated:
             rows[j].quota = FAR
-        elif waiting >= rows[j].gate or now >= requests[run.order[rows[j].head]].arrival + rows[j].hold:
+        elif waiting >= rows[j].gate or now >= run.arrival[run.order[rows[j].head]] + rows[j].hold:
             rows[j].quota = rows[j].threshold - _in_window(run, j)
 
 
@@ -757,13 +763,13 @@ _NOBODY_MAY, _NO_ROOM_IN_BATCH, _NO_MEMORY = range(3)
 @_inline
 def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
     """Rules 13 to 15 and 19: admit while somebody may enter and fits; return why it ended."""
-    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, rows, returned = run.groups, run.rows, run.returned
     while budget > 0 and s.residents < rules.slots:
         row = NOBODY
         if s.returned > 0:
             request = groups[0].top
-            target = requests[request].prompt + returned[request].produced
+            target = run.prompt[request] + returned[request].produced
         else:
             request = NOBODY
             for j in range(rows.size):
@@ -773,11 +779,11 @@ def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
                         row, request = j, head
             if row == NOBODY:
                 return _NOBODY_MAY
-            target = requests[request].prompt
+            target = run.prompt[request]
         limit = rules.admission if s.residents > 0 else rules.capacity
         chunk = min(target, budget, rules.chunk)
         if rules.reserve > 0:
-            reserved = _units(rules, requests[request].prompt + rules.reserve - 1)
+            reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
             if s.reserved + reserved > limit or target > budget:
                 return _NO_MEMORY
             s.reserved += reserved
@@ -883,13 +889,13 @@ def _resume(run: Run) -> None:
 @_inline
 def _prefill(run: Run, now: float) -> None:
     """The chunks of the iteration that ended now are computed."""
-    s, requests, slots, groups = run.state[0], run.requests, run.slots, run.groups
+    s, slots, groups = run.state[0], run.slots, run.groups
     left = 0
     for i in range(s.partials):
         slot = slots[i].partial
         slots[slot].done += slots[slot].chunk
         if slots[slot].done == slots[slot].target:
-            group = 0 if groups.size == 1 else requests[slots[slot].request].row
+            group = 0 if groups.size == 1 else run.row[slots[slot].request]
             _emit(run, group, slot, now)
         else:
             slots[left].partial = slot
@@ -900,7 +906,7 @@ def _prefill(run: Run, now: float) -> None:
 @_loop
 def continuous(run: Run) -> None:
     """Run `vllm`, `capped`, `sarathi`, `orca` or `gated` from an empty system to its end."""
-    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, rows, calendars, coef = run.groups, run.rows, run.calendars, run.coefficients
     now = 0.0
     while True:
@@ -938,8 +944,8 @@ def continuous(run: Run) -> None:
             if evicting:
                 continue
             wake = math.inf
-            if s.arrived < requests.size:
-                wake = requests[s.arrived].arrival
+            if s.arrived < run.arrival.size:
+                wake = run.arrival[s.arrived]
             for j in range(rows.size):
                 if rules.gated and rows[j].threshold > 0:
                     wake = min(wake, _next_hold(run, j, now))
@@ -967,8 +973,8 @@ def continuous(run: Run) -> None:
             elif held_back:
                 k = min(k, rules.interval - 1 - s.since_prefill)
             elif ended == _NOBODY_MAY or (ended == _NO_MEMORY and s.returned == 0 and rows.size > 1):
-                if s.arrived < requests.size:
-                    wake = min(wake, requests[s.arrived].arrival)
+                if s.arrived < run.arrival.size:
+                    wake = min(wake, run.arrival[s.arrived])
                 if rules.gated:
                     for j in range(rows.size):
                         if rows[j].threshold > 0 and rows[j].head < rows[j].tail:
@@ -977,8 +983,8 @@ def continuous(run: Run) -> None:
                                 size = rows[j].size
                                 oldest = run.recent[rows[j].first + rows[j].passed % size]
                                 k = min(k, oldest + rows[j].period - s.iterations)
-            elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < requests.size:
-                wake = min(wake, requests[s.arrived].arrival)  # whether anybody waits matters to rule 16
+            elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < run.arrival.size:
+                wake = min(wake, run.arrival[s.arrived])  # whether anybody waits matters to rule 16
             k, duration, area = _run_length(run, decodes, reads, reads, now, wake, k)
             holds = reads + decodes * (k - 1)
             prompts = 0
@@ -1022,13 +1028,13 @@ def continuous(run: Run) -> None:
 @_part
 def _has_expired(run: Run, row: int, now: float) -> bool:
     """Rule 23: somebody of the row, waiting or resident, has not been served for `hold`."""
-    requests, groups, rows, returned = run.requests, run.groups, run.rows, run.returned
+    groups, rows, returned = run.groups, run.rows, run.returned
     hold = rows[row].hold
     if hold == math.inf:
         return False
     if groups[row].decodes > 0 and now >= groups[row].last + hold:
         return True
-    if rows[row].head < rows[row].tail and now >= requests[run.order[rows[row].head]].arrival + hold:
+    if rows[row].head < rows[row].tail and now >= run.arrival[run.order[rows[row].head]] + hold:
         return True
     request = groups[row].top
     while request != NOBODY:
@@ -1080,7 +1086,7 @@ def _start_block(run: Run, now: float) -> None:
 @_inline
 def _serve_block(run: Run, now: float) -> tuple[int, int]:
     """Rule 21: preempt until the next iteration fits; decodes to serve and tokens they read."""
-    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, calendars = run.groups, run.calendars
     while True:
         decodes = reads = needed = 0
@@ -1094,13 +1100,13 @@ def _serve_block(run: Run, now: float) -> tuple[int, int]:
             needed += _units(rules, slots[slots[i].partial].target)
         if needed <= rules.capacity or decodes + s.partials == 0:
             return decodes, reads
-        _preempt(run, requests[slots[s.newest].request].row, now)
+        _preempt(run, run.row[slots[s.newest].request], now)
 
 
 @_loop
 def wait(run: Run) -> None:
     """Run `wait` from an empty system to its end."""
-    s, rules, requests, slots = run.state[0], run.rules[0], run.requests, run.slots
+    s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, calendars, coef = run.groups, run.calendars, run.coefficients
     now = 0.0
     left = 0
@@ -1130,8 +1136,8 @@ def wait(run: Run) -> None:
         if decodes + s.partials == 0:
             left = 0
             wake = _next_timer(run, now)
-            if s.arrived < requests.size:
-                wake = min(wake, requests[s.arrived].arrival)
+            if s.arrived < run.arrival.size:
+                wake = min(wake, run.arrival[s.arrived])
             wake = min(wake, rules.horizon)
             if wake == math.inf:
                 verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK

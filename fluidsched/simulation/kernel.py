@@ -156,22 +156,22 @@ def _prepare(
     """Everything a loop reads and writes, empty system; the loops allocate nothing."""
     rules = _rules(server, table)
     rules["horizon"], rules["warmup"] = horizon, warmup
-    requests = np.zeros(len(classes[joins]), dtype=compiled.REQUEST)
-    for name, column in (
-        ("arrival", path.arrival_s),
-        ("prompt", path.prompt_tokens),
-        ("output", path.output_tokens),
-        ("row", classes),
-    ):
-        requests[name] = column[joins]
-    for name in ("admitted", "first_token", "finish"):
-        requests[name] = np.nan
-    rows, order = _rows(table, requests["row"])
+
+    def column(values: NDArray[Any]) -> NDArray[Any]:
+        """Read-only, as a path's own arrays are: another kind of array would be compiled for anew."""
+        contiguous = np.ascontiguousarray(values[joins]).view()
+        contiguous.flags.writeable = False
+        return contiguous
+
+    output = column(path.output_tokens)
+    of_request = column(classes)
+    count = len(output)
+    rows, order = _rows(table, of_request)
     groups = np.zeros(len(rows) if table.kind == "wait" else 1, dtype=compiled.GROUP)
     groups["top"] = compiled.NOBODY
     groups["chosen"] = 1
-    days = compiled.calendar_days(int(requests["output"].max(initial=1)), len(groups))
-    size = min(len(requests), int(rules["slots"][0]))
+    days = compiled.calendar_days(int(output.max(initial=1)), len(groups))
+    size = min(count, int(rules["slots"][0]))
     if table.kind != "wait":  # admission looks at memory, and a resident takes one unit at least
         size = min(size, int(rules["capacity"][0]))
     slots = np.zeros(max(size, 1), dtype=compiled.SLOT)
@@ -179,8 +179,11 @@ def _prepare(
     return compiled.Run(
         rules=rules,
         state=_initial_state(path, points, horizon),
-        coefficients=np.ascontiguousarray(coefficients),
-        requests=requests,
+        coefficients=coefficients,
+        arrival=column(path.arrival_s),
+        prompt=column(path.prompt_tokens),
+        output=output,
+        row=of_request,
         order=order,
         rows=rows,
         recent=np.zeros(int(rows["size"].sum()), dtype=np.int64),
@@ -192,7 +195,11 @@ def _prepare(
             bits=np.zeros(len(groups) * days // 64, dtype=np.int64),
             phase=np.zeros((len(groups), int(rules["block"][0])), dtype=np.int64),
         ),
-        returned=np.zeros(len(requests), dtype=compiled.RETURNED),
+        returned=np.zeros(count, dtype=compiled.RETURNED),
+        admitted=np.full(count, np.nan),
+        first_token=np.full(count, np.nan),
+        finish=np.full(count, np.nan),
+        preemptions=np.zeros(count, dtype=np.int64),
         occupancy=np.zeros((2 * points, 4)),
     )
 
@@ -264,26 +271,28 @@ def _engine_run(
     joins: slice | NDArray[np.int64],
     points: int,
 ) -> EngineRun:
-    requests, state = run.requests, run.state[0]
+    state = run.state[0]
     end = float(state["end"])
     verdict = VERDICTS[state["verdict"]]
-    unfinished = np.isnan(requests["finish"])
+    unfinished = np.isnan(run.finish)
     # by the end, not by the last decision: arrivals during an iteration that the horizon cuts wait too
-    newcomers = requests["arrival"][(requests["arrival"] <= end) & np.isnan(requests["admitted"])]
+    newcomers = run.arrival[(run.arrival <= end) & np.isnan(run.admitted)]
     waited = np.maximum(0.0, end - np.maximum(newcomers, run.rules["warmup"])).sum()
-    starved = np.unique(requests["row"][unfinished]) if verdict == "stuck" else ()
+    starved = np.unique(run.row[unfinished]) if verdict == "stuck" else ()
 
     def spread(values: NDArray[Any], elsewhere: float) -> NDArray[Any]:
+        if len(values) == len(rejected):
+            return values
         whole = np.full(len(rejected), elsewhere, dtype=values.dtype)
         whole[joins] = values
         return whole
 
     status = np.where(unfinished, STATUSES.index("unfinished"), STATUSES.index("finished")).astype(np.int8)
     return EngineRun(
-        admitted_s=spread(requests["admitted"], np.nan),
-        first_token_s=spread(requests["first_token"], np.nan),
-        finish_s=spread(requests["finish"], np.nan),
-        preemptions=spread(requests["preemptions"], 0),
+        admitted_s=spread(run.admitted, np.nan),
+        first_token_s=spread(run.first_token, np.nan),
+        finish_s=spread(run.finish, np.nan),
+        preemptions=spread(run.preemptions, 0),
         status=spread(status, STATUSES.index("rejected")),
         end_s=end,
         verdict=verdict,

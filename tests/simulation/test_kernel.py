@@ -14,8 +14,9 @@ from kernel_cases import KINDS, Case, assert_same_run, cases, run_reference_and_
 
 from fluidsched.errors import InputError
 from fluidsched.policy import baselines
+from fluidsched.policy.table import PolicyTable, TableType
 from fluidsched.server import IterationTime, Server, catalog
-from fluidsched.simulation import kernel
+from fluidsched.simulation import compiled, kernel
 from fluidsched.simulation.kernel import run_kernel, run_many
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
@@ -104,6 +105,21 @@ def test_iteration_time_without_pieces_is_refused(run: Callable[..., object]) ->
     server = Server(100, IterationTime.function(lambda batch: 0.01))
     with pytest.raises(InputError, match=r"iteration.time"):
         run(_steady_path(3, 0), server, baselines.vllm(), horizon=None)
+
+
+def test_every_rule_is_compiled_once() -> None:
+    """Rejected requests, several rows, occupancy: never another specialisation of a loop."""
+    path = ArrivalPath.from_arrays([0.0, 1.0, 2.0], [5, 5000, 5], [3, 3, 3])
+    run = run_kernel(path, SERVER, baselines.vllm(), horizon=None)
+    assert run.count("rejected") == 1
+    run_kernel(_steady_path(5, 0), SERVER, baselines.orca(100), horizon=9.0, occupancy_points=4)
+    wait = PolicyTable(
+        "wait", "wait", (TableType("*", threshold=2, gate=1),), freeze=True, block_iterations=2
+    )
+    for some in (path, _steady_path(5, 0)):
+        run_kernel(some, SERVER, wait, horizon=None)
+    assert len(compiled.continuous.signatures) == 1
+    assert len(compiled.wait.signatures) == 1
 
 
 def test_lengths_beyond_one_calendar() -> None:
