@@ -189,6 +189,8 @@ class _Scaled:
         self._dual_unit = cost_scale / row_scale
         self._rounding = 1e-14 / float(model.base[model.base > 0.0].min())
         self._lower, self._upper = np.zeros(len(unit) + 1), np.ones(len(unit) + 1)
+        # The rows keep u at most 1; a looser bound leaves the price of time on them, never on the bound.
+        self._upper[-1] = 2.0
         self._lower[-1] = 1.0 / (model.max_iteration_time * fastest)
         # More than the type could use alone never binds; a hundredfold keeps the numbers small.
         self._never = 100.0 * model.rate_alone / unit

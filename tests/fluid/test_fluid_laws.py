@@ -224,3 +224,16 @@ def test_bad_rates_are_named() -> None:
     for rate, named in (([1.0], "arrival_rate"), ([1.0, math.nan], "'b'"), ([-1.0, 1.0], "'a'")):
         with pytest.raises(InputError, match=named):
             program.solve(rate)
+
+
+def test_time_has_its_price_where_requests_take_none() -> None:
+    """Requests that add nothing to an iteration, one at a time: the iterations' base is what limits them.
+
+    The price of time was lost on the iteration rate's own bound.
+    """
+    workload = fs.Workload([fs.RequestType("one token", 100.0, 1, 1)])
+    server = fs.Server(1000, fs.IterationTime.affine(0.05, 0.0, 0.0, 1e-6), max_batch_size=1)
+    fluid = fs.solve_fluid(workload, server)
+    assert fluid.status == "optimal"
+    np.testing.assert_allclose(fluid.admitted_rate, [20.0])
+    assert fluid.shadow_price["time"] == pytest.approx(20.0)

@@ -179,6 +179,22 @@ def test_constant_demand_is_the_one_period_optimum(
     assert waiting.cost == pytest.approx(refused * horizon**2 / 2, rel=1e-8, abs=1e-8 * offered * horizon)
 
 
+def test_chunks_and_iteration_times_are_those_of_the_program() -> None:
+    """With constant demand the options of `solve_fluid` mean the same in every period."""
+    workload = two_types((40.0, 20.0))
+    server = two_piece_server(3_000)
+    options: dict[str, Any] = {"chunk_tokens": 64, "max_iteration_time": 0.03}
+    fluid = fs.solve_fluid(workload, server, "output_tokens", **options)
+    demand = np.tile(workload.arrival_rate, (3, 1))
+    plan = fs.solve_transient(
+        workload, server, demand, step=9.0, holding_cost=0.0, reward="output_tokens", **options
+    )
+    assert -plan.cost == pytest.approx(27.0 * fluid.objective_value, rel=1e-9)
+    assert np.all(plan.iteration_time <= 0.03 * (1 + 1e-9))
+    whole = fs.solve_fluid(workload, server, "output_tokens")
+    assert whole.objective_value > fluid.objective_value
+
+
 def test_ramps_reach_the_peak_in_time() -> None:
     """Nobody may wait and replicas cost: N is the smallest ramp-limited curve above the need."""
     demand = np.array([1, 1, 1, 1, 9, 1, 1, 1, 5, 1.0])
