@@ -57,10 +57,10 @@ class Rows:
                 return given.astype(np.int64)
             given = given.tolist()
         values = [count(value) for value in given]
-        for index, value in enumerate(values):
-            if not 1 <= value <= MAX_TOKENS:
-                required = f"be a whole number of tokens in 1..{MAX_TOKENS:,}"
-                self.refuse(index, f"{column} {given[index]!r}", required)
+        if min(values) < 1 or max(values) > MAX_TOKENS:
+            index = next(i for i, value in enumerate(values) if not 1 <= value <= MAX_TOKENS)
+            required = f"be a whole number of tokens in 1..{MAX_TOKENS:,}"
+            self.refuse(index, f"{column} {given[index]!r}", required)
         return np.array(values, dtype=np.int64)
 
     def times(self, column: str, given: Cells, unit: str = "seconds") -> FloatArray:
@@ -75,8 +75,8 @@ class Rows:
         bad = ~(np.isfinite(times) & (times >= 0))
         if bad.any():
             index = int(np.argmax(bad))
-            required = f"be a number of {unit}, finite and at least 0"
-            self.refuse(index, f"{column} {given[index]!r}", required)
+            shown = times[index].item() if numbers else given[index]
+            self.refuse(index, f"{column} {shown!r}", f"be a number of {unit}, finite and at least 0")
         return times
 
     def labels(self, column: str, given: Cells) -> np.ndarray[Any, Any]:

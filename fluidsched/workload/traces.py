@@ -235,5 +235,5 @@ def _cells(place: str, text: str, width: int) -> tuple[list[list[str]], Rows]:
 
 def _count(text: str) -> int:
     """A whole number written with digits only (a final .0 is allowed), else 0."""
-    whole = text.strip().removesuffix(".0")
-    return int(whole) if whole.isascii() and whole.isdigit() and len(whole) < 20 else 0
+    whole = text if text.isdigit() else text.strip().removesuffix(".0")
+    return int(whole) if whole.isdigit() and whole.isascii() and len(whole) < 20 else 0

@@ -192,7 +192,10 @@ def test_parquet_is_recognised_by_its_bytes(tmp_path: Path) -> None:
     [
         ({"output_tokens": None}, "hold arrival_s, prompt_tokens, output_tokens; got columns arrival_s"),
         ({"arrival_s": [1.0, None]}, "row 2 must be a number of seconds"),
-        ({"arrival_s": [1.0, float("nan")]}, "row 2 must be a number of seconds"),
+        (
+            {"arrival_s": [1.0, float("nan")]},
+            "row 2 must be a number of seconds, finite and at least 0; got arrival_s nan",
+        ),
         ({"prompt_tokens": [0, 5]}, "row 1 must be a whole number of tokens"),
         ({"prompt_tokens": [5, None]}, "row 2 must be a whole number of tokens"),
         ({"output_tokens": ["7", "8"]}, "row 1 must be a whole number of tokens"),
