@@ -182,7 +182,7 @@ def test_constant_demand_is_the_one_period_optimum(
 def test_chunks_and_iteration_times_are_those_of_the_program() -> None:
     """With constant demand the options of `solve_fluid` mean the same in every period."""
     workload = two_types((40.0, 20.0))
-    server = two_piece_server(3_000)
+    server = two_piece_server(600)
     options: dict[str, Any] = {"chunk_tokens": 64, "max_iteration_time": 0.03}
     fluid = fs.solve_fluid(workload, server, "output_tokens", **options)
     demand = np.tile(workload.arrival_rate, (3, 1))
