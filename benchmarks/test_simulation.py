@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,4 +128,21 @@ def test_azure_hour_sixty_four_replications(
     runs = benchmark(run_many, [path] * 64, server, TABLES["vllm"], horizon=None)
     right = all(np.array_equal(run.finish_s, runs[0].finish_s) for run in runs)
     note(requests=64 * len(path), right=right)
+    assert right
+
+
+@pytest.mark.slow
+def test_ten_million_requests(benchmark: Any, note: Callable[..., None]) -> None:
+    """One run of ten million requests (memory: under 1.5 GB, path included)."""
+    count = 10_000_000
+    rng = np.random.default_rng(SEED)
+    path = ArrivalPath.from_arrays(
+        np.cumsum(rng.exponential(1 / 20, count)),
+        np.full(count, 20),
+        rng.choice(list(OUTPUTS.values()), count, p=[1 / 6, 2 / 6, 3 / 6]),
+    )
+    run = benchmark.pedantic(run_kernel, (path, SERVER, TABLES["vllm"]), {"horizon": None}, rounds=1)
+    right = bool((run.status == 0).all()) and run.batch_token_sum == int((path.output_tokens + 19).sum())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    note(seed=SEED, requests=count, iterations=run.iterations, peak_memory_bytes=peak, right=right)
     assert right
