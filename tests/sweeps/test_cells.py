@@ -169,7 +169,7 @@ def real_spec() -> SweepSpec:
         base={"server": SERVER, **RUN},
         grid={
             "workload": [WORKLOAD],
-            "workload.load": [0.3, 0.6, 0.9],
+            "workload.load": [0.2, 0.4, 0.6],
             "policy": [
                 "vllm",
                 {"kind": "vllm", "name": "twin"},
