@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from fluidsched.fluid import FairSolution, FluidSolution, TransientSolution
+    from fluidsched.fluid import FairSolution, FluidSolution, RateSweep, StabilityRegion, TransientSolution
     from fluidsched.simulation import SimulationResult
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "kv_occupancy",
     "latency_distribution",
     "load_curve",
+    "rate_sweep",
+    "stability_boundary",
     "style",
     "transient",
 ]
@@ -330,4 +332,66 @@ def fair_shares(solutions: Sequence[FairSolution], *, ax: Axes | None = None) ->
     )
     axes.set_ylabel("rate (req/s)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6)
+    return axes
+
+
+def rate_sweep(sweep: RateSweep, *, ax: Axes | None = None) -> Axes:
+    """Admitted rate of each type along a line of offered rates, exact between the marks at its breakpoints.
+
+    Parameters
+    ----------
+    sweep : RateSweep
+        From `fluid.sweep_load` or `fluid.sweep_rates`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    axes = _axes(ax)
+    names = sweep.solutions[0].model.workload.type_names
+    for position, name in enumerate(names):
+        axes.plot(
+            sweep.parameter, sweep.admitted_rate[:, position], ".", ls="", color=_look(position)["color"]
+        )
+        axes.plot(sweep.parameter, sweep.admitted_rate[:, position], label=name, **_look(position))
+    is_load = sweep.parameter_name == "load"
+    if is_load:
+        axes.axvline(1.0, color="black", lw=0.8, ls=":")
+    axes.set_xlabel("load (1: the fluid boundary)" if is_load else "position on the line of offered rates")
+    axes.set_ylabel("admitted rate (req/s)")
+    axes.set_ylim(bottom=0.0)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    return axes
+
+
+def stability_boundary(
+    region: StabilityRegion, first: str, second: str, *, others: Any = None, ax: Axes | None = None
+) -> Axes:
+    """Offered rates of two types that the server can carry, shaded up to the exact boundary.
+
+    Parameters
+    ----------
+    region : StabilityRegion
+        From `stability_region`.
+    first, second : str
+        Types on the horizontal and the vertical axis.
+    others : array_like of shape (J,), optional
+        Rates of the other types, req/s; default 0.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    outline = region.boundary(first, second, others)
+    axes = _axes(ax)
+    axes.fill(*np.vstack([outline, [0.0, 0.0]]).T, color=COLOURS[0], alpha=0.2, lw=0)
+    axes.plot(*outline.T, color=COLOURS[0], marker=".")
+    axes.set_xlabel(f"{first} (req/s)")
+    axes.set_ylabel(f"{second} (req/s)")
+    axes.set_xlim(left=0.0)
+    axes.set_ylim(bottom=0.0)
     return axes

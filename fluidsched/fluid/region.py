@@ -26,6 +26,7 @@ from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["StabilityRegion", "stability_region"]
 
@@ -147,6 +148,12 @@ class StabilityRegion:
         frame = pd.DataFrame(self.normals, columns=list(self.type_names))
         frame.insert(0, "resource", list(self.resources))
         return frame
+
+    def plot(self, first: str, second: str, others: ArrayLike | None = None, ax: Axes | None = None) -> Axes:
+        """Draw the region in two types; see `fluidsched.plots.stability_boundary`."""
+        from fluidsched import plots
+
+        return plots.stability_boundary(self, first, second, others=others, ax=ax)
 
     def __repr__(self) -> str:
         alone = 1.0 / np.where(self.normals.max(axis=0) > 0.0, self.normals.max(axis=0), np.nan)

@@ -32,6 +32,7 @@ from fluidsched.fluid.solution import FluidSolution
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["RateSweep", "ranging", "sweep_load", "sweep_rates"]
 
@@ -92,6 +93,12 @@ class RateSweep:
             frame.insert(2, "iteration_time_s", solution.iteration_time)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw every type's admitted rate; see `fluidsched.plots.rate_sweep`."""
+        from fluidsched import plots
+
+        return plots.rate_sweep(self, ax=ax)
 
     def __repr__(self) -> str:
         lines = [f"RateSweep: {len(self.parameter)} points, linear between", "  at        value  changes"]

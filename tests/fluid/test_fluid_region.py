@@ -117,3 +117,16 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(InputError, match="use the server"):
         free.boundary("a", "b")
     assert float(free.critical_rate([1.0, 0.0])) == math.inf
+
+
+def test_plot() -> None:
+    """The exact outline, on the axes given, with units."""
+    from matplotlib import pyplot
+
+    workload = fs.Workload([fs.RequestType("chat", 3.0, 512, 128), fs.RequestType("sum", 0.3, 4000, 200)])
+    region = stability_region(workload, fs.catalog.server("a100", "llama-2-7b"))
+    _, axes = pyplot.subplots()
+    assert region.plot("chat", "sum", ax=axes) is axes
+    np.testing.assert_array_equal(np.column_stack(axes.lines[0].get_data()), region.boundary("chat", "sum"))
+    assert axes.get_xlabel() == "chat (req/s)"
+    pyplot.close(axes.figure)

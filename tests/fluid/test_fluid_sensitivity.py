@@ -173,3 +173,17 @@ def test_types_with_clashing_plain_names_stay_apart() -> None:
     program = fs.FluidProgram(fs.Workload(types), fs.Server(1000, fs.IterationTime.paper(0.01, 1e-6)))
     names = to_highs(program.model).getLp().col_names_
     assert len(set(names)) == 3
+
+
+def test_plot() -> None:
+    """One line per type through the breakpoints, the boundary marked, units on the axes."""
+    from matplotlib import pyplot
+
+    sweep = sweep_load(three_types(), 4.0)
+    axes = sweep.plot()
+    lines = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    assert list(lines) == ["chat", "summarise", "look up"]
+    np.testing.assert_array_equal(lines["chat"].get_ydata(), sweep.admitted_rate[:, 0])
+    assert axes.get_xlabel() == "load (1: the fluid boundary)"
+    assert axes.get_ylabel() == "admitted rate (req/s)"
+    pyplot.close(axes.figure)
