@@ -5,29 +5,30 @@ With share s_j = r_j a_j of type j (requests, tokens or reward per second) and w
     max   Σ_j ω_j U_α(s_j),     U_α(s) = s^{1−α}/(1 − α),  U_1 = log
 
 over the rates the fluid program admits. α = 0 is the program itself; α = 1 proportional fairness (no other
-admission raises the sum of relative changes); α = 2 minimises Σ ω_j/s_j, potential delay; α → ∞ is max-min
-fairness: no share can grow but at the cost of one no larger. Weights do not matter in that limit. Types
-without demand are left out. Fairness in *admitted fractions* is the share with r_j = 1/λ_j.
+admission raises the sum of relative changes); α = 2 minimises Σ ω_j/s_j, potential delay; α → ∞ is
+max-min fairness: no share can grow but at the cost of one no larger. Weights do not matter in that limit.
+Types without demand are left out. Fairness in *admitted fractions* is the share with r_j = 1/λ_j.
 
 Once u is eliminated (`FluidModel.halfspaces`) the admissible rates are G a ≤ 1, f_j λ_j ≤ a_j ≤ λ_j with G
 ≥ 0, and with multipliers y ≥ 0 of its few rows the optimum for 0 < α < ∞ is explicit,
 
     a_j(y) = [ ( ω_j r_j^{1−α} / p_j )^{1/α} ],  p = Gᵀ y, cut to f_j λ_j … λ_j.
 
-So only y is sought. Raising y_h lowers the load Σ_j G_hj a_j(y) of its own row, so each y_h in turn solves
-a scalar equation (dual coordinate ascent, which always converges); dropping rows left slack and Newton's
+So only y is sought. Raising y_h lowers the load Σ_j G_hj a_j(y) of its own row, so each y_h in turn solves a
+scalar equation (dual coordinate ascent, which always converges); dropping rows left slack and Newton's
 method on the others are tried after each sweep. Everything is in logarithms, so sizes do not matter. With
 one row the solution is the weighted fair knapsack, s_j ∝ (ω_j r_j/G_j)^{1/α} where demand does not bind.
 
 At α = ∞ shares are filled alike until a row is full, its types are frozen, and the rest go on: at most one
 stage a row, each a search over the breakpoints of a piecewise-linear load (`progressive_filling`).
 
-*Certificate.* A concave objective is at its optimum over a polyhedron exactly where the point maximises
-the objective linearised there. So the solution carries the `FluidSolution` whose rewards are the bid
-prices: its certificate says that rows are met and that priced rows are full. What remains is stationarity:
-the marginal utility ω_j r_j s_j^{−α} of a type is at least its bid price if it is above its floor, at most
-that if it is below its demand. At α = ∞ it is the bottleneck condition, necessary and sufficient since G ≥
-0: a type below its demand has a full row in which no share above its floor is larger.
+*Certificate.* A concave objective is at its optimum over a polyhedron exactly where the point maximises the
+objective linearised there. So the solution carries the `FluidSolution` whose rewards are the bid prices:
+its certificate says that rows are met and that priced rows are full. What remains is stationarity: the
+marginal utility ω_j r_j s_j^{−α} of a type is at least its bid price if it is above its floor, at most that
+if it is below its demand. At α = ∞ it is the bottleneck condition, necessary
+and sufficient since G ≥ 0: a type below its demand has a full row in which no share above its floor is
+larger.
 
 Sources: Mo and Walrand, IEEE/ACM Trans. Networking 8 (2000); Bertsekas and Gallager, Data Networks, 6.5.2.
 The elimination of u and the solution by rows are ours.
@@ -280,8 +281,8 @@ def solve_fair(
     Examples
     --------
     Two types, one with four times the work of the other, on a server that could serve 8 req/s of the first
-    alone. The total is largest without the second; proportionally fair, each takes half the server;
-    max-min fair, each gets the same rate.
+    alone. The total is largest without the second; proportionally fair, each takes half the server; max-min
+    fair, each gets the same rate.
 
     >>> import fluidsched as fs
     >>> workload = fs.Workload([fs.RequestType("a", 9.0, 125, 1), fs.RequestType("b", 9.0, 500, 1)])

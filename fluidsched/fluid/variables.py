@@ -6,8 +6,8 @@
 
 Use the pieces in a `cvxpy.Problem`, or `FluidVariables.maximise`, which takes a concave objective and
 constraints under names of your own, and where these contradict names an irreducible set: together
-impossible, possible without any one of them (deletion filter). Optimality is then the solver's word; what
-is checked here is that the rates keep every constraint.
+impossible, possible without any one of them (deletion filter). Optimality is then the solver's word; what is
+checked here is that the rates keep every constraint.
 
 Linear programs go to HiGHS, others to Clarabel, whose answers are good to about 1e-6 of the objective.
 """
