@@ -11,7 +11,7 @@ whom the fluid optimum refuses, and shows how each policy fares under the offere
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,11 @@ Progress = Callable[[str, int, int], None]
 #: Offered loads of the load curve, as shares of the fluid boundary.
 CURVE_LOADS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 
-#: Numbers of types tried for WAIT: the fewer the shorter the blocks, and the further the tables reach.
-WAIT_TYPES = (1, 3, 12)
+#: Numbers of types tried for WAIT and gated tables: the fewer, the shorter the waits and the further the tables reach.
+NUMBERS_OF_TYPES = (1, 3, 12)
+
+#: Policies whose tables look at types.
+TYPED_KINDS = ("wait", "gated")
 
 #: Between tables of nearly equal latency the earlier one is recommended: the compiled cap, a stock engine's flag
 #: that also protects it when the load rises, then the other compiled tables, then the engines as they come.
@@ -228,6 +231,10 @@ def plan(
             replications=max(2, replications // 2),
             seed=seed,
             overflow_probability=overflow_probability,
+            numbers_of_types={
+                kind: [len(table.types) for table in tables if table.kind == kind] or NUMBERS_OF_TYPES
+                for kind in TYPED_KINDS
+            },
             progress=progress,
         )
     recommended = _recommend(runs)
@@ -262,15 +269,22 @@ def types_for(path: ArrivalPath) -> int:
 
 
 def policy_tables(
-    fluid: FluidSolution, *, overflow_probability: float = 0.01
+    fluid: FluidSolution,
+    *,
+    overflow_probability: float = 0.01,
+    numbers_of_types: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[list[PolicyTable], dict[str, str]]:
     """Compile wait, gated and capped from a solution and put vLLM and Sarathi beside them.
+
+    Of the tables that look at types the one with the lowest certified TTFT is kept, over the numbers of types tried.
 
     Parameters
     ----------
     fluid : FluidSolution
     overflow_probability : float, optional
         δ of the compiled tables.
+    numbers_of_types : dict of str to sequence of int, optional
+        Numbers of types to try for "wait" and "gated"; default 1, 3 and 12.
 
     Returns
     -------
@@ -279,26 +293,28 @@ def policy_tables(
     missing : dict of str to str
         The reason for each that does not.
     """
+    tried = dict.fromkeys(TYPED_KINDS, NUMBERS_OF_TYPES) if numbers_of_types is None else numbers_of_types
     tables: list[PolicyTable] = []
     missing: dict[str, str] = {}
-    try:
-        tables.append(_compile_wait(fluid, overflow_probability))
-    except InfeasibleError as error:
-        missing["wait"] = str(error)
-    for kind in ("gated", "capped"):
+    for kind in (*TYPED_KINDS, "capped"):
         try:
-            tables.append(compile_policy(fluid, kind, overflow_probability=overflow_probability))
+            if kind in TYPED_KINDS:
+                tables.append(_compile_typed(fluid, kind, tried[kind], overflow_probability))
+            else:
+                tables.append(compile_policy(fluid, kind, overflow_probability=overflow_probability))
         except InfeasibleError as error:
             missing[kind] = str(error)
     tables += [baselines.vllm(), baselines.sarathi()]
     return tables, missing
 
 
-def _compile_wait(fluid: FluidSolution, overflow_probability: float) -> PolicyTable:
-    """The WAIT table with the lowest certified TTFT over the numbers of types tried; all reasons if none exists."""
+def _compile_typed(
+    fluid: FluidSolution, kind: str, numbers_of_types: Sequence[int], overflow_probability: float
+) -> PolicyTable:
+    """The table with the lowest certified TTFT over the numbers of types tried; all reasons if none exists."""
     reasons: list[str] = []
     best: PolicyTable | None = None
-    for types in WAIT_TYPES:
+    for types in numbers_of_types:
         if types > len(fluid.workload):
             break
         try:
@@ -311,7 +327,7 @@ def _compile_wait(fluid: FluidSolution, overflow_probability: float) -> PolicyTa
             else solve_fluid(merged, fluid.server, objective=fluid.objective)
         )
         try:
-            table = compile_policy(solution, "wait", overflow_probability=overflow_probability)
+            table = compile_policy(solution, kind, overflow_probability=overflow_probability)
         except InfeasibleError as error:
             reasons.append(f"with {types} type{'s' if types > 1 else ''}, {error}")
             continue
@@ -332,6 +348,7 @@ def _load_curve(
     replications: int,
     seed: int,
     overflow_probability: float,
+    numbers_of_types: Mapping[str, Sequence[int]],
     progress: Progress | None,
 ) -> pd.DataFrame:
     """Simulate every policy at `CURVE_LOADS`, its table compiled anew for each load; a line ends where none exists."""
@@ -345,7 +362,9 @@ def _load_curve(
             progress("load curve", done, len(CURVE_LOADS))
         offered = workload.at_load(load, server)
         tables, _ = policy_tables(
-            solve_fluid(offered, server, objective=objective), overflow_probability=overflow_probability
+            solve_fluid(offered, server, objective=objective),
+            overflow_probability=overflow_probability,
+            numbers_of_types=numbers_of_types,
         )
         runs = simulate(
             offered, server, tables, horizon=horizon, warmup=warmup, replications=replications, seed=seed
@@ -445,5 +464,7 @@ def _recommendation(runs: SimulationResult, recommended: str, fluid: FluidSoluti
             f"({latency}, growing for as long as the load lasts), {choice}."
         )
     if not _keeps_up(runs, recommended):
-        return f"No policy keeps up, though the mean load fits. Least bad: {recommended} ({latency}), {choice}."
+        return (
+            f"No policy keeps up, though the mean load fits. Least bad: {recommended} ({latency}), {choice}."
+        )
     return f"Recommended table: {recommended} ({latency}), {choice} among the policies that keep up."
