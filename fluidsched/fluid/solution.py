@@ -238,10 +238,12 @@ class FluidSolution:
     def upper_bound(self) -> float:
         """Reward/s that no feasible rates exceed, from the duals alone (weak duality).
 
-        Demand beyond what the server carries of a type alone is left out: it would only magnify rounding.
+        Demand beyond what the server carries of a type alone is left out: it would only magnify rounding. A
+        type that uses nothing is carried at any rate.
         """
         reduced, rate = self._reduced, self.arrival_rate
-        most = np.minimum(rate, self.model.rate_alone)
+        uses = self.model.halfspaces.any(axis=0)
+        most = np.where(uses, np.minimum(rate, self.model.rate_alone), rate)
         demand = np.where(reduced > 0.0, most, self.model.fairness_floor * rate)
         return float(
             self.row_dual @ self.model.limit - self._rate_price * self._least_rate + reduced @ demand

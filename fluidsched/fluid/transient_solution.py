@@ -321,10 +321,9 @@ class TransientSolution:
         worth = h * float((self.row_dual * row_size).sum())
         total = max(asked, rent, worth, self._holding, 1e-300)
         eta = self._rate_price
-        eta_size = self.row_dual @ np.abs(model.rate_coefficient)
         dual = max(
-            -float(self.row_dual.min()) * h * float(row_size.max()) / total,
-            float((-eta / np.where(eta_size > 0.0, eta_size, 1.0)).max()),
+            -h * float(self.row_dual.min()) * float(row_size.max()) / total,
+            -h * float(eta.min()) * fastest / total,
             0.0,
         )
 

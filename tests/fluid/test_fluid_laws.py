@@ -237,3 +237,12 @@ def test_time_has_its_price_where_requests_take_none() -> None:
     assert fluid.status == "optimal"
     np.testing.assert_allclose(fluid.admitted_rate, [20.0])
     assert fluid.shadow_price["time"] == pytest.approx(20.0)
+
+
+def test_types_that_use_nothing_are_carried_at_any_rate() -> None:
+    """One token in and out where only KV reads cost time and memory is unlimited: the bound is the demand."""
+    workload = fs.Workload([fs.RequestType("one token", 1e6, 1, 1), fs.RequestType("chat", 1.0, 10, 10)])
+    server = fs.Server(math.inf, fs.IterationTime.affine(0.05, 0.0, 0.0, 1e-6))
+    fluid = fs.solve_fluid(workload, server)
+    assert fluid.status == "optimal"
+    assert fluid.upper_bound == pytest.approx(1e6 + 1.0)
