@@ -392,9 +392,9 @@ def progressive_filling(
             else:
                 high = middle
         before, after = rows @ at(levels[low]), rows @ at(levels[high])
-        crossing = after > 1.0
-        part = np.ones(len(rows))
-        part[crossing] = np.maximum(1.0 - before[crossing], 0.0) / (after - before)[crossing]
+        crossing, gain = after > 1.0, after - before
+        part = np.where(crossing, 0.0, 1.0)  # 0 for rows that floors alone fill, to rounding
+        np.divide(np.maximum(1.0 - before, 0.0), gain, out=part, where=crossing & (gain > 0.0))
         first = int(np.argmin(part))
         rates = at(levels[low] + part[first] * (levels[high] - levels[low]))
         full = rows @ rates >= 1.0 - _FULL

@@ -375,6 +375,15 @@ def test_wrong_input_is_named(asked: dict[str, Any], argument: str) -> None:
     assert caught.value.argument == argument
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 3.0, math.inf])
+def test_floors_that_fill_the_server(alpha: float) -> None:
+    """Floors at the boundary leave nothing to share: every α admits them and no more."""
+    workload, server = mixed(), two_piece_server()
+    most = 1 / fs.solve_fluid(workload, server).load.max()
+    fair = fs.solve_fair(workload, server, alpha, fairness_floor=most)
+    np.testing.assert_allclose(fair.fluid.admitted_fraction, most, rtol=1e-8)
+
+
 def test_infeasible_floors_are_named() -> None:
     """Floors beyond the server: the resources they overload and the factor that would do."""
     with pytest.raises(InfeasibleError, match="feasible when multiplied by"):
