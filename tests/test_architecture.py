@@ -1,0 +1,102 @@
+"""The house: module-level imports run one way, from the main job down to the errors, and names never collide."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import fluidsched as fs
+
+PACKAGE = Path(fs.__file__).parent
+
+# Lower rooms first: a room may import, at module level, only rooms before it and itself.
+ORDER = (
+    "errors",
+    "_checks",
+    "_files",
+    "workload",
+    "server",
+    "queues",
+    "fluid",
+    "policy",
+    "simulation",
+    "bounds",
+    "examples",
+    "comparison",
+    "plots",
+    "sweeps",
+    "reporting",
+    "planning",
+    "cli",
+    "__main__",
+)
+
+# What a room must not know even though it stands below: the simulator reads tables, never solutions.
+FORBIDDEN = {
+    ("simulation", "fluid"),
+    ("simulation", "queues"),
+    ("server", "workload"),
+    ("queues", "workload"),
+}
+
+
+def module_imports(tree: ast.Module) -> Iterator[str]:
+    """Modules imported when the file is: not inside functions, not under TYPE_CHECKING."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            pending.extend(node.orelse)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "imports are absolute"
+            if node.module == "fluidsched":
+                yield from (f"fluidsched.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+        else:
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room -> rooms it imports at module level."""
+    imports: dict[str, set[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        if parts == ("__init__",):
+            continue  # the public face: loads nothing until asked
+        targets = imports.setdefault(parts[0], set())
+        for name in module_imports(ast.parse(file.read_text())):
+            head = name.split(".")
+            if head[0] == "fluidsched" and len(head) > 1 and head[1] != "__version__":
+                targets.add(head[1])
+    return imports
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    assert set(rooms()) == set(ORDER)
+
+
+def test_imports_run_one_way() -> None:
+    """Nothing later in the pipeline is imported by anything earlier."""
+    place = {room: number for number, room in enumerate(ORDER)}
+    wrong = [
+        f"{room} imports {target}"
+        for room, targets in rooms().items()
+        for target in targets
+        if place[target] > place[room] or (room, target) in FORBIDDEN
+    ]
+    assert not wrong
+
+
+def test_no_module_shares_its_name_with_a_public_function() -> None:
+    """A lazily loaded function named like a module would be shadowed by it once that is imported."""
+    modules = {file.stem for file in PACKAGE.glob("*.py")} | {
+        file.parent.name for file in PACKAGE.glob("*/__init__.py")
+    }
+    public_functions = {name for name in fs.__all__ if type(getattr(fs, name)).__name__ == "function"}
+    assert not modules & public_functions
