@@ -75,15 +75,13 @@ def cases(draw: st.DrawFn, kind: str, dyadic: bool) -> Case:
         np.array([draw(st.integers(0, types - 1)) for _ in range(count)], dtype=np.int64),
         type_names=tuple("abc"[:types]),
     )
-    return Case(
-        path,
-        draw(servers(kind, dyadic, longest_prompt + longest_output)),
-        draw(tables(kind, dyadic, types, longest_output)),
-        _maybe(draw, st.just(_number(draw, dyadic, 1, 400, 0.25, "window"))),
-        draw(st.just(0.0) | st.just(_number(draw, dyadic, 0, 100, 0.25, "window"))),
-        draw(st.sampled_from([0, 3, 50])),
-        dyadic,
-    )
+    server = draw(servers(kind, dyadic, longest_prompt + longest_output))
+    table = draw(tables(kind, dyadic, types, longest_output))
+    horizon = _maybe(draw, st.just(_number(draw, dyadic, 1, 400, 0.25, "window")))
+    if table.preemption == "restart" and horizon is None:
+        horizon = 25.0  # requests that lose their tokens can displace each other for ever
+    warmup = draw(st.just(0.0) | st.just(_number(draw, dyadic, 0, 100, 0.25, "window")))
+    return Case(path, server, table, horizon, warmup, draw(st.sampled_from([0, 3, 50])), dyadic)
 
 
 @st.composite
