@@ -80,7 +80,7 @@ def run_kernel(
     ([2.0, 2.0], 11.0)
     """
     coefficients = server.iteration_time.require_coefficients("the kernel")
-    classes = check_run(path, server, table)
+    classes = check_run(path, server, table, horizon)
     end = np.inf if horizon is None else check_real("horizon", horizon, above=0.0)
     warmup = check_real("warmup", warmup, minimum=0.0)
     points = check_count("occupancy_points", occupancy_points)

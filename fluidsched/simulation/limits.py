@@ -107,16 +107,27 @@ def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray
     return np.asarray(too_long, dtype=np.bool_)
 
 
-def check_run(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray[np.int64]:
+def check_run(
+    path: ArrivalPath, server: Server, table: PolicyTable, horizon: float | None
+) -> NDArray[np.int64]:
     """Check that the table can be run on this path and server; return every request's row, shape (N,).
 
     Raises
     ------
     InputError
         For a rule the engines do not have, a field the table's kind does not use, a request no row matches
-        or longer than `orca` reserves for, or a `wait` cohort above the server's token budget.
+        or longer than `orca` reserves for, a `wait` cohort above the server's token budget, or `wait` with
+        restarts and no horizon: there the newest admitted may be all that runs, so requests that lose their
+        tokens can displace each other for ever.
     """
     _check_table(table)
+    if table.kind == "wait" and table.preemption == "restart" and horizon is None:
+        raise InputError(
+            "horizon",
+            "nothing",
+            f"be given for table {table.name!r}: under 'wait' restarts can go on for ever",
+            'Give a horizon, s, or a table with preemption "recompute".',
+        )
     rows = table.classify(path)
     if table.kind == "orca":
         _check_reserve(path, table)

@@ -528,7 +528,7 @@ def run_reference(
     ([2.0, 2.0], 11.0)
     """
     rule, table = (table, table.table) if isinstance(table, UserRule) else (None, table)
-    rows = check_run(path, server, table)
+    rows = check_run(path, server, table, horizon)
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
     warmup = check_real("warmup", warmup, minimum=0.0)

@@ -128,7 +128,7 @@ def simulate(
     warmup = _check_warmup(warmup, horizon, paths)
     for table in tables:
         for path in paths:
-            check_run(path, server, table)
+            check_run(path, server, table, horizon)
             if oversize == "raise":
                 _refuse_oversize(path, server, table)
 

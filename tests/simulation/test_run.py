@@ -121,6 +121,17 @@ class TestSimulate:
         assert runs.measures("vllm")["rejected"].tolist() == [2.0]
         assert runs.measures("vllm")["mean_e2e"].tolist() == [2.0]
 
+    @pytest.mark.parametrize("engine", ["kernel", "reference"])
+    def test_waiting_with_restarts_needs_a_horizon(self, engine):
+        """Requests that lose their tokens can displace each other for ever: refused, not looped."""
+        table = typed_table(
+            "wait", {"a": {"threshold": 2, "gate": 2}}, block_iterations=1, freeze=True, preemption="restart"
+        )
+        path = path_of((0.0, 3, 6, "a"), (0.0, 3, 6, "a"))
+        with pytest.raises(InputError, match="horizon"):
+            simulate(path, server_of(8, MIXED), table, engine=engine)
+        assert simulate(path, server_of(8, MIXED), table, engine=engine, horizon=200.0).verdict("wait")
+
     def test_stuck_is_a_verdict(self):
         table = typed_table("wait", {"A": {"threshold": 2, "gate": 2}})
         runs = simulate(path_of((0.0, 1, 2, "A"), (1.0, 1, 2, "A")), server_of(), table)
