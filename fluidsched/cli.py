@@ -199,7 +199,7 @@ def _emit(text: str) -> None:
     sys.stdout.flush()
 
 
-def _write_json(out: Path, text: str, force: bool) -> None:
+def _write_new(out: Path, text: str, force: bool) -> None:
     if out.exists() and not force:
         raise InputError(
             "--out", str(out), "name a file that does not exist", "Choose another, or add --force."
@@ -303,7 +303,7 @@ def solve(
     solution = solve_fluid(_typed_workload(workload, load, the_server), the_server, objective=objective)
     text = _files.dumps(solution.to_dict())
     if out is not None:
-        _write_json(out, text, force)
+        _write_new(out, text, force)
     _emit(text if as_json else repr(solution))
 
 
@@ -348,7 +348,7 @@ def compile_(
     )
     text = table.to_json()
     if out is not None:
-        _write_json(out, text, force)
+        _write_new(out, table.to_csv() if out.suffix.lower() == ".csv" else text, force)
     _emit(text if as_json else repr(table))
 
 
@@ -407,17 +407,27 @@ def simulate(
     policies = [_load_table(name) for name in tables]
     options: dict[str, Any] = {"check": check} if engine is None else {"engine": engine, "check": check}
     if solution is not None:
-        for option, value in (("--workload", workload), ("--load", load), ("--gpu", gpu), ("--model", model)):
+        for option, value in (
+            *(("--workload", workload), ("--replay", replay or None), ("--load", load)),
+            *(("--gpu", gpu), ("--model", model), ("--tp", tp), ("--server", server)),
+        ):
             if value is not None:
-                raise InputError(option, value, "be left out with --solution", "The solution has its own.")
+                raise InputError(
+                    option, str(value), "be left out with --solution", "The solution has its own."
+                )
         fluid = _load_solution(solution)
         the_server, asked = fluid.server, fluid.workload
     else:
         the_server = _load_server(gpu, model, tp, server)
         if replay:
-            path = _load_workload("" if workload is None else workload)
+            path = None if workload is None else _load_workload(workload)
             if not isinstance(path, ArrivalPath):
-                raise InputError("--replay", str(workload), "come with a trace as --workload")
+                received = "no --workload" if workload is None else f"--workload {workload}"
+                raise InputError("--replay", received, "come with a trace as --workload")
+            if load is not None:
+                raise InputError(
+                    "--load", load, "be left out with --replay", "A replayed path keeps its own rate."
+                )
             with _progress(quiet) as progress:
                 result = run(
                     path,
@@ -448,7 +458,7 @@ def simulate(
 def _show_runs(result: Any, out: Path | None, force: bool, as_json: bool) -> None:
     text = _files.dumps(result.to_dict())
     if out is not None:
-        _write_json(out, text, force)
+        _write_new(out, text, force)
     _emit(text if as_json else repr(result))
 
 
@@ -479,7 +489,7 @@ def compare(
     comparison = set_beside(runs, bound=None if bound is None else _load_solution(bound), baseline=baseline)
     text = _files.dumps(comparison.to_dict())
     if out is not None:
-        _write_json(out, text, force)
+        _write_new(out, text, force)
     _emit(text if as_json else repr(comparison))
 
 

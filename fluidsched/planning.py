@@ -143,7 +143,9 @@ def plan(
         Scale the workload to this share of the fluid boundary; default: keep its own rates (0.8 when `workload` is
         not given). Not together with `replay`.
     replay : bool, optional
-        Simulate the given `ArrivalPath` itself, once, instead of Poisson arrivals of its types.
+        Simulate the given `ArrivalPath` itself, once, instead of Poisson arrivals of its types. Requests longer
+        than the KV cache are rejected then, and counted; they are left out of the types. Without `replay` they
+        are an error.
     objective : {"requests", "output_tokens"}, optional
         Reward of the fluid program.
     horizon, warmup : float, optional
@@ -187,7 +189,8 @@ def plan(
         load = _DEFAULT_LOAD if load is None else load
     if isinstance(workload, ArrivalPath):
         path = workload
-        workload = path.to_workload(types=types_for(path))
+        served = _servable(path, server, rejecting=replay)
+        workload = served.to_workload(types=types_for(served))
     elif replay:
         raise InputError(
             "replay",
@@ -266,6 +269,27 @@ def types_for(path: ArrivalPath) -> int:
     """Twelve types, or fewer where the path has too few distinct lengths."""
     distinct = len(np.unique(np.stack([path.prompt_tokens, path.output_tokens]), axis=1).T)
     return max(k for k in (1, 3, 12) if k <= distinct)
+
+
+def _servable(path: ArrivalPath, server: Server, *, rejecting: bool) -> ArrivalPath:
+    """The requests of a path that fit into the KV cache alone; others are an error unless they are to be rejected."""
+    from fluidsched.simulation.limits import never_fits
+
+    too_long = never_fits(path, server, baselines.vllm())
+    if not too_long.any():
+        return path
+    if rejecting and not too_long.all():
+        return path.selected(~too_long)
+    i, count = int(too_long.argmax()), int(too_long.sum())
+    others = f" (and {count - 1:,} more of {len(path):,} requests)" if count > 1 else ""
+    raise InputError(
+        f"request {i + 1} of {path.name!r}",
+        f"{path.prompt_tokens[i]:,} prompt and {path.output_tokens[i]:,} output tokens{others}",
+        f"fit alone into the {server.kv_capacity:,.0f} KV tokens of {server.name!r}",
+        "Use a larger server."
+        if too_long.all()
+        else "Use a larger server, drop such requests, or replay the path: a replay rejects and counts them.",
+    )
 
 
 def policy_tables(
@@ -449,9 +473,8 @@ def _rejections(runs: SimulationResult) -> list[str]:
     rejected = max(int(runs.measures(name)["rejected"].max()) for name in runs.policies)
     if not rejected:
         return []
-    return [
-        f"{rejected:,} requests are longer than the KV cache: they can never be served and were rejected."
-    ]
+    who = "1 request is" if rejected == 1 else f"{rejected:,} requests are"
+    return [f"{who} longer than the KV cache: never to be served, rejected, and in none of the rates above."]
 
 
 def _recommendation(runs: SimulationResult, recommended: str, fluid: FluidSolution) -> str:

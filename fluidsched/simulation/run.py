@@ -288,10 +288,11 @@ def _refuse_oversize(path: ArrivalPath, server: Server, table: PolicyTable) -> N
         i = int(oversize[0])
         prompt, output = int(path.prompt_tokens[i]), int(path.output_tokens[i])
         others = f" (and {oversize.size - 1:,} more)" if oversize.size > 1 else ""
+        of_type = "" if path.label(i) is None else f" of type {path.label(i)!r}"
         raise InputError(
-            f"request {i}",
+            f"request {i}{of_type}",
             f"{prompt:,} prompt and {output:,} output tokens{others}",
             f"fit alone into the {server.kv_capacity:,.0f} KV tokens of {server.name!r} "
             f"under table {table.name!r}",
-            'Use a larger server, or oversize="reject" to turn such requests away.',
+            'Use a larger server or shorter requests; from Python, oversize="reject" turns such requests away.',
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+LONG = "arrival_s,prompt_tokens,output_tokens\n0.0,10,5\n1.0,900000,5\n2.0,10,6\n3.0,11,7\n"
 QUICK = ["--replications", "2", "--horizon", "120", "--warmup", "20", "--no-curve"]
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -155,11 +156,15 @@ class TestFailsWell:
         self.check(fluidsched("plan", "-w", "bad.csv", cwd=tmp_path), "line 3")
 
     def test_request_longer_than_the_capacity(self, tmp_path: Path) -> None:
-        (tmp_path / "long.csv").write_text(
-            "arrival_s,prompt_tokens,output_tokens\n0.0,10,5\n1.0,900000,5\n2.0,10,6\n3.0,11,7\n"
-        )
+        """Named by its place in the trace by `plan`, by its type where it was sampled."""
+        (tmp_path / "long.csv").write_text(LONG)
         self.check(
-            fluidsched("simulate", "vllm", "-w", "long.csv", "--quiet", cwd=tmp_path), "900,000", "KV tokens"
+            fluidsched("plan", "-w", "long.csv", cwd=tmp_path), "request 2 of 'long'", "900,000", "replay"
+        )
+        assert [p.name for p in tmp_path.iterdir()] == ["long.csv"]
+        self.check(
+            fluidsched("simulate", "vllm", "-w", "long.csv", "--quiet", cwd=tmp_path),
+            *("of type", "900,000", "KV tokens"),
         )
 
     def test_nan_rate_in_a_spec(self, tmp_path: Path) -> None:
@@ -189,6 +194,27 @@ class TestFailsWell:
     def test_load_with_replay(self, tmp_path: Path, trace: Path) -> None:
         self.check(
             fluidsched("plan", "-w", str(trace), "--replay", "--load", "0.5", cwd=tmp_path), "load", "replay"
+        )
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("--workload", "azure_code"), ("--load", "0.5"), ("--gpu", "h200"), ("--model", "phi-2"), ("--tp", "2"),
+         ("--server", "server.toml"), ("--replay", None)],
+    )  # fmt: skip
+    def test_a_solution_brings_its_own_workload_and_server(
+        self, tmp_path: Path, option: str, value: str | None
+    ) -> None:
+        """An option that would have no effect beside --solution is refused, not ignored."""
+        given = (option,) if value is None else (option, value)
+        self.check(
+            fluidsched("simulate", "vllm", "--solution", "s.json", *given, cwd=tmp_path), option, "solution"
+        )
+
+    def test_simulated_replay_takes_a_trace_and_no_load(self, tmp_path: Path, trace: Path) -> None:
+        self.check(fluidsched("simulate", "vllm", "--replay", cwd=tmp_path), "--replay", "--workload")
+        self.check(
+            fluidsched("simulate", "vllm", "-w", str(trace), "--replay", "--load", "0.5", cwd=tmp_path),
+            *("--load", "0.5", "--replay"),
         )
 
     def test_replay_without_a_trace(self, tmp_path: Path) -> None:
@@ -258,6 +284,22 @@ class TestChain:
         runs = fs.simulate(workload, server, tables, horizon=120.0, warmup=20.0, replications=3, seed=5)
         expected = json.loads(json.dumps(fs.compare(runs, bound=fluid, baseline="vllm").to_dict()))
         assert json.loads(done.stdout) == expected
+
+    def test_a_compiled_table_goes_through_csv(self, tmp_path: Path) -> None:
+        """`compile --out x.csv` writes the CSV form, which `simulate` reads to the same result as JSON."""
+        assert fluidsched("solve", "--load", "0.7", "--out", "s.json", cwd=tmp_path).returncode == 0
+        answers = []
+        for name in ("gated.csv", "gated.json"):
+            done = fluidsched("compile", "s.json", "--kind", "gated", "--out", name, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            done = fluidsched(
+                *("simulate", name, "--solution", "s.json", "--horizon", "60", "--warmup", "10"),
+                *("--replications", "1", "--json"),
+                cwd=tmp_path,
+            )
+            assert done.returncode == 0, done.stderr
+            answers.append(json.loads(done.stdout)["policies"])
+        assert answers[0] == answers[1]
 
     def test_compile_without_an_answer_is_status_1(self, tmp_path: Path) -> None:
         """An overloaded server carries no stable cap: status 1 with the reason."""

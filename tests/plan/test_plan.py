@@ -116,6 +116,30 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], argument: str) 
         fs.plan(**arguments)  # type: ignore[arg-type]
 
 
+def test_requests_longer_than_memory_are_rejected_by_a_replay_and_in_no_rate() -> None:
+    """The fluid answer is about the requests that can be served, the comparison accounts for all."""
+    arrivals = np.arange(60.0)
+    prompts, outputs = np.full(60, 100), np.arange(60) % 7 + 5
+    prompts[30] = 900_000
+    path = fs.ArrivalPath.from_arrays(arrivals, prompts, outputs, name="long")
+    result = fs.plan(path, replay=True)
+    kept = np.delete(np.arange(60), 30)
+    alone = fs.plan(fs.ArrivalPath.from_arrays(arrivals[kept], prompts[kept], outputs[kept]), replay=True)
+    np.testing.assert_allclose(result.fluid.load, alone.fluid.load)
+    assert result.fluid.is_stable
+    row = next(row for row in result.runs.to_serve_summary() if row["policy"] == "vllm")
+    assert (row["completed"], row["failed"]) == (59, 1)
+    assert any("1 request is longer than the KV cache" in remark for remark in result.remarks)
+    with pytest.raises(InputError, match="request 31 of 'long'"):
+        fs.plan(path)
+
+
+def test_a_replay_of_which_nothing_fits_is_an_input_error() -> None:
+    path = fs.ArrivalPath.from_arrays([0.0, 1.0], [900_000, 900_001], [5, 6])
+    with pytest.raises(InputError, match=r"request 1 of .* \(and 1 more of 2 requests\)"):
+        fs.plan(path, replay=True)
+
+
 def test_a_tiny_path_gets_as_many_types_as_it_can_carry() -> None:
     path = fs.ArrivalPath.from_arrays([0.0, 1.0], [5, 6], [2, 3])
     assert planning.types_for(path) == 1
