@@ -107,6 +107,9 @@ QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Write over files that are there.")]
+WarmupOption = Annotated[
+    float | None, typer.Option(help="Seconds left out of the measures (default: a sixth of the horizon).")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the arrival paths.")]
 OutFileOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the result as JSON to this file.")
@@ -229,7 +232,7 @@ def plan(
     force: ForceOption = False,
     objective: Annotated[str, typer.Option(help="requests or output_tokens.")] = "requests",
     horizon: Annotated[float, typer.Option(help="Simulated seconds per replication.")] = 3600.0,
-    warmup: Annotated[float, typer.Option(help="Seconds left out of the measures.")] = 600.0,
+    warmup: WarmupOption = None,
     replications: Annotated[
         int, typer.Option(help="Independent arrival paths, common to all policies.")
     ] = 16,
@@ -383,7 +386,7 @@ def simulate(
     tp: TpOption = None,
     server: ServerOption = None,
     horizon: Annotated[float, typer.Option(help="Simulated seconds per replication.")] = 3600.0,
-    warmup: Annotated[float, typer.Option(help="Seconds left out of the measures.")] = 600.0,
+    warmup: WarmupOption = None,
     replications: Annotated[int, typer.Option(help="Independent arrival paths, common to all tables.")] = 16,
     seed: SeedOption = 7,
     engine: Annotated[str | None, typer.Option(help="kernel (the default) or reference.")] = None,

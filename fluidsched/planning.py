@@ -123,7 +123,7 @@ def plan(
     replay: bool = False,
     objective: str = "requests",
     horizon: float = 3600.0,
-    warmup: float = 600.0,
+    warmup: float | None = None,
     replications: int = 16,
     seed: int = 7,
     overflow_probability: float = 0.01,
@@ -149,7 +149,7 @@ def plan(
     objective : {"requests", "output_tokens"}, optional
         Reward of the fluid program.
     horizon, warmup : float, optional
-        Simulated seconds per replication, and how many of them are left out of the measures.
+        Simulated seconds per replication, and how many of them are left out of the measures (default: a sixth).
     replications : int, optional
         Independent arrival paths, common to all policies.
     seed : int, optional
@@ -179,7 +179,8 @@ def plan(
     """
     check_count("replications", replications, minimum=1)
     check_real("horizon", horizon, above=0.0)
-    if check_real("warmup", warmup, minimum=0.0) >= horizon:
+    warmup = horizon / 6 if warmup is None else check_real("warmup", warmup, minimum=0.0)
+    if warmup >= horizon:
         raise InputError("warmup", warmup, f"be below the horizon, {horizon:g} s")
     server = catalog.server("a100-80gb", "llama-2-7b") if server is None else server
     path: ArrivalPath | None = None
@@ -477,9 +478,13 @@ def _rejections(runs: SimulationResult) -> list[str]:
     return [f"{who} longer than the KV cache: never to be served, rejected, and in none of the rates above."]
 
 
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 100.0 else f"{value:,.0f} s"
+
+
 def _recommendation(runs: SimulationResult, recommended: str, fluid: FluidSolution) -> str:
     ttft, e2e = (float(np.mean(runs.measures(recommended)[name])) for name in ("mean_ttft", "mean_e2e"))
-    latency = f"mean TTFT {ttft:.3g} s, mean end-to-end latency {e2e:.4g} s"
+    latency = f"mean TTFT {_seconds(ttft)}, mean end-to-end latency {_seconds(e2e)}"
     choice = "the simplest to deploy safely of those within 5 % of the lowest end-to-end latency"
     if not fluid.is_stable:
         return (

@@ -25,6 +25,15 @@ def test_default_is_08_of_the_boundary(result: planning.Plan) -> None:
     )  # theory: two-piece fit, aiconfigurator
 
 
+def test_a_sixth_of_the_horizon_is_warm_up_unless_said() -> None:
+    quick = fs.plan(horizon=90.0, replications=1, curve=False)
+    assert quick.settings["warmup_s"] == 15.0
+
+
+def test_latencies_in_a_sentence_have_no_exponents() -> None:
+    assert [planning._seconds(x) for x in (0.1544, 7.338, 3056.6)] == ["0.154 s", "7.34 s", "3,057 s"]
+
+
 def test_all_five_policies_are_compared_on_common_paths(result: planning.Plan) -> None:
     assert [table.name for table in result.tables] == ["wait", "gated", "capped", "vllm", "sarathi"]
     assert result.comparison.baseline == "vllm"
