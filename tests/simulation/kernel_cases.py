@@ -146,24 +146,39 @@ def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output:
 def run_reference_and_judge(case: Case) -> tuple[EngineRun, bool]:
     """The reference's run, and whether rounding may decide: real numbers, and an instant that matters within
     NEAR of an iteration's end."""
-    ends: list[float] = [0.0]
-
-    def see(summary: IterationSummary) -> None:
-        ends.append(summary.end_s)
-
-    run = case.run(run_reference, on_iteration=see)
-    instants = [case.path.arrival_s, [case.warmup], [] if case.horizon is None else [case.horizon]]
-    starts = np.concatenate([case.path.arrival_s, ends])
-    instants += [starts + row.max_hold_s for row in case.table.types if row.max_hold_s is not None]
-    wanted = np.concatenate(instants)
+    iterations: list[IterationSummary] = []
+    run = case.run(run_reference, on_iteration=iterations.append)
+    horizon = [] if case.horizon is None else [case.horizon]
+    wanted = np.array(
+        [*case.path.arrival_s, case.warmup, *horizon, *_holds_that_expire(case, run, iterations)]
+    )
     wanted = wanted[wanted > 0.0]
-    at = np.unique(ends)
+    at = np.unique([0.0, *(iteration.end_s for iteration in iterations)])
     place = np.searchsorted(at, wanted)
     distance = np.minimum(
         np.abs(wanted - at[np.minimum(place, len(at) - 1)]), np.abs(wanted - at[np.maximum(place - 1, 0)])
     )
     near = distance <= NEAR * np.maximum(wanted, 1.0)
     return run, bool(near.any()) and not case.dyadic
+
+
+def _holds_that_expire(case: Case, run: EngineRun, iterations: list[IterationSummary]) -> list[float]:
+    """The instants at which a request has gone unserved for its type's `max_hold_s`."""
+    if all(row.max_hold_s is None for row in case.table.types):
+        return []
+    holds = [case.table.types[row].max_hold_s for row in case.table.classify(case.path)]
+    since = case.path.arrival_s.tolist()
+    instants = []
+    for iteration in iterations:
+        for i in (*(chunk[0] for chunk in iteration.prefill), *iteration.decode):
+            hold = holds[i]
+            if hold is not None and since[i] + hold <= iteration.start_s * (1.0 + NEAR):
+                instants.append(since[i] + hold)
+            since[i] = iteration.end_s
+    for i in np.flatnonzero(np.isnan(run.finish_s)):
+        if (hold := holds[i]) is not None:
+            instants.append(since[i] + hold)
+    return instants
 
 
 def assert_same_run(kernel: EngineRun, reference: EngineRun) -> None:

@@ -37,22 +37,22 @@ def _compare_many(kind: str, dyadic: bool, examples: int) -> None:
         assert_same_run(case.run(run_kernel), reference)
 
     compare()
-    assert counts["discarded"] <= max(1, 0.01 * counts["run"])
+    assert counts["discarded"] < 0.01 * counts["run"]
 
 
 @pytest.mark.parametrize("dyadic", [True, False], ids=["dyadic", "real"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernel_equals_reference(kind: str, dyadic: bool) -> None:
-    """200 random systems per rule: dyadic ones with exact ties, real ones with none."""
-    _compare_many(kind, dyadic, 100)
+    """200 random systems per rule with exact ties (dyadic), and 200 with none (real)."""
+    _compare_many(kind, dyadic, 200)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dyadic", [True, False], ids=["dyadic", "real"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernel_equals_reference_on_many(kind: str, dyadic: bool) -> None:
-    """The same on 2 000 random systems per rule."""
-    _compare_many(kind, dyadic, 1000)
+    """The same on 2 000 random systems of each kind per rule."""
+    _compare_many(kind, dyadic, 2000)
 
 
 def _steady_path(count: int, seed: int) -> ArrivalPath:
