@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -137,7 +138,8 @@ def run_directory(out: str | os.PathLike[str] | None, *, force: bool = False) ->
 def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write policy.json, policies/, summary.json, comparison.csv, the pictures and, last, manifest.json.
 
-    Each file appears whole or not at all; the manifest, written last, names all the others with their SHA-256.
+    Each file appears whole or not at all; the manifest, written last, names all the others with their SHA-256 and,
+    of JSON files, the schema.
 
     Parameters
     ----------
@@ -172,6 +174,7 @@ def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = F
             files["load_curve.csv"] = plan.curve.to_csv(index=False)
         (root / "policies").mkdir(exist_ok=True)
         written = [write_whole(root / name, text) for name, text in files.items()]
+        schemas = {name: json.loads(text)["schema"] for name, text in files.items() if name.endswith(".json")}
         for name, figure in figures(plan):
             with whole_file(root / name) as temporary:
                 figure.savefig(temporary, format="png")
@@ -185,10 +188,11 @@ def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = F
             },
             "settings": plan.settings,
             "files": {
-                path.relative_to(root).as_posix(): {
+                (name := path.relative_to(root).as_posix()): {
                     "bytes": path.stat().st_size,
                     "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 }
+                | ({"schema": schemas[name]} if name in schemas else {})
                 for path in written
             },
         }

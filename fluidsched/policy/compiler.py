@@ -72,7 +72,6 @@ def compile_policy(
         Iterations per block of "wait", window of "gated". None: chosen by the compiler.
     horizon : float, optional
         Seconds; "wait" then also states its throughput over that time from an empty start.
-
     kv_reserve : float
         Tokens of the KV capacity the table leaves free, for what the model does not know: a drifting mix,
         lengths correlated in time. Memory bounds are then those of the rest.
@@ -113,6 +112,7 @@ def compile_policy(
     slack = check_slack(slack)
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
+    _check_solution(fluid)
     problem = Problem.of(fluid, overflow_probability, kv_reserve)
     if kind == "capped":
         if block_iterations is not None:
@@ -121,6 +121,15 @@ def compile_policy(
     if kind == "wait":
         return _wait(fluid, problem, slack, block_iterations, horizon)
     return _gated(fluid, problem, slack, block_iterations)
+
+
+def _check_solution(fluid: object) -> None:
+    from fluidsched.fluid import FluidSolution  # here: whoever only reads tables does not load the solver
+
+    if not isinstance(fluid, FluidSolution):
+        raise InputError(
+            "fluid", fluid, "be a FluidSolution", "Solve one with fluidsched.solve_fluid(workload, server)."
+        )
 
 
 def largest_load(

@@ -64,6 +64,8 @@ class TestPlan:
             data = (directory / name).read_bytes()
             assert hashlib.sha256(data).hexdigest() == entry["sha256"]
             assert len(data) == entry["bytes"]
+            if name.endswith(".json"):
+                assert entry["schema"] == json.loads(data)["schema"]
             if name.endswith(".png"):
                 assert data.startswith(PNG_MAGIC)
         summary = json.loads((directory / "summary.json").read_text())
@@ -196,6 +198,31 @@ class TestFailsWell:
             fluidsched("plan", "-w", str(trace), "--replay", "--load", "0.5", cwd=tmp_path), "load", "replay"
         )
 
+    def test_tables_that_do_not_fit_path_or_server(self, tmp_path: Path) -> None:
+        """A table for other types than the path's, and a cohort above the server's token budget."""
+        spec = (
+            'schema = "fluidsched.workload/1"\n[[types]]\nname = "%s"\narrival_rate = 1.0\n'
+            "prompt_tokens = 100\noutput_tokens = 5\n"
+        )
+        for name in ("chat", "code"):
+            (tmp_path / f"{name}.toml").write_text(spec % name)
+        done = fluidsched("solve", "-w", "chat.toml", "--out", "s.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        done = fluidsched("compile", "s.json", "--kind", "wait", "--out", "wait.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        short = ("--horizon", "10", "--replications", "1")
+        self.check(
+            fluidsched("simulate", "wait.json", "-w", "code.toml", *short, cwd=tmp_path), "chat", "code"
+        )
+        server = json.loads((tmp_path / "s.json").read_text())["server"]
+        (tmp_path / "server.json").write_text(json.dumps({**server, "token_budget": 64}))
+        self.check(
+            fluidsched(
+                *("simulate", "wait.json", "-w", "chat.toml", "--server", "server.json", *short), cwd=tmp_path
+            ),
+            *("token_budget", "64", "cohort"),
+        )
+
     @pytest.mark.parametrize(
         ("option", "value"),
         [("--workload", "azure_code"), ("--load", "0.5"), ("--gpu", "h200"), ("--model", "phi-2"), ("--tp", "2"),
@@ -300,6 +327,23 @@ class TestChain:
             assert done.returncode == 0, done.stderr
             answers.append(json.loads(done.stdout)["policies"])
         assert answers[0] == answers[1]
+
+    def test_a_stuck_replay_is_an_answer_that_names_who_starves(self, tmp_path: Path) -> None:
+        (tmp_path / "three.csv").write_text(
+            "arrival_s,prompt_tokens,output_tokens\n0.0,10,5\n1.0,10,5\n2.0,10,5\n"
+        )
+        import fluidsched as fs
+        from fluidsched.policy.table import Match, TableType
+
+        table = fs.PolicyTable(
+            *("pairs", "wait", (TableType("short", Match(), threshold=2, gate=2),)),
+            freeze=True,
+            block_iterations=1,
+        )
+        table.to_json(tmp_path / "pairs.json")
+        done = fluidsched("simulate", "pairs.json", "-w", "three.csv", "--replay", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "stuck (short)" in done.stdout
 
     def test_compile_without_an_answer_is_status_1(self, tmp_path: Path) -> None:
         """An overloaded server carries no stable cap: status 1 with the reason."""

@@ -369,6 +369,8 @@ def test_bad_arguments():
             compile_policy(fluid, "wait", **arguments)
     with pytest.raises(InputError, match="'capped', 'wait', 'gated'"):
         compile_policy(fluid, "nested-wait")
+    with pytest.raises(InputError, match="fluid must be a FluidSolution"):
+        compile_policy(fluid.workload, "wait")
     with pytest.raises(InputError, match="no largest slack"):
         compile_policy(p512(24.0, kv_capacity=math.inf), "wait")
     unbounded = fs.Workload([fs.RequestType("g", 1.0, 100, fs.lengths.geometric(mean=20))])
