@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from fluidsched import __version__, _files
+from fluidsched._checks import check_real
 from fluidsched.errors import FluidschedError, InfeasibleError, InputError
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ R = TypeVar("R")
 
 def main() -> None:
     """Entry point of the `fluidsched` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # where ≥ or ─ cannot be written: a question mark, not a traceback
+            stream.reconfigure(errors="replace")
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -86,7 +90,7 @@ WorkloadOption = Annotated[
         "--workload",
         "-w",
         metavar="NAME|TRACE|SPEC",
-        help="An embedded workload, a trace file, or a .toml/.json spec.",
+        help="azure_conv (the default), azure_code or mooncake_synthetic, a trace file, or a .toml/.json spec.",
     ),
 ]
 LoadOption = Annotated[
@@ -117,7 +121,7 @@ OutFileOption = Annotated[
 
 
 def _spec(argument: str, path: Path) -> dict[str, Any]:
-    """Read a TOML or JSON spec file into a dictionary."""
+    """Read a TOML or JSON file into a dictionary."""
     text = _files.read_text(argument, path)
     if path.suffix.lower() == ".toml":
         import tomllib
@@ -135,6 +139,7 @@ def _spec(argument: str, path: Path) -> dict[str, Any]:
 def _load_workload(name: str) -> Workload | ArrivalPath:
     """An embedded workload by name, a spec by its suffix, else a trace."""
     from fluidsched.workload import Workload, read_trace, workloads
+    from fluidsched.workload.model import SCHEMA
     from fluidsched.workload.traces import is_json_trace
 
     if name in workloads.names():
@@ -149,7 +154,7 @@ def _load_workload(name: str) -> Workload | ArrivalPath:
             "--workload", name, "name an embedded workload or an existing trace or spec file", hint
         )
     if path.suffix.lower() == ".toml" or (path.suffix.lower() == ".json" and not is_json_trace(path)):
-        return Workload.from_dict(_spec("--workload", path))
+        return Workload.from_dict({"schema": SCHEMA, "name": path.stem} | _spec("--workload", path))
     return read_trace(path)
 
 
@@ -159,8 +164,25 @@ def _load_server(gpu: str | None, model: str | None, tp: int | None, spec: Path 
     if spec is not None:
         if gpu is not None or model is not None or tp is not None:
             raise InputError("--server", str(spec), "stand alone", "Leave out --gpu, --model and --tp.")
-        return Server.from_dict(_spec("--server", spec))
+        return Server.from_dict(_with_server_defaults(_spec("--server", spec), spec.stem))
     return catalog.server(gpu or "a100-80gb", model or "llama-2-7b", tensor_parallel=1 if tp is None else tp)
+
+
+def _with_server_defaults(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """A server's spec with what a person may leave out, as in `Server`; TOML cannot say null."""
+    from fluidsched.server.iteration import SCHEMA as ITERATION_SCHEMA
+    from fluidsched.server.server import SCHEMA as SERVER_SCHEMA
+
+    limits = dict.fromkeys(("max_batch_size", "token_budget", "block_size"))
+    spec: dict[str, Any] = {"schema": SERVER_SCHEMA, "name": name, "source": "", **limits} | given
+    pieces = spec.get("iteration_time")
+    if isinstance(pieces, dict):
+        spec["iteration_time"] = {"schema": ITERATION_SCHEMA} | pieces
+    return spec
+
+
+def _check_load(load: float | None) -> float | None:
+    return load if load is None else check_real("--load", load, above=0.0)
 
 
 def _typed_workload(name: str | None, load: float | None, server: Server) -> Workload:
@@ -173,6 +195,7 @@ def _typed_workload(name: str | None, load: float | None, server: Server) -> Wor
         given = given.to_workload(types=types_for(given))
     elif load is None and (name is None or name in workloads.names()):
         load = 0.8
+    load = _check_load(load)
     return given if load is None else given.at_load(load, server)
 
 
@@ -230,7 +253,9 @@ def plan(
         typer.Option("--out", "-o", help="Directory for the results (default: fluidsched-plan-N here)."),
     ] = None,
     force: ForceOption = False,
-    objective: Annotated[str, typer.Option(help="requests or output_tokens.")] = "requests",
+    objective: Annotated[
+        str, typer.Option(help="What to carry most of: requests, output_tokens, total_tokens.")
+    ] = "requests",
     horizon: Annotated[float, typer.Option(help="Simulated seconds per replication.")] = 3600.0,
     warmup: WarmupOption = None,
     replications: Annotated[
@@ -258,8 +283,7 @@ def plan(
     the_server = _load_server(gpu, model, tp, server)
     name = "azure_conv" if workload is None else workload
     asked = _load_workload(name)
-    if load is None and name in workloads.names():
-        load = 0.8
+    load = 0.8 if load is None and name in workloads.names() else _check_load(load)
     with reporting.run_directory(out, force=force) as directory, _progress(quiet) as progress:
         result = planning.plan(
             asked,
@@ -289,7 +313,9 @@ def solve(
     model: ModelOption = None,
     tp: TpOption = None,
     server: ServerOption = None,
-    objective: Annotated[str, typer.Option(help="requests or output_tokens.")] = "requests",
+    objective: Annotated[
+        str, typer.Option(help="What to carry most of: requests, output_tokens, total_tokens.")
+    ] = "requests",
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -324,6 +350,12 @@ def compile_(
     slack: Annotated[str, typer.Option(help="auto, or a number: the margin ε of the conditions.")] = "auto",
     overflow_probability: Annotated[float, typer.Option(help="δ of the memory condition.")] = 0.01,
     block_iterations: Annotated[int | None, typer.Option(help="Block length k (default: chosen).")] = None,
+    types: Annotated[
+        int | None,
+        typer.Option(
+            help="Merge the request types into this many first (`plan` keeps the best of 1, 3, 12)."
+        ),
+    ] = None,
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -332,8 +364,9 @@ def compile_(
 
     Example:
 
-    fluidsched compile solution.json --kind wait --out wait.json
+    fluidsched compile solution.json --kind wait --types 1 --out wait.json
     """
+    from fluidsched.fluid import solve_fluid
     from fluidsched.policy import compile_policy
 
     margin: float | str = slack
@@ -342,8 +375,11 @@ def compile_(
             margin = float(slack)
         except ValueError:
             raise InputError("--slack", slack, 'be "auto" or a number') from None
+    fluid = _load_solution(solution)
+    if types is not None:
+        fluid = solve_fluid(fluid.workload.merged(types), fluid.server, objective=fluid.objective)
     table = compile_policy(
-        _load_solution(solution),
+        fluid,
         kind,
         slack=margin,  # type: ignore[arg-type]  # any other word is refused by compile_policy itself
         overflow_probability=overflow_probability,
@@ -364,8 +400,12 @@ def _load_table(name: str) -> PolicyTable:
         return stock[name]
     path = Path(name)
     if not path.exists():
+        near = get_close_matches(name, stock, n=1)
         raise InputError(
-            "table", name, f"be one of {', '.join(stock)} or an existing .json or .csv table file"
+            "table",
+            name,
+            f"be one of {', '.join(stock)} or an existing .json or .csv table file",
+            f"Did you mean {near[0]!r}?" if near else "",
         )
     return PolicyTable.from_csv(path) if path.suffix.lower() == ".csv" else PolicyTable.from_json(path)
 

@@ -44,6 +44,9 @@ _LATENCIES = {
     "e2e": "end-to-end latency (s)",
 }
 
+#: Axes made by others get the same legend: a framed one in their larger type can be wider than the figure.
+_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.0}
+
 _STYLE: dict[Any, Any] = {  # Matplotlib types its keys as one long literal
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -63,8 +66,15 @@ def style() -> Iterator[None]:
     """Context in which new figures have the library's look; Matplotlib's own settings return afterwards."""
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
-        yield
+    interactive = mpl.is_interactive()
+    try:
+        with mpl.rc_context(_STYLE):
+            try:
+                yield
+            finally:
+                interactive = mpl.is_interactive()
+    finally:  # a notebook's backend, loaded by the first figure, makes Matplotlib interactive, and must stay so
+        mpl.interactive(interactive)
 
 
 def _axes(ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
@@ -120,7 +130,7 @@ def kv_occupancy(
     axes.set_ylabel("KV cache held (tokens)")
     axes.set_ylim(bottom=0.0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, **_LEGEND)
     return axes
 
 
@@ -162,13 +172,14 @@ def latency_distribution(
         # at most 2 000 points of the curve: a PNG shows no more
         grid = np.unique(np.linspace(0, values.size - 1, min(values.size, 2000)).astype(np.int64))
         ordered = np.sort(values)[grid] if values.size else values
-        label = name if not censored else f"{name} ({censored / total:.1%} unfinished)"
+        missing = f"{censored / total:.1%}" if censored >= 0.001 * total else "<0.1%"
+        label = name if not censored else f"{name} ({missing} unfinished)"
         axes.step(ordered, (grid + 1) / total, where="post", label=label, **_look(runs.policies.index(name)))
     axes.set_xscale("log")
     axes.set_xlabel(_LATENCIES[measure])
     axes.set_ylabel("share of requests")
     axes.set_ylim(0.0, 1.02)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", **_LEGEND)
     return axes
 
 
@@ -224,6 +235,8 @@ def load_curve(
         hollow = ordered["behind"].to_numpy(dtype=bool)
         axes.plot(rate[~hollow], estimate[~hollow], "o", ms=3.5, color=look["color"])
         axes.plot(rate[hollow], estimate[hollow], "o", ms=4.5, mfc="white", color=look["color"])
+    if rows["behind"].any():
+        axes.plot([], [], "o", ms=4.5, mfc="white", color="black", label="behind: latency ≥")
     axes.set_yscale(scale)
     if scale == "log":  # an interval may reach below 0: the band then runs off the axis
         axes.set_ylim(bottom=0.6 * float(rows["estimate"].min()))
@@ -242,7 +255,7 @@ def load_curve(
         )
     axes.set_xlabel("offered rate (req/s)")
     axes.set_ylabel(ylabel)
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", **_LEGEND)
     return axes
 
 
@@ -289,7 +302,7 @@ def transient(solution: TransientSolution, *, ax: Axes | None = None) -> Axes:
     axes.set_xlabel(f"time ({name})")
     axes.set_ylabel("rate (req/s)")
     axes.set_ylim(bottom=0.0)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, **_LEGEND)
     return axes
 
 
@@ -331,7 +344,7 @@ def fair_shares(solutions: Sequence[FairSolution], *, ax: Axes | None = None) ->
         place, names, rotation=45 if len(names) > 4 else 0, ha="right" if len(names) > 4 else "center"
     )
     axes.set_ylabel("rate (req/s)")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, **_LEGEND)
     return axes
 
 
@@ -362,7 +375,7 @@ def rate_sweep(sweep: RateSweep, *, ax: Axes | None = None) -> Axes:
     axes.set_xlabel("load (1: the fluid boundary)" if is_load else "position on the line of offered rates")
     axes.set_ylabel("admitted rate (req/s)")
     axes.set_ylim(bottom=0.0)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, **_LEGEND)
     return axes
 
 

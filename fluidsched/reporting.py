@@ -38,6 +38,13 @@ __all__ = [
 ]
 
 
+_GUARANTEES = {
+    "certain": "always",
+    "probability": "up to the overflow probability",
+    "expectation": "in the mean, in the long run",
+}
+
+
 def plan_text(plan: Plan) -> str:
     """The plan as one page of text, in pipeline order, remarks and recommendation last."""
     lines = [_heading("Workload"), repr(plan.workload), _heading("Server"), repr(plan.server)]
@@ -48,6 +55,7 @@ def plan_text(plan: Plan) -> str:
     lines += _certificate(plan.recommended_table)
     lines += [_heading("Comparison"), repr(plan.comparison)]
     lines += [_heading("Answer"), *plan.remarks]
+    lines += _engine_lines(plan.recommended_table)
     return "\n".join(lines) + "\n"
 
 
@@ -57,8 +65,21 @@ def _certificate(table: PolicyTable) -> list[str]:
         return []
     lines = [f"Certificate of {table.name!r}"]
     for name, entry in table.certificate.items():
-        lines.append(f"  {name:<21} {entry['value']:>12,.5g} {entry['unit']:<14} {entry['guarantee']}")
+        value = entry["value"]
+        text = f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
+        lines.append(f"  {name:<21} {text:>10} {entry['unit']:<36} {_GUARANTEES[entry['guarantee']]}")
     return lines
+
+
+def _engine_lines(table: PolicyTable) -> list[str]:
+    """How to run a table on a stock engine, and what it would do differently."""
+    arguments = table.to_vllm_args()
+    if not arguments.arguments:
+        return []
+    lines = [
+        f"As arguments of vLLM (names of version 0.33, not tried on an engine): {arguments.command_line()}"
+    ]
+    return lines + [f"  but not: {sentence}" for sentence in arguments.lost]
 
 
 def _heading(title: str) -> str:
@@ -236,14 +257,19 @@ def figures(plan: Plan) -> Iterator[tuple[str, Figure]]:
 
 def catalog_text(entries: Sequence[CatalogEntry]) -> str:
     """The catalog as a table for people."""
-    header = f"{'GPU':<16} {'model':<14} tp  {'source':<26} KV capacity  mean error  worst"
+    header = f"{'GPU':<16} {'model':<14} tp  {'source':<26}  KV tokens  mean error  worst"
     rows = [
-        f"{e.gpu:<16} {e.model:<14} {e.tensor_parallel:>2}  {e.source:<26} {e.kv_capacity_tokens:>11,}"
+        f"{e.gpu:<16} {e.model:<14} {e.tensor_parallel:>2}  {e.source:<26} {e.kv_capacity_tokens:>10,}"
         f"  {e.mean_error['two-piece']:>10.1%}  {e.largest_error['two-piece']:>5.0%}"
         for e in entries
     ]
     return "\n".join(
-        [header, *rows, f"{len(rows)} entries; relative errors of the two-piece fit, the default."]
+        [
+            header,
+            *rows,
+            f"{len(rows)} entries; KV tokens that fit, and relative errors of the iteration time's two-piece fit. "
+            "Of several sources the first is used.",
+        ]
     )
 
 

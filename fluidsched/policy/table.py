@@ -645,7 +645,8 @@ class PolicyTable:
         if self.segments:
             parts.append(f"{len(self.segments)} segments")
         if self.block_iterations is not None:
-            parts.append(f"blocks of {self.block_iterations:,} iterations")
+            plural = "" if self.block_iterations == 1 else "s"
+            parts.append(f"blocks of {self.block_iterations:,} iteration{plural}")
         if self.max_in_service is not None:
             parts.append(f"at most {self.max_in_service:,} in service")
         if self.token_budget is not None:

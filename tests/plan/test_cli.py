@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -358,3 +359,69 @@ class TestChain:
         some = json.loads(fluidsched("catalog", "--gpu", "h200", "--json", cwd=tmp_path).stdout)
         assert 0 < len(some) < 153
         assert {entry["gpu"] for entry in some} == {"h200"}
+
+
+class TestSpecs:
+    """What the README shows as files of one's own."""
+
+    def test_the_readme_s_specs_are_read(self, tmp_path: Path) -> None:
+        readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+        mix, server = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+        (tmp_path / "mix.toml").write_text(mix)
+        (tmp_path / "mine.toml").write_text(server)
+        done = fluidsched("solve", "-w", "mix.toml", "--server", "mine.toml", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert [member["name"] for member in found["workload"]["types"]] == ["chat", "classify"]
+        assert found["server"]["name"] == "mine"
+        assert found["server"]["kv_capacity"] == 100_000
+
+    @pytest.mark.parametrize(
+        ("text", "named"),
+        [
+            ("kv_capacity = 1000", "iteration_time"),
+            ("kv_capacity = 1000\niteration_time = 3", "iteration_time"),
+            ("kv_capacty = 1000", "kv_capac"),
+        ],
+    )
+    def test_a_wrong_server_spec_names_the_field(self, tmp_path: Path, text: str, named: str) -> None:
+        (tmp_path / "mine.toml").write_text(text)
+        done = fluidsched("solve", "--server", "mine.toml", cwd=tmp_path)
+        assert done.returncode == 2
+        assert named in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_embedded_workload(tmp_path: Path) -> None:
+    from fluidsched import workloads
+
+    text = fluidsched("solve", "--help", cwd=tmp_path).stdout
+    assert all(name in text for name in workloads.names())
+
+
+def test_compile_merges_types(tmp_path: Path) -> None:
+    """The table that `plan` keeps can be made step by step."""
+    assert fluidsched("solve", "--out", "solution.json", cwd=tmp_path).returncode == 0
+    done = fluidsched("compile", "solution.json", "--kind", "wait", "--types", "1", "--json", cwd=tmp_path)
+    assert len(json.loads(done.stdout)["types"]) == 1
+
+
+def test_a_load_that_is_none_is_named(tmp_path: Path) -> None:
+    done = fluidsched("solve", "--load", "-1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--load" in done.stderr
+
+
+def test_output_that_cannot_be_encoded_is_no_traceback(tmp_path: Path) -> None:
+    """As on a terminal or in a pipe whose encoding lacks ± and ≥."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fluidsched", "plan", *QUICK],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"vllm" in done.stdout
+    assert b"As arguments of vLLM" in done.stdout
