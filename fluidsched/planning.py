@@ -38,8 +38,11 @@ Progress = Callable[[str, int, int], None]
 #: Offered loads of the load curve, as shares of the fluid boundary.
 CURVE_LOADS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 
-#: Numbers of types tried for WAIT and gated tables: the fewer, the shorter the waits and the further the tables reach.
+#: Numbers of types tried for WAIT and gated tables, beside the workload's own: fewer types wait less and reach further.
 NUMBERS_OF_TYPES = (1, 3, 12)
+
+#: Margin of the tables where neither memory nor the batch is limited, so that there is no largest one.
+SLACK_WITHOUT_LIMITS = 0.1
 
 #: Policies whose tables look at types.
 TYPED_KINDS = ("wait", "gated")
@@ -243,7 +246,8 @@ def plan(
             seed=seed,
             overflow_probability=overflow_probability,
             numbers_of_types={
-                kind: [len(table.types) for table in tables if table.kind == kind] or NUMBERS_OF_TYPES
+                kind: [len(table.types) for table in tables if table.kind == kind]
+                or _numbers_of_types(workload)
                 for kind in TYPED_KINDS
             },
             progress=progress,
@@ -321,7 +325,7 @@ def policy_tables(
     overflow_probability : float, optional
         δ of the compiled tables.
     numbers_of_types : dict of str to sequence of int, optional
-        Numbers of types to try for "wait" and "gated"; default 1, 3 and 12.
+        Numbers of types to try for "wait" and "gated"; default 1, 3, 12 and the workload's own.
 
     Returns
     -------
@@ -330,7 +334,8 @@ def policy_tables(
     missing : dict of str to str
         The reason for each that does not.
     """
-    tried = dict.fromkeys(TYPED_KINDS, NUMBERS_OF_TYPES) if numbers_of_types is None else numbers_of_types
+    own = _numbers_of_types(fluid.workload)
+    tried = dict.fromkeys(TYPED_KINDS, own) if numbers_of_types is None else numbers_of_types
     tables: list[PolicyTable] = []
     missing: dict[str, str] = {}
     for kind in (*TYPED_KINDS, "capped"):
@@ -345,26 +350,33 @@ def policy_tables(
     return tables, missing
 
 
+def _numbers_of_types(workload: Workload) -> Sequence[int]:
+    return (*(types for types in NUMBERS_OF_TYPES if types < len(workload)), len(workload))
+
+
 def _compile_typed(
     fluid: FluidSolution, kind: str, numbers_of_types: Sequence[int], overflow_probability: float
 ) -> PolicyTable:
     """The table with the lowest certified TTFT over the numbers of types tried; all reasons if none exists."""
     reasons: list[str] = []
     best: PolicyTable | None = None
+    server = fluid.server
+    limited = np.isfinite(server.kv_capacity) or server.max_batch_size is not None
     for types in numbers_of_types:
-        if types > len(fluid.workload):
-            break
+        solution = fluid
+        if types < len(fluid.workload):
+            try:
+                merged = fluid.workload.merged(types)
+            except InputError:
+                continue  # these types do not merge into that many boxes
+            solution = solve_fluid(merged, server, objective=fluid.objective)
         try:
-            merged = fluid.workload.merged(types)
-        except InputError:
-            continue  # these types do not merge into that many boxes
-        solution = (
-            fluid
-            if types == len(fluid.workload)
-            else solve_fluid(merged, fluid.server, objective=fluid.objective)
-        )
-        try:
-            table = compile_policy(solution, kind, overflow_probability=overflow_probability)
+            table = compile_policy(
+                solution,
+                kind,
+                slack="auto" if limited else SLACK_WITHOUT_LIMITS,
+                overflow_probability=overflow_probability,
+            )
         except InfeasibleError as error:
             reasons.append(f"with {types} type{'s' if types > 1 else ''}, {error}")
             continue
@@ -430,6 +442,8 @@ def _recommend(runs: SimulationResult) -> str:
     candidates = [name for name in PREFERENCE if name in runs.policies]
     candidates = [name for name in candidates if _keeps_up(runs, name)] or candidates
     latency = {name: float(np.mean(runs.measures(name)["mean_e2e"])) for name in candidates}
+    if any(np.isnan(value) for value in latency.values()):
+        return candidates[0]  # some run measured no request: nothing tells the policies apart
     return next(name for name in candidates if latency[name] <= 1.05 * min(latency.values()))
 
 
@@ -508,6 +522,11 @@ def _seconds(value: float) -> str:
 
 def _recommendation(runs: SimulationResult, recommended: str, fluid: FluidSolution) -> str:
     ttft, e2e = (float(np.mean(runs.measures(recommended)[name])) for name in ("mean_ttft", "mean_e2e"))
+    if np.isnan(e2e):
+        return (
+            f"Some runs measured no request, so they do not tell the policies apart: {recommended} is named as the "
+            "simplest to deploy safely. Simulate a longer horizon."
+        )
     latency = f"mean TTFT {_seconds(ttft)}, mean end-to-end latency {_seconds(e2e)}"
     choice = "the simplest to deploy safely of those within 5 % of the lowest end-to-end latency"
     if not fluid.is_stable:

@@ -78,6 +78,29 @@ def test_typed_tables_take_the_number_of_types_with_the_lowest_certified_ttft(ki
     assert table.certificate["ttft"]["value"] == min(certified)
 
 
+def test_the_workloads_own_types_are_tried_too() -> None:
+    """Types with priorities do not merge into one; the table then has them all."""
+    server = fs.catalog.server("a100-80gb", "llama-2-7b")
+    types = [fs.RequestType(n, 1.0, 100, 50, priority=k) for k, n in enumerate("ab")]
+    tables, missing = planning.policy_tables(fs.solve_fluid(fs.Workload(types), server))
+    assert not missing
+    assert [len(table.types) for table in tables if table.kind in planning.TYPED_KINDS] == [2, 2]
+
+
+def test_a_server_without_limits_has_every_table() -> None:
+    """Nothing bounds the slack there, so the plan chooses one."""
+    server = fs.Server(math.inf, fs.IterationTime.affine(0.01, 1e-5, 1e-5, 1e-7))
+    workload = fs.Workload([fs.RequestType("chat", 2.0, 100, 50)])
+    tables, missing = planning.policy_tables(fs.solve_fluid(workload, server))
+    assert [table.name for table in tables] == ["wait", "gated", "capped", "vllm", "sarathi"], missing
+
+
+def test_runs_without_a_request_are_said_to_tell_nothing() -> None:
+    workload = fs.Workload([fs.RequestType("rare", 1e-6, 100, 50)])
+    result = fs.plan(workload, horizon=10.0, replications=2, curve=False)
+    assert "longer horizon" in result.remarks[-1]
+
+
 class _Runs:
     """Runs with given end-to-end latencies and whether each policy keeps up: all that a recommendation reads."""
 
