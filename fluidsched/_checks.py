@@ -23,10 +23,11 @@ def check_real(
     minimum: float = -math.inf,
     above: float = -math.inf,
     maximum: float = math.inf,
+    below: float = math.inf,
     allow_inf: bool = False,
     remedy: str = "",
 ) -> float:
-    """Return `value` as a float within [minimum, maximum] and > above; NaN never passes."""
+    """Return `value` as a float within [minimum, maximum], > above and < below; NaN never passes."""
     required = "be a finite number" if not allow_inf else "be a number (not NaN)"
     if above > -math.inf:
         required += f" above {above:g}"
@@ -34,6 +35,8 @@ def check_real(
         required += f" of at least {minimum:g}"
     if maximum < math.inf:
         required += f", at most {maximum:g}"
+    if below < math.inf:
+        required += f", below {below:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(argument, value, required, remedy)
     number = float(value)
@@ -43,6 +46,7 @@ def check_real(
         or number < minimum
         or number <= above
         or number > maximum
+        or (below < math.inf and number >= below)
     ):
         raise InputError(argument, value, required, remedy)
     return number

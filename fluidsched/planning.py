@@ -209,6 +209,7 @@ def plan(
             "come with an ArrivalPath",
             "Read one with fluidsched.read_trace, or drop replay.",
         )
+    workload.require_no_cached_prefixes("a plan, whose policies are simulated")
     if replay and load is not None:
         raise InputError("load", load, "be left out with replay", "A replayed path keeps its own rate.")
     if load is not None:

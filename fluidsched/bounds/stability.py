@@ -64,7 +64,7 @@ def stability_conditions(workload: Workload, server: Server) -> tuple[Bound, Bou
     kv_work = float(share @ workload.kv_work)
     tokens = float(share @ workload.processed_tokens)
     return (
-        _nie_si_zhou(server, kv_work),
+        _nie_si_zhou(server, kv_work, cached=bool(workload.cached_prefix_fraction.any())),
         _li_dai_peng(server, tokens),
         _dong_cao(server, kv_work),
     )
@@ -96,7 +96,7 @@ def _limit(server: Server) -> str | None:
     return None
 
 
-def _nie_si_zhou(server: Server, kv_work: float) -> Bound:
+def _nie_si_zhou(server: Server, kv_work: float, *, cached: bool) -> Bound:
     piece, violated, value = _one_piece(server), None, math.nan
     if piece is None:
         violated = _NOT_ONE_PIECE
@@ -106,6 +106,8 @@ def _nie_si_zhou(server: Server, kv_work: float) -> Bound:
             violated = "the iteration time is not d0 + d1·KV"
         elif math.isinf(server.kv_capacity):
             violated = "the KV capacity is infinite"
+        elif cached:
+            violated = "prefixes are cached: prompts take less time than their KV"
         else:
             violated = _limit(server)
             capacity = server.usable_kv_capacity

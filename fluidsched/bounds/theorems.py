@@ -119,6 +119,9 @@ def wait_bounds(
     unbounded = [t.name for t in workload.types if not t.law.is_bounded]
     if unbounded:
         return _nothing(workload, f"the lengths of type {unbounded[0]!r} are unbounded")
+    cached = [t.name for t in workload.types if t.cached_prefix_fraction]
+    if cached:
+        return _nothing(workload, f"prompts of type {cached[0]!r} are partly cached")
 
     n = np.array([row.threshold for row in table.types], dtype=np.float64)
     k = table.block_iterations or 1

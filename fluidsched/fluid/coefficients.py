@@ -6,15 +6,22 @@ lifetime,
 
     w = c_pf·p + c_dec·(o − 1) + c_kv·(W − p) + c_attn·p²/2,      W = Σ_{k=1..o} (p + k − 1).
 
+With c tokens of the prompt in the prefix cache, p − c are prefilled and attend to all before them:
+
+    w = c_pf·(p − c) + c_dec·(o − 1) + c_kv·(W − p) + c_attn·(p² − c²)/2.
+
+Decodes read the whole prompt, and it is held from the first iteration on: W is as without a cache.
+
 With KV in blocks of b tokens a request holding m tokens takes b⌈m/b⌉ of memory. Since Σ_{m=1..n} b⌈m/b⌉ =
 n²/2 + nb/2 + g(n)/2 with g(n) = r(b − r), r = n mod b, the rounded KV work has the expectation
 
     W_b = W + o(b − 1)/2 + ( g(p + o − 1) − g(p − 1) )/2.
 
-A prompt prefilled in chunks of q tokens takes K = ⌈p/q⌉ prefill iterations and holds i·q tokens in the
-i-th but the last: K − 1 more iterations and q K(K − 1)/2 more KV work (each i·q rounded up to blocks where
-there are any). The busy work stays as it is: the tokens and the attention are the same however the prompt
-is cut.
+A prompt prefilled in chunks of q tokens takes K = ⌈(p − c)/q⌉ prefill iterations and holds c + i·q tokens in
+the i-th but the last: K − 1 more iterations and (K − 1)c + q K(K − 1)/2 more KV work (each c + i·q rounded up
+to blocks where there are any). The busy work stays as it is: the tokens and the attention are the same
+however the prompt is cut. A longer prefix that leaves as many chunks is held along with each of them, so in
+chunks, and only there, more cached tokens can take a little more memory.
 """
 
 from __future__ import annotations
@@ -68,7 +75,12 @@ def busy_work(
     coefficients = iteration_time.require_coefficients("the fluid program")
     prompt = workload.mean_prompt_tokens
     counts = np.stack(
-        [prompt, workload.mean_output_tokens - 1.0, workload.kv_work - prompt, workload.prefill_attention]
+        [
+            workload.mean_prefill_tokens,
+            workload.mean_output_tokens - 1.0,
+            workload.kv_work - prompt,
+            workload.prefill_attention,
+        ]
     )
     counts *= np.array(_COUNTED[stage])[:, None]
     return np.asarray(coefficients[:, 1:] @ counts, dtype=np.float64)
@@ -157,19 +169,35 @@ def chunk_overhead(
     >>> [x.tolist() for x in chunk_overhead(workload, 400)]  # 400, then 800 tokens held before the last chunk
     [[2.0], [1200.0]]
     """
-    laws = [member.law.prompt_law for member in workload.types]
-    more = [-(-law.values // chunk_tokens) - 1 for law in laws]
-    held = [_chunks_held(count, chunk_tokens, block_size or 1) for count in more]
-    iterations = np.array([float(law.weights @ count) for law, count in zip(laws, more, strict=True)])
-    kv_work = np.array([float(law.weights @ work) for law, work in zip(laws, held, strict=True)])
+    iterations, kv_work = np.zeros(len(workload)), np.zeros(len(workload))
+    for j, member in enumerate(workload.types):
+        law = member.law.prompt_law
+        tokens, one_more = member.cached_tokens()
+        for cached, share in ((tokens, 1.0 - one_more), (tokens + 1, one_more)):
+            possible = share > 0.0
+            if not possible.any():
+                continue
+            weight = (law.weights * share)[possible]
+            count = -(-(law.values - cached)[possible] // chunk_tokens) - 1
+            iterations[j] += float(weight @ count)
+            kv_work[j] += float(weight @ _chunks_held(count, cached[possible], chunk_tokens, block_size or 1))
     return iterations, kv_work
 
 
-def _chunks_held(count: NDArray[np.int64], chunk: int, block: int) -> NDArray[np.float64]:
-    """Σ_{i=1..count} block·⌈i·chunk/block⌉; what rounding adds repeats with period block/gcd(chunk, block)."""
-    period = block // math.gcd(chunk, block)
-    excess = -np.arange(1, period + 1) * chunk % block
-    below = np.concatenate([[0], np.cumsum(excess)])
+def _chunks_held(
+    count: NDArray[np.int64], cached: NDArray[np.int64], chunk: int, block: int
+) -> NDArray[np.float64]:
+    """Σ_{i=1..count} block·⌈(cached + i·chunk)/block⌉.
+
+    What rounding adds repeats with period block/gcd(chunk, block), and depends on the residue of `cached`.
+    """
     whole = count.astype(np.float64)
-    held = chunk * whole * (whole + 1) / 2 + count // period * below[-1] + below[count % period]
+    held = whole * cached + chunk * whole * (whole + 1) / 2
+    period = block // math.gcd(chunk, block)
+    residues, place = np.unique(cached % block, return_inverse=True)
+    for r, residue in enumerate(residues.tolist()):
+        excess = -(residue + np.arange(1, period + 1) * chunk) % block
+        below = np.concatenate([[0], np.cumsum(excess)])
+        mine = place == r
+        held[mine] += count[mine] // period * below[-1] + below[count[mine] % period]
     return np.asarray(held, dtype=np.float64)

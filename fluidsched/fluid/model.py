@@ -15,7 +15,9 @@ is
 `FluidModel` holds one row per constraint: its name, its coefficients on the rates and on u, and its limit.
 A row exists only where the server has that limit. KV work is rounded to blocks where the server pages its
 memory, and C is then the capacity in whole blocks. With prompts prefilled in chunks, S_j and W_j count the
-extra iterations and what they hold.
+extra iterations and what they hold. Where types state cached prefixes, w_j and τ_j leave out what the cache
+holds and W_j does not: the optimum then bounds servers whose residents share no blocks, and what it admits
+fits into those whose residents do.
 
 Source: the Charnes–Cooper form of the equilibrium of Ao, Luo, Simchi-Levi, Wang (arXiv 2504.11320).
 """
@@ -225,10 +227,10 @@ def build_model(
     rows = [*work]
     rate_coefficient = [*coefficients[:, 0]]
     kv_work = block_kv_work(workload, server.block_size, stage)
-    prompt, output = workload.mean_prompt_tokens, workload.mean_output_tokens
+    prefilled, output = workload.mean_prefill_tokens, workload.mean_output_tokens
     iterations, tokens = {
         "whole": (output, workload.processed_tokens),
-        "prefill": (np.ones_like(output), prompt),
+        "prefill": (np.ones_like(output), prefilled),
         "decode": (output - 1.0, output - 1.0),
     }[stage]
     if chunk_tokens is not None and stage != "decode":

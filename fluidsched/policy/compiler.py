@@ -89,7 +89,7 @@ def compile_policy(
         token budget is); the message says up to which share of the fluid boundary one exists.
     InputError
         An argument is out of range, the iteration time is no maximum of affine pieces, or δ = 0 where a
-        type's lengths have no upper bound.
+        type's lengths have no upper bound; a type states cached prefixes and the kind is not "capped".
 
     Examples
     --------
@@ -113,6 +113,8 @@ def compile_policy(
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
     _check_solution(fluid)
+    if kind != "capped":
+        fluid.workload.require_no_cached_prefixes(f"a table of kind {kind!r}")
     problem = Problem.of(fluid, overflow_probability, kv_reserve)
     if kind == "capped":
         if block_iterations is not None:
@@ -167,6 +169,8 @@ def largest_load(
     """
     check_choice("kind", kind, COMPILED_KINDS)
     slack = check_real("slack", slack, minimum=0.0)
+    if kind != "capped":
+        fluid.workload.require_no_cached_prefixes(f"a table of kind {kind!r}")
     problem = Problem.of(fluid, overflow_probability, kv_reserve)
     if kind == "capped":
         return min(capped.share_carried(problem, fluid, _token_budget(problem)) / (1.0 + slack), 1.0)

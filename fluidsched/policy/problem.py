@@ -204,7 +204,7 @@ class Problem:
         batch: a batch has a whole prompt or none, and beyond a knee the two differ.
         """
         _, per_prefill, _, _, per_attention = self.coefficients.T
-        prompt, attention = self.workload.mean_prompt_tokens, self.workload.prefill_attention
+        prompt, attention = self.workload.mean_prefill_tokens, self.workload.prefill_attention
         own = np.outer(per_prefill, prompt) + np.outer(per_attention, attention)
         return np.asarray(self.work - own + per_prefill.max() * prompt + per_attention.max() * attention)
 

@@ -533,6 +533,7 @@ def wait_curve(
     -------
     WaitCurve
     """
+    fluid.workload.require_no_cached_prefixes("a table of kind 'wait'")
     problem = Problem.of(fluid, overflow_probability)
     longest = problem.mean_profile.stages
     lengths = (

@@ -197,6 +197,13 @@ def _joined(part: list[RequestType], *, whole: bool) -> RequestType:
         return part[0]
     if len({member.priority for member in part}) > 1:
         raise InputError("types", "types of different priority", "join types of one priority only")
+    if len({member.cached_prefix_fraction for member in part}) > 1:
+        raise InputError(
+            "types",
+            "types of different cached_prefix_fraction",
+            "join types of one fraction only",
+            "Give them one with workload.with_cached_prefixes.",
+        )
     rate = math.fsum(member.arrival_rate for member in part)
     shares = [member.arrival_rate for member in part] if rate > 0 else [1.0] * len(part)
     if whole:
@@ -217,6 +224,7 @@ def _joined(part: list[RequestType], *, whole: bool) -> RequestType:
         output_range=output_range,
         priority=part[0].priority,
         arrivals=superposition([m.arrivals for m in part], shares),
+        cached_prefix_fraction=part[0].cached_prefix_fraction,
     )
 
 

@@ -10,6 +10,23 @@ iteration k = 1..o of a request holds p + k − 1 KV tokens, so over its lifetim
 
 and p²/2 of prefill attention. Rates and the fluid program use expectations over the joint law; bounds that
 hold with certainty use the type's largest lengths, W^max = o_max p_max + o_max (o_max − 1)/2.
+
+**Cached prefixes.** A type may state which fraction f in [0, 1) of a prompt its server finds in the prefix
+cache. Of a prompt of p tokens c are then not computed again: a whole number with mean
+
+    E[c | p] = x = min(f p, p − 1),       c = ⌊x⌋ or ⌊x⌋ + 1, so E[c² | p] = x² + φ(1 − φ), φ = x − ⌊x⌋,
+
+as at least one token must be computed to produce an output token. The prefill takes p − c tokens, each of
+which attends to the prefix too, so
+
+    E[p − c]                     tokens are prefilled                                  (`mean_prefill_tokens`)
+    τ = p − c + o − 1            tokens go through the model                           (`processed_tokens`)
+    (p − c)(c + (p − c)/2) = (p² − c²)/2   is the attention of the prefill             (`prefill_attention`)
+
+Memory stays as it is: every resident holds its whole prompt, and W and S do not change. How many residents
+share the blocks of a prefix depends on who is in service together, which rates do not say; a server that
+shares them needs less, so what fits here fits there. Blocks that no resident holds give way to those that
+some do, and cost nothing.
 """
 
 from __future__ import annotations
@@ -82,6 +99,9 @@ class RequestType:
     arrivals : ArrivalProcess, optional
         How the requests are spread over time, from `fluidsched.arrivals`; Poisson by default. The fluid program
         sees only the mean rate.
+    cached_prefix_fraction : float
+        f in [0, 1), the share of every prompt that the prefix cache already holds. The fluid program knows
+        it; the simulator has no prefix cache.
 
     Attributes
     ----------
@@ -105,6 +125,7 @@ class RequestType:
     output_range: Range | None = None
     priority: float | None = None
     arrivals: ArrivalProcess = field(default_factory=processes.poisson)
+    cached_prefix_fraction: float = 0.0
     law: JointLaw = field(init=False)
 
     def __post_init__(self) -> None:
@@ -158,8 +179,35 @@ class RequestType:
                 "be an arrival process",
                 "Make one with e.g. arrivals.renewal(cv=2).",
             )
+        store["cached_prefix_fraction"] = check_real(
+            f"cached_prefix_fraction of type {self.name!r}",
+            self.cached_prefix_fraction,
+            minimum=0,
+            below=1,
+            remedy="At least the last prompt token is always computed.",
+        )
         for attribute, value in store.items():
             object.__setattr__(self, attribute, value)
+
+    def cached_tokens(self) -> tuple[IntArray, FloatArray]:
+        """The cached tokens c of every prompt length: at least how many, and the probability of one more.
+
+        Returns
+        -------
+        tokens : int64[K]
+            ⌊x⌋, x = min(f p, p − 1), for every value p of the prompt law.
+        one_more : float64[K]
+            φ = x − ⌊x⌋.
+
+        Examples
+        --------
+        >>> RequestType("chat", 1.0, 10, 5, cached_prefix_fraction=0.25).cached_tokens()
+        (array([2]), array([0.5]))
+        """
+        prompts = self.law.prompt_law.values
+        mean = np.minimum(self.cached_prefix_fraction * prompts, prompts - 1.0)
+        tokens = np.floor(mean)
+        return read_only(tokens.astype(np.int64)), read_only(mean - tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: only what was given."""
@@ -176,6 +224,8 @@ class RequestType:
                 data[argument] = list(given) if isinstance(given, tuple) else given
         if self.arrivals != processes.poisson():
             data["arrivals"] = self.arrivals.to_dict()
+        if self.cached_prefix_fraction:
+            data["cached_prefix_fraction"] = self.cached_prefix_fraction
         return data
 
     @classmethod
@@ -193,7 +243,14 @@ class RequestType:
 
     def __repr__(self) -> str:
         spread = "" if self.arrivals == processes.poisson() else f", {self.arrivals!r}"
-        return f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s{spread}, {self.law!r})"
+        return (
+            f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s{spread}, {self.law!r}{_cached(self)})"
+        )
+
+
+def _cached(member: RequestType) -> str:
+    fraction = member.cached_prefix_fraction
+    return f", {fraction:.3g} of prompts cached" if fraction else ""
 
 
 def _marginal(argument: str, given: object) -> LengthLaw:
@@ -231,7 +288,7 @@ def _joint_to_dict(law: JointLaw) -> dict[str, Any]:
 def _type_from_dict(place: str, data: object) -> RequestType:
     """Read a request type; errors say where, e.g. "types[2].output_tokens.mean"."""
     lengths = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range")
-    optional = (*lengths, "priority", "arrivals")
+    optional = (*lengths, "priority", "arrivals", "cached_prefix_fraction")
     given = check_keys(place, data, None, ("name", "arrival_rate"), optional)
     for argument in ("prompt_tokens", "output_tokens"):
         if isinstance(given.get(argument), Mapping):
@@ -358,9 +415,19 @@ class Workload:
         return self.mean_output_tokens
 
     @cached_property
+    def cached_prefix_fraction(self) -> FloatArray:
+        """f, float64[J], the share of prompts that the prefix cache holds."""
+        return read_only(np.array([t.cached_prefix_fraction for t in self.types]))
+
+    @cached_property
+    def mean_prefill_tokens(self) -> FloatArray:
+        """E[p − c], float64[J], prompt tokens computed, those not cached."""
+        return read_only(self.mean_prompt_tokens - self._cached_moments[0])
+
+    @cached_property
     def processed_tokens(self) -> FloatArray:
-        """E[τ] = E[p + o − 1], float64[J], tokens pushed through the model per request."""
-        return read_only(self.mean_prompt_tokens + self.mean_output_tokens - 1)
+        """E[τ] = E[p − c + o − 1], float64[J], tokens pushed through the model per request."""
+        return read_only(self.mean_prefill_tokens + self.mean_output_tokens - 1)
 
     @cached_property
     def kv_work(self) -> FloatArray:
@@ -369,8 +436,25 @@ class Workload:
 
     @cached_property
     def prefill_attention(self) -> FloatArray:
-        """E[p²]/2, float64[J], tokens²: attention work of the prompt."""
-        return read_only(self.moment(2, 0) / 2)
+        """E[p² − c²]/2, float64[J], tokens²: attention work of the prompt's computed tokens.
+
+        Examples
+        --------
+        >>> chat = RequestType("chat", 1.0, 10, 5, cached_prefix_fraction=0.4)
+        >>> Workload([chat]).prefill_attention  # 6 tokens attend to 4 cached ones and to 3 on average: 6·7
+        array([42.])
+        """
+        return read_only((self.moment(2, 0) - self._cached_moments[1]) / 2)
+
+    @cached_property
+    def _cached_moments(self) -> FloatArray:
+        """E[c] and E[c²], (2, J)."""
+        moments = np.zeros((2, len(self)))
+        for j in np.flatnonzero(self.cached_prefix_fraction):
+            tokens, one_more = self.types[j].cached_tokens()
+            square = tokens.astype(np.float64) ** 2 + (2.0 * tokens + 1.0) * one_more
+            moments[:, j] = np.stack([tokens + one_more, square]) @ self.types[j].law.prompt_law.weights
+        return read_only(moments)
 
     @cached_property
     def max_prompt_tokens(self) -> IntArray:
@@ -390,6 +474,34 @@ class Workload:
             self.max_output_tokens.astype(np.float64),
         )
         return read_only(outputs * prompts + outputs * (outputs - 1) / 2)
+
+    def require_no_cached_prefixes(self, purpose: str) -> None:
+        """Raise `InputError` if a type states cached prefixes, which `purpose` cannot take into account."""
+        if self.cached_prefix_fraction.any():
+            j = int(np.argmax(self.cached_prefix_fraction > 0))
+            raise InputError(
+                f"cached_prefix_fraction of type {self.type_names[j]!r}",
+                self.types[j].cached_prefix_fraction,
+                f"be 0 for {purpose}, which does not know prefix caches",
+                "Use workload.with_cached_prefixes(0): all prompts are then computed in full.",
+            )
+
+    def with_cached_prefixes(self, fraction: ArrayLike) -> Workload:
+        """The same demand, with this share of prompts in the prefix cache: one number, or one per type.
+
+        Examples
+        --------
+        >>> workload = Workload([RequestType("chat", 4.0, 512, 100)]).with_cached_prefixes(0.5)
+        >>> workload.mean_prompt_tokens, workload.mean_prefill_tokens
+        (array([512.]), array([256.]))
+        """
+        fractions = np.asarray(fraction)
+        if fractions.shape not in ((), (len(self),)):
+            raise InputError(
+                "fraction", f"shape {fractions.shape}", f"be one number, or one per type ({len(self)})"
+            )
+        pairs = zip(self.types, np.broadcast_to(fractions, len(self)).tolist(), strict=True)
+        return self.with_types(dataclasses.replace(t, cached_prefix_fraction=f) for t, f in pairs)
 
     def with_types(self, types: Iterable[RequestType]) -> Workload:
         """Other types under the same name, description, source and predictions."""
@@ -525,7 +637,7 @@ class Workload:
         Each type has its own random streams (times, lengths, predictions), derived from `seed` and the type's
         *name*. So with one seed a type's requests stay the same when other types are added, removed, reordered or
         change their rates, and a longer horizon only adds requests. Simultaneous arrivals are ordered by type
-        index.
+        index. A path holds times and lengths; what is in the prefix cache is no part of it.
 
         Parameters
         ----------
@@ -656,7 +768,7 @@ class Workload:
             own = f"  {member.arrivals!r}" if common is None else ""
             lines.append(
                 f"  {member.name:{width}}  {member.arrival_rate:8.4g} req/s  prompt {prompt:8.6g}  "
-                f"output {output:8.6g}  KV work {work:10.6g}{own}"
+                f"output {output:8.6g}  KV work {work:10.6g}{own}{_cached(member)}"
             )
         return "\n".join(lines)
 
