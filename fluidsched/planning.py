@@ -209,7 +209,6 @@ def plan(
             "come with an ArrivalPath",
             "Read one with fluidsched.read_trace, or drop replay.",
         )
-    workload.require_no_cached_prefixes("a plan, whose policies are simulated")
     if replay and load is not None:
         raise InputError("load", load, "be left out with replay", "A replayed path keeps its own rate.")
     if load is not None:
@@ -217,6 +216,7 @@ def plan(
         workload = workload.at_load(check_real("load", load, above=0.0), server)
 
     fluid = solve_fluid(workload, server, objective=objective)
+    workload.require_no_cached_prefixes("a plan, whose policies are simulated")
     tables, missing = policy_tables(fluid, overflow_probability=overflow_probability)
     from fluidsched.comparison import compare
     from fluidsched.simulation import simulate
