@@ -179,7 +179,8 @@ def latency_distribution(
     axes.set_xlabel(_LATENCIES[measure])
     axes.set_ylabel("share of requests")
     axes.set_ylim(0.0, 1.02)
-    axes.legend(loc="lower right", **_LEGEND)
+    if axes.get_legend_handles_labels()[0]:  # none where no request was measured
+        axes.legend(loc="lower right", **_LEGEND)
     return axes
 
 
