@@ -45,6 +45,7 @@ if (
     from fluidsched.reporting import show_versions as show_versions
     from fluidsched.server import IterationTime as IterationTime
     from fluidsched.server import Server as Server
+    from fluidsched.server import calibrate as calibrate
     from fluidsched.server import catalog as catalog
     from fluidsched.simulation import SimulationResult as SimulationResult
     from fluidsched.simulation import simulate as simulate
@@ -73,6 +74,7 @@ _PUBLIC = {
     "Server": "fluidsched.server",
     "IterationTime": "fluidsched.server",
     "catalog": "fluidsched.server.catalog",
+    "calibrate": "fluidsched.server",
     "fluid": "fluidsched.fluid",
     "solve_fluid": "fluidsched.fluid",
     "FluidSolution": "fluidsched.fluid",

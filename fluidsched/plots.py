@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from fluidsched.fluid import FairSolution, FluidSolution, RateSweep, StabilityRegion, TransientSolution
+    from fluidsched.server import Calibration
     from fluidsched.simulation import SimulationResult
 
 __all__ = [
     "COLOURS",
+    "calibration",
     "fair_shares",
     "kv_occupancy",
     "latency_distribution",
@@ -408,4 +410,53 @@ def stability_boundary(
     axes.set_ylabel(f"{second} (req/s)")
     axes.set_xlim(left=0.0)
     axes.set_ylim(bottom=0.0)
+    return axes
+
+
+def calibration(fitted: Calibration, *, ax: Axes | None = None) -> Axes:
+    """Measured iteration times against fitted ones, by what the batch did; exact fits lie on the diagonal.
+
+    Hollow markers: points the fit did not use.
+
+    Parameters
+    ----------
+    fitted : Calibration
+        From `calibrate`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    axes = _axes(ax, (4.6, 4.2))
+    points, predicted = fitted.points, fitted.predicted
+    decodes = points.decode_tokens == points.batch_tokens
+    prefills = points.decode_tokens == 0
+    kinds = (("decode", decodes, "o"), ("prefill", prefills, "s"), ("mixed", ~decodes & ~prefills, "^"))
+    for position, (label, kind, marker) in enumerate(kinds):
+        for used, face in ((fitted.is_fitted, COLOURS[position]), (~fitted.is_fitted, "none")):
+            shown = kind & used
+            if shown.any():
+                name = label if face != "none" else f"{label} (not fitted)"
+                axes.scatter(
+                    predicted[shown],
+                    points.time[shown],
+                    s=14,
+                    marker=marker,
+                    facecolors=face,
+                    edgecolors=COLOURS[position],
+                    linewidths=0.8,
+                    label=name,
+                )
+    ends = [min(predicted.min(), points.time.min()), max(predicted.max(), points.time.max())]
+    axes.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("fitted iteration time (s)")
+    axes.set_ylabel("measured iteration time (s)")
+    axes.set_title(
+        f"{fitted.form}: mean error {fitted.mean_error:.1%}, largest {fitted.largest_error:.1%}", fontsize=9
+    )
+    axes.legend(loc="upper left")
     return axes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fluidsched.server.calibration import Calibration, calibrate
 from fluidsched.server.iteration import BatchSummary, IterationTime
 from fluidsched.server.server import Server
 
-__all__ = ["BatchSummary", "IterationTime", "Server"]
+__all__ = ["BatchSummary", "Calibration", "IterationTime", "Server", "calibrate"]
