@@ -8,8 +8,9 @@ decodes, A units of prefill attention work, and the time t. Three forms are fitt
     paper        T = d0 + d1·K                                        on pure decodes
 
 by non-negative least squares on relative residuals, Σ (T/t − 1)², so that short iterations count as much as
-long ones and every piece is convex and increasing. The knee m is searched: over the distinct token counts and
-the places halfway between them, then continuously around the best; two distinct counts stay on either side.
+long ones and the time is convex and increasing. The knee m is searched: on a grid of the distinct token counts
+and eighths between them, then continuously around the best; at least two distinct counts lie on either side,
+the knee included.
 
 What the points cannot tell is refused, not guessed: a column without spread, or that follows from the others,
 leaves its coefficient undetermined; a slope that wants to be negative, or a large error, says that the points
@@ -61,6 +62,8 @@ LARGEST_LOSS = 1.05  # root mean square with slopes kept from being negative, ov
 SMALLEST_SINGULAR_VALUE = (
     1e-6  # of the columns scaled to length one; at least 1.2e-3 in the catalog's profiles
 )
+
+GRID = 8  # places for a knee tried between two token counts: their squared error can have several minima
 
 Array = NDArray[np.float64]
 
@@ -539,7 +542,8 @@ def _search_knee(inner: Array, with_knee: Any, time: Array) -> float:
     """The knee of least squared error: best of a grid, then continuously between its neighbours."""
     from scipy.optimize import minimize_scalar
 
-    grid = np.unique(np.concatenate([inner, (inner[:-1] + inner[1:]) / 2]))
+    places = np.arange((inner.size - 1) * GRID + 1) / GRID
+    grid = np.interp(places, np.arange(inner.size), inner)
     errors = [_least_squares(with_knee(knee), time)[1] for knee in grid]
     best = int(np.argmin(errors))
     bracket = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, grid.size - 1)])

@@ -110,6 +110,7 @@ class TestRecovery:
 PROFILES = [
     ("aiconfigurator-vllm0.14.0", "a100", "meta-llama/Llama-2-7b-hf", 1, "aic_a100_llama-2-7b_tp1"),
     ("vidur-recon", "a100", "meta-llama/Llama-2-7b-hf", 1, "vidur_a100_llama-2-7b_tp1"),
+    ("vidur-recon", "a100", "Qwen/Qwen-72B", 2, "vidur_a100_qwen-72b_tp2"),  # two minima in the knee
     ("vidur-recon", "a100", "meta-llama/Llama-2-7b-hf", 8, "vidur_a100_llama-2-7b_tp8"),
 ]
 
