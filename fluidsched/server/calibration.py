@@ -109,6 +109,8 @@ class IterationPoints:
         prefill = self.batch_tokens - self.decode_tokens
         for bad, argument, values, required in (
             (self.batch_tokens < 1, "n_tok", self.batch_tokens, "be at least one token"),
+            (self.batch_tokens % 1 != 0, "n_tok", self.batch_tokens, "be a whole number"),
+            (self.decode_tokens % 1 != 0, "batch_decode", self.decode_tokens, "be a whole number"),
             (self.time <= 0, "t_s", self.time, "be positive"),
             (prefill < 0, "batch_decode", self.decode_tokens, "not exceed n_tok: a decode is one token"),
             (
@@ -578,6 +580,8 @@ _MEASURED_AS = {"per_token": "n_tok", "per_kv_token": "kv_tok", "per_prefill_att
 
 
 def _check_spread(columns: Mapping[str, Array], time: Array) -> None:
+    if np.ptp(time) == 0.0:
+        raise InputError("t_s", f"{time[0]:g} s in every point fitted", "vary: no slope is determined")
     for name, column in _MEASURED_AS.items():
         if name in columns and np.ptp(columns[name]) == 0.0:
             raise InputError(
@@ -661,4 +665,8 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
             raise InputError(f"{path}, row {number}", f"{len(row)} fields", f"have {len(header)} fields")
     if not rows:
         raise InputError("points", f"{path} without rows", "have a header and at least one row")
-    return {name.strip(): [row[place] for row in rows] for place, name in enumerate(header)}
+    names = [name.strip() for name in header]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError("points", f"{path} with column {twice[0]!r} twice", "name each column once")
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}

@@ -195,6 +195,8 @@ class TestRefusals:
         """A column without spread, or that follows from another, names the coefficient."""
         self.refused(table(batches=DECODES), "pre_attn must vary.*per_prefill_attention")
         self.refused(table(batches=PREFILLS), "kv_tok must vary.*per_kv_token", "affine")
+        constant = {**table(), "t_s": np.full(len(DECODES + PREFILLS + MIXED), 0.02)}
+        self.refused(constant, "t_s must vary")
         tied = [(b, b, 100 * b, 0.0) for b in range(1, 20)]
         self.refused(table(batches=tied), "per_token, per_kv_token that follow from each other", "affine")
 
@@ -217,6 +219,8 @@ class TestRefusals:
         [
             ("t_s", 0.0, "t_s, row 3 must be positive"),
             ("t_s", np.nan, "t_s, row 3 must be finite"),
+            ("n_tok", 1.5, "n_tok, row 3 must be a whole number"),
+            ("batch_decode", 0.5, "batch_decode, row 3 must be a whole number"),
             ("batch_decode", 9.0, "batch_decode, row 3 must not exceed n_tok"),
             ("kv_tok", 0.0, "kv_tok, row 3 must be at least one token per decode"),
             ("pre_attn", 5.0, "pre_attn, row 3 must be positive exactly where"),
@@ -238,6 +242,8 @@ class TestRefusals:
         path.write_bytes(path.read_bytes()[:100])
         self.refused(path, "gzip-compressed")
         broken = tmp_path / "broken.csv"
+        broken.write_text("n_tok,n_tok,batch_decode,kv_tok,pre_attn,t_s\n1,2,1,5,0,0.1\n")
+        self.refused(broken, "column 'n_tok' twice")
         broken.write_text("n_tok,batch_decode,kv_tok,pre_attn,t_s\n1,1,5,0,fast\n")
         self.refused(broken, "t_s, row 1 must be a number; got fast")
 
