@@ -114,7 +114,14 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Write over files tha
 WarmupOption = Annotated[
     float | None, typer.Option(help="Seconds left out of the measures (default: a sixth of the horizon).")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the arrival paths.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the arrival paths (default 7).")]
+HorizonOption = Annotated[
+    float | None, typer.Option("--horizon", help="Simulated seconds per replication (default 3600).")
+]
+ReplicationsOption = Annotated[
+    int | None,
+    typer.Option("--replications", help="Independent arrival paths, common to all policies (default 16)."),
+]
 OutFileOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the result as JSON to this file.")
 ]
@@ -225,6 +232,17 @@ def _emit(text: str) -> None:
     sys.stdout.flush()
 
 
+def _sampling(replay: bool, **options: float | None) -> dict[str, Any]:
+    """The sampling options that were given; none may be where the trace itself is replayed."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if replay and given:
+        name, value = next(iter(given.items()))
+        raise InputError(
+            f"--{name}", value, "be left out with --replay", "A replay runs the trace once, whole."
+        )
+    return given
+
+
 def _write_new(out: Path, text: str, force: bool) -> None:
     if out.exists() and not force:
         raise InputError(
@@ -256,12 +274,10 @@ def plan(
     objective: Annotated[
         str, typer.Option(help="What to carry most of: requests, output_tokens, total_tokens.")
     ] = "requests",
-    horizon: Annotated[float, typer.Option(help="Simulated seconds per replication.")] = 3600.0,
+    horizon: HorizonOption = None,
     warmup: WarmupOption = None,
-    replications: Annotated[
-        int, typer.Option(help="Independent arrival paths, common to all policies.")
-    ] = 16,
-    seed: SeedOption = 7,
+    replications: ReplicationsOption = None,
+    seed: SeedOption = None,
     curve: Annotated[bool, typer.Option(help="Simulate the load curve too.")] = True,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -280,6 +296,7 @@ def plan(
     from fluidsched import planning, reporting
     from fluidsched.workload import workloads
 
+    sampling = _sampling(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
     the_server = _load_server(gpu, model, tp, server)
     name = "azure_conv" if workload is None else workload
     asked = _load_workload(name)
@@ -291,12 +308,9 @@ def plan(
             load=load,
             replay=replay,
             objective=objective,
-            horizon=horizon,
-            warmup=warmup,
-            replications=replications,
-            seed=seed,
             curve=curve,
             progress=progress,
+            **sampling,
         )
         reporting.write_plan(result, directory, force=True)
     _emit(_files.dumps(result.to_dict()) if as_json else reporting.plan_text(result))
@@ -425,10 +439,10 @@ def simulate(
     model: ModelOption = None,
     tp: TpOption = None,
     server: ServerOption = None,
-    horizon: Annotated[float, typer.Option(help="Simulated seconds per replication.")] = 3600.0,
+    horizon: HorizonOption = None,
     warmup: WarmupOption = None,
-    replications: Annotated[int, typer.Option(help="Independent arrival paths, common to all tables.")] = 16,
-    seed: SeedOption = 7,
+    replications: ReplicationsOption = None,
+    seed: SeedOption = None,
     engine: Annotated[str | None, typer.Option(help="kernel (the default) or reference.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Verify conservation, time order and Little's law.")
@@ -447,6 +461,7 @@ def simulate(
     from fluidsched.simulation import simulate as run
     from fluidsched.workload import ArrivalPath
 
+    sampling = _sampling(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
     policies = [_load_table(name) for name in tables]
     options: dict[str, Any] = {"check": check} if engine is None else {"engine": engine, "check": check}
     if solution is not None:
@@ -488,11 +503,8 @@ def simulate(
             asked,
             the_server,
             policies,
-            horizon=horizon,
-            warmup=warmup,
-            replications=replications,
-            seed=seed,
             progress=progress,
+            **{"horizon": 3600.0, "replications": 16, "seed": 7, **sampling},
             **options,
         )
     return _show_runs(result, out, force, as_json)

@@ -268,6 +268,7 @@ def plan(
             *_remarks(fluid, own_rate),
             *_rejections(runs),
             *_stuck(runs),
+            *_curve_ends(frame),
             _recommendation(runs, recommended, fluid),
         ),
         settings={
@@ -494,6 +495,19 @@ def _extreme_prices(fluid: FluidSolution) -> str:
     return (
         f"the cheapest type is {names[low]} ({prices[low]:.3g} of reward per request), the dearest {names[high]} "
         f"({prices[high]:.3g}); a type is refused where its price exceeds its reward."
+    )
+
+
+def _curve_ends(curve: pd.DataFrame | None) -> list[str]:
+    """Says where along the load curve the compiled tables end, and that it is for want of a table."""
+    if curve is None:
+        return []
+    last = curve.groupby("policy", sort=False)["load"].max()
+    ends = [f"{name} {load:.2f}" for name, load in last.items() if load < max(CURVE_LOADS)]
+    return (
+        [f"In the load curve a table ends where none exists beyond: {', '.join(ends)} of the boundary."]
+        if ends
+        else []
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fluidsched
 from fluidsched._checks import check_count
-from fluidsched.errors import InputError
 from fluidsched.policy.table import Lookahead, PolicyTable, TableType
 
 __all__ = ["orca", "sarathi", "vllm"]
@@ -121,7 +120,7 @@ def sarathi(token_budget: int = 512, name: str = "sarathi") -> PolicyTable:
     )
 
 
-def orca(max_output_tokens: int | None = None, name: str = "orca") -> PolicyTable:
+def orca(max_output_tokens: int, name: str = "orca") -> PolicyTable:
     r"""Return the rule of Orca: scheduling per iteration, first come, first served, memory reserved ahead.
 
     A request enters when a slot of the batch is free and KV for its prompt and the longest output it may
@@ -137,7 +136,8 @@ def orca(max_output_tokens: int | None = None, name: str = "orca") -> PolicyTabl
     Parameters
     ----------
     max_output_tokens : int
-        R, tokens. Required: no engine knows a request's output length, so the limit is part of the rule.
+        R, tokens: the longest output a request may ask for, e.g. ``path.output_tokens.max()``. No engine knows a
+        request's output length, so the limit is part of the rule.
     name : str
         Name of the table.
 
@@ -156,13 +156,6 @@ def orca(max_output_tokens: int | None = None, name: str = "orca") -> PolicyTabl
     >>> orca(max_output_tokens=1000).lookahead
     Lookahead(mode='reserve', headroom_tokens=1000.0)
     """
-    if max_output_tokens is None:
-        raise InputError(
-            "max_output_tokens",
-            "nothing",
-            "be given, tokens",
-            "Use the longest output a request may ask for, e.g. path.output_tokens.max().",
-        )
     limit = check_count("max_output_tokens", max_output_tokens, minimum=1)
     return PolicyTable(
         name, "orca", (TableType("*"),), lookahead=Lookahead("reserve", limit), provenance=_provenance()

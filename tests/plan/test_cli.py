@@ -245,6 +245,14 @@ class TestFailsWell:
             *("--load", "0.5", "--replay"),
         )
 
+    @pytest.mark.parametrize("command", [("plan",), ("simulate", "vllm")])
+    def test_sampling_options_with_replay(
+        self, tmp_path: Path, trace: Path, command: tuple[str, ...]
+    ) -> None:
+        """What a replay would ignore is refused."""
+        done = fluidsched(*command, "-w", str(trace), "--replay", "--horizon", "60", cwd=tmp_path)
+        self.check(done, "--horizon", "--replay")
+
     def test_replay_without_a_trace(self, tmp_path: Path) -> None:
         self.check(fluidsched("plan", "--replay", cwd=tmp_path), "replay")
 

@@ -261,4 +261,4 @@ def test_baselines_and_their_defaults():
     for table in (vllm, sarathi, baselines.orca(10)):
         assert table.types == (TableType("*"),)
     with pytest.raises(InputError, match="max_output_tokens"):
-        baselines.orca()
+        baselines.orca(0)
