@@ -48,6 +48,7 @@ if (
     from fluidsched.server import calibrate as calibrate
     from fluidsched.server import catalog as catalog
     from fluidsched.simulation import SimulationResult as SimulationResult
+    from fluidsched.simulation import fluid_trajectory as fluid_trajectory
     from fluidsched.simulation import simulate as simulate
     from fluidsched.sweeps import sweep as sweep
     from fluidsched.workload import ArrivalPath as ArrivalPath
@@ -89,6 +90,7 @@ _PUBLIC = {
     "baselines": "fluidsched.policy.baselines",
     "simulate": "fluidsched.simulation",
     "SimulationResult": "fluidsched.simulation",
+    "fluid_trajectory": "fluidsched.simulation",
     "bounds": "fluidsched.bounds",
     "compare": "fluidsched.comparison",
     "Comparison": "fluidsched.comparison",

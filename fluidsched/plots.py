@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fluidsched.fluid import FairSolution, FluidSolution, RateSweep, StabilityRegion, TransientSolution
     from fluidsched.server import Calibration
-    from fluidsched.simulation import SimulationResult
+    from fluidsched.simulation import FluidTrajectory, SimulationResult
 
 __all__ = [
     "COLOURS",
@@ -34,6 +34,7 @@ __all__ = [
     "rate_sweep",
     "stability_boundary",
     "style",
+    "trajectory",
     "transient",
 ]
 
@@ -459,4 +460,31 @@ def calibration(fitted: Calibration, *, ax: Axes | None = None) -> Axes:
         f"{fitted.form}: mean error {fitted.mean_error:.1%}, largest {fitted.largest_error:.1%}", fontsize=9
     )
     axes.legend(loc="upper left")
+    return axes
+
+
+def trajectory(run: FluidTrajectory, *, capacity: float | None = None, ax: Axes | None = None) -> Axes:
+    """KV tokens that a fluid holds over time, iteration by iteration, with the verdict as title.
+
+    Parameters
+    ----------
+    run : FluidTrajectory
+    capacity : float, optional
+        Adds a line at the KV capacity C, tokens.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    axes = _axes(ax)
+    axes.step(run.time_s, run.resident_kv, where="post", label=run.policy, **_look(0))
+    if capacity is not None:
+        axes.axhline(capacity, color="black", linewidth=1.2, label=f"capacity C = {capacity:,.0f}")
+    axes.set_title(run.verdict)
+    axes.set_xlabel("time (s)")
+    axes.set_ylabel("KV cache held (tokens)")
+    axes.set_ylim(bottom=0.0)
+    axes.legend(loc="lower right")
     return axes

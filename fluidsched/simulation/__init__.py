@@ -10,5 +10,15 @@ from fluidsched.simulation.records import STATUSES, EngineRun
 from fluidsched.simulation.result import SimulationResult
 from fluidsched.simulation.rules import Decision, UserRule
 from fluidsched.simulation.run import simulate
+from fluidsched.simulation.trajectory import FluidTrajectory, fluid_trajectory
 
-__all__ = ["STATUSES", "Decision", "EngineRun", "SimulationResult", "UserRule", "simulate"]
+__all__ = [
+    "STATUSES",
+    "Decision",
+    "EngineRun",
+    "FluidTrajectory",
+    "SimulationResult",
+    "UserRule",
+    "fluid_trajectory",
+    "simulate",
+]
