@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_law_of_large_numbers() -> None:
     ("change", "word"),
     [({"chunk_tokens": 4}, "chunk_tokens"), ({"prefill_interval": 3}, "prefill_interval")],
 )
-def test_rules_without_a_fluid_version_are_refused(change: dict[str, int], word: str) -> None:
+def test_rules_without_a_fluid_version_are_refused(change: dict[str, Any], word: str) -> None:
     workload = fs.Workload([fs.RequestType("a", 1.0, 3, 5)])
     server = fs.Server(200, fs.IterationTime.paper(d0=1.0, d1=0.002))
     with pytest.raises(InputError, match=word):
