@@ -143,6 +143,15 @@ def _spec(argument: str, path: Path) -> dict[str, Any]:
     return data
 
 
+def _read(argument: str, path: Path, reader: Callable[[dict[str, Any]], R]) -> R:
+    """What `reader` makes of a spec file; its complaints name the file."""
+    data = _spec(argument, path)
+    try:
+        return reader(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error.argument}", error.received, error.required, error.remedy) from None
+
+
 def _load_workload(name: str) -> Workload | ArrivalPath:
     """An embedded workload by name, a spec by its suffix, else a trace."""
     from fluidsched.workload import Workload, read_trace, workloads
@@ -353,7 +362,7 @@ def solve(
 def _load_solution(path: Path) -> FluidSolution:
     from fluidsched.fluid import FluidSolution
 
-    return FluidSolution.from_dict(_spec("solution", path))
+    return _read("solution", path, FluidSolution.from_dict)
 
 
 @app.command(name="compile")
@@ -540,7 +549,7 @@ def compare(
     from fluidsched.comparison import compare as set_beside
     from fluidsched.simulation import SimulationResult
 
-    runs = SimulationResult.from_dict(_spec("result", result))
+    runs = _read("result", result, SimulationResult.from_dict)
     comparison = set_beside(runs, bound=None if bound is None else _load_solution(bound), baseline=baseline)
     text = _files.dumps(comparison.to_dict())
     if out is not None:
@@ -652,6 +661,11 @@ def catalog(
         if (gpu is None or entry.gpu == entries.canonical_gpu(gpu))
         and (model is None or entry.model == entries.canonical_model(model))
     ]
+    if not chosen:
+        known = sorted(
+            {entry.model for entry in entries.entries() if gpu and entry.gpu == entries.canonical_gpu(gpu)}
+        )
+        raise InputError("--model", str(model), f"be one the catalog has on {gpu}: {', '.join(known)}")
     _emit(_files.dumps(chosen) if as_json else catalog_text(chosen))
 
 

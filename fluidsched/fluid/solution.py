@@ -342,6 +342,7 @@ class FluidSolution:
 
     def _summary(self) -> list[tuple[str, str]]:
         offered, admitted = float(self.arrival_rate.sum()), float(self.admitted_rate.sum())
+        count = len(self.arrival_rate)
         share = f" ({admitted / offered:.1%})" if offered > 0.0 else ""
         capacity = self.server.usable_kv_capacity
         loads = ", ".join(f"{n} {x:.3g}" for n, x in zip(self.resources, self.load.tolist(), strict=True))
@@ -349,7 +350,7 @@ class FluidSolution:
         unit = _REWARD_UNITS[self.objective]
         rows = [
             ("server", self.server.name),
-            ("offered", f"{offered:.4g} req/s in {len(self.arrival_rate)} types"),
+            ("offered", f"{offered:.4g} req/s in {count} type{'s' if count > 1 else ''}"),
             ("admitted", f"{admitted:.4g} req/s{share}"),
             ("stable", f"{'yes' if self.is_stable else 'no'}, critical rate {self.critical_rate:.4g} req/s"),
             ("load", loads),

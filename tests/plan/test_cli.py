@@ -181,6 +181,14 @@ class TestFailsWell:
         self.check(fluidsched("plan", "--gpu", "a1000", cwd=tmp_path), "gpu", "a100")
         assert not list(tmp_path.iterdir())
 
+    def test_a_file_of_another_kind_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "table.json").write_text('{"schema": "fluidsched.policy/1"}')
+        self.check(fluidsched("compile", "table.json", cwd=tmp_path), "table.json", "schema")
+
+    def test_a_model_the_catalog_lacks_on_this_gpu(self, tmp_path: Path) -> None:
+        done = fluidsched("catalog", "--gpu", "a40", "--model", "qwen2.5-7b", cwd=tmp_path)
+        self.check(done, "--model", "qwen2.5-7b", "a40")
+
     def test_output_directory_in_use(self, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "notes.txt").write_text("keep")

@@ -64,18 +64,25 @@ def records(directory: Path) -> Counter[bytes]:
 
 
 def torment(start: Start, directory: Path, expected: bytes, kills: int, seed: int) -> Counter[str]:
-    """Run sweeps, kill something or shorten the journal, until there were `kills` accidents."""
+    """Run sweeps, kill main or worker processes, and shorten journals, until there were `kills` kills."""
     random = np.random.default_rng(seed)
     accidents: Counter[str] = Counter()
     sweeps = 0
-    while accidents.total() < kills:
+
+    def killed() -> int:
+        return accidents["worker killed"] + accidents["main killed"]
+
+    while killed() < kills:
         place = directory / f"sweep-{sweeps}"
         sweeps += 1
         place.mkdir()
         workers = [] if random.random() < 0.3 else ["--workers", "2"]
-        while not (place / "cells.csv").exists() and accidents.total() < kills:
+        while not (place / "cells.csv").exists() and killed() < kills:
             process = start(DRIVER, place, "--seconds", 0.01, *workers)
-            limit = time.monotonic() + random.uniform(0.1, 1.4 if workers else 1.0)
+            if workers and random.random() < 0.8:  # how long workers take to start depends on the machine
+                while process.poll() is None and not children(process.pid):
+                    time.sleep(0.005)
+            limit = time.monotonic() + random.uniform(0.1, 1.0)
             while time.monotonic() < limit and process.poll() is None:
                 time.sleep(0.005)
             what = random.choice(["main", "worker", "main and journal"])
@@ -107,9 +114,9 @@ def test_a_few_random_kills(start: Start, tmp_path: Path, undisturbed: Callable[
 
 @pytest.mark.slow
 def test_sixty_random_kills(start: Start, tmp_path: Path, undisturbed: Callable[[float], bytes]) -> None:
-    accidents = torment(start, tmp_path, undisturbed(0.01), kills=80, seed=2)
-    assert accidents["worker killed"] + accidents["main killed"] >= 60
-    assert min(accidents.values()) >= 5
+    accidents = torment(start, tmp_path, undisturbed(0.01), kills=60, seed=2)
+    assert set(accidents) == {"worker killed", "main killed", "journal cut"}
+    assert min(accidents.values()) >= 2  # of about 12 worker kills and 16 cuts expected
 
 
 @pytest.mark.slow
