@@ -1,0 +1,27 @@
+"""The README's Python runs as it stands, and prints what it promises."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "critical rate 5.827 req/s" in printed
+    for policy in ("capped", "vllm", "sarathi"):
+        assert re.search(rf"^{policy} .*stable$", printed, flags=re.MULTILINE)
+
+
+def test_the_two_commands_are_marked_for_the_checks() -> None:
+    """`.ci/run` reads each command from the block after its marker."""
+    for marker, word in (("main-job", "fluidsched plan"), ("tests", "pytest")):
+        (command,) = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
+        assert word in command
+        assert len(command.strip().splitlines()) == 1
