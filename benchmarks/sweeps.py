@@ -218,7 +218,7 @@ def share(cells: int) -> dict[str, Any]:
         "base": {
             "workload": "azure_conv",
             "server": {"gpu": "a100-80gb", "model": "llama-2-7b"},
-            "horizon": 900.0,
+            "horizon": 3600.0,
             "warmup": 150.0,
             "replications": 2,
         },
