@@ -20,12 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """Folder of the real traces (`FLUIDSCHED_TEST_DATA`, default ../shared/data); skips where absent."""
+    """Folder of the real traces (`FLUIDSCHED_TEST_DATA`, default ../shared/data); skips where absent, fails where
+    they are required (`.ci/run`)."""
     root = Path(os.environ.get("FLUIDSCHED_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not root.is_dir():
-        pytest.skip(
-            f"real data not found at {root}; set FLUIDSCHED_TEST_DATA to the folder that holds traces/"
-        )
+        message = f"real data not found at {root}; set FLUIDSCHED_TEST_DATA to the folder that holds traces/"
+        if os.environ.get("FLUIDSCHED_REQUIRE_DATA"):
+            pytest.fail(message)
+        pytest.skip(message)
     return root
 
 

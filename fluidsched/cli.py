@@ -260,6 +260,14 @@ def _write_new(out: Path, text: str, force: bool) -> None:
     _files.write_whole(out, text)
 
 
+def _show(result: Any, out: Path | None, force: bool, as_json: bool) -> None:
+    """Write a step's result as JSON to `out`, if given, and show it: for people, or as JSON."""
+    text = _files.dumps(result.to_dict())
+    if out is not None:
+        _write_new(out, text, force)
+    _emit(text if as_json else repr(result))
+
+
 # ---- commands ---------------------------------------------------------------------------------------------------
 
 
@@ -353,10 +361,7 @@ def solve(
 
     the_server = _load_server(gpu, model, tp, server)
     solution = solve_fluid(_typed_workload(workload, load, the_server), the_server, objective=objective)
-    text = _files.dumps(solution.to_dict())
-    if out is not None:
-        _write_new(out, text, force)
-    _emit(text if as_json else repr(solution))
+    _show(solution, out, force, as_json)
 
 
 def _load_solution(path: Path) -> FluidSolution:
@@ -505,7 +510,7 @@ def simulate(
                     progress=progress,
                     **options,
                 )
-            return _show_runs(result, out, force, as_json)
+            return _show(result, out, force, as_json)
         asked = _typed_workload(workload, load, the_server)
     with _progress(quiet) as progress:
         result = run(
@@ -516,14 +521,7 @@ def simulate(
             **{"horizon": 3600.0, "replications": 16, "seed": 7, **sampling},
             **options,
         )
-    return _show_runs(result, out, force, as_json)
-
-
-def _show_runs(result: Any, out: Path | None, force: bool, as_json: bool) -> None:
-    text = _files.dumps(result.to_dict())
-    if out is not None:
-        _write_new(out, text, force)
-    _emit(text if as_json else repr(result))
+    return _show(result, out, force, as_json)
 
 
 @app.command()
@@ -551,10 +549,7 @@ def compare(
 
     runs = _read("result", result, SimulationResult.from_dict)
     comparison = set_beside(runs, bound=None if bound is None else _load_solution(bound), baseline=baseline)
-    text = _files.dumps(comparison.to_dict())
-    if out is not None:
-        _write_new(out, text, force)
-    _emit(text if as_json else repr(comparison))
+    _show(comparison, out, force, as_json)
 
 
 @app.command()
