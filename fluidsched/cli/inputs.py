@@ -1,0 +1,188 @@
+"""What several commands take: their common options, and the workload, server, solution or table these name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from fluidsched import _files
+from fluidsched._checks import check_real
+from fluidsched.errors import InputError
+
+if TYPE_CHECKING:
+    from fluidsched.fluid import FluidSolution
+    from fluidsched.policy import PolicyTable
+    from fluidsched.server import Server
+    from fluidsched.workload import ArrivalPath, Workload
+
+R = TypeVar("R")
+
+WorkloadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--workload",
+        "-w",
+        metavar="NAME|TRACE|SPEC",
+        help="azure_conv (the default), azure_code or mooncake_synthetic, a trace file, or a .toml/.json spec.",
+    ),
+]
+LoadOption = Annotated[
+    float | None,
+    typer.Option("--load", help="Scale to this share of the fluid boundary (embedded default: 0.8)."),
+]
+GpuOption = Annotated[str | None, typer.Option("--gpu", help="GPU of the catalog (default a100-80gb).")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Model of the catalog (default llama-2-7b).")
+]
+TpOption = Annotated[int | None, typer.Option("--tp", help="Tensor-parallel degree (default 1).")]
+ServerOption = Annotated[
+    Path | None,
+    typer.Option("--server", metavar="SPEC", help="A server spec (.toml/.json) instead of the catalog."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Write over files that are there.")]
+WarmupOption = Annotated[
+    float | None, typer.Option(help="Seconds left out of the measures (default: a sixth of the horizon).")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the arrival paths (default 7).")]
+HorizonOption = Annotated[
+    float | None, typer.Option("--horizon", help="Simulated seconds per replication (default 3600).")
+]
+ReplicationsOption = Annotated[
+    int | None,
+    typer.Option("--replications", help="Independent arrival paths, common to all policies (default 16)."),
+]
+OutFileOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write the result as JSON to this file.")
+]
+
+
+def read_spec(argument: str, path: Path) -> dict[str, Any]:
+    """Read a TOML or JSON file into a dictionary."""
+    text = _files.read_text(argument, path)
+    if path.suffix.lower() == ".toml":
+        import tomllib
+
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{argument} {path}", str(error), "be valid TOML") from None
+    data = _files.loads(str(path), text)
+    if not isinstance(data, dict):
+        raise InputError(f"{argument} {path}", type(data).__name__, "hold one JSON object")
+    return data
+
+
+def read_as(argument: str, path: Path, reader: Callable[[dict[str, Any]], R]) -> R:
+    """What `reader` makes of a spec file; its complaints name the file."""
+    data = read_spec(argument, path)
+    try:
+        return reader(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error.argument}", error.received, error.required, error.remedy) from None
+
+
+def load_workload(name: str) -> Workload | ArrivalPath:
+    """An embedded workload by name, a spec by its suffix, else a trace."""
+    from fluidsched.workload import Workload, read_trace, workloads
+    from fluidsched.workload.model import SCHEMA
+    from fluidsched.workload.traces import is_json_trace
+
+    if name in workloads.names():
+        return workloads.get(name)
+    path = Path(name)
+    if not path.exists():
+        near = get_close_matches(name, workloads.names(), n=3)
+        hint = (
+            f"Did you mean {' or '.join(near)}?" if near else f"Embedded are {', '.join(workloads.names())}."
+        )
+        raise InputError(
+            "--workload", name, "name an embedded workload or an existing trace or spec file", hint
+        )
+    if path.suffix.lower() == ".toml" or (path.suffix.lower() == ".json" and not is_json_trace(path)):
+        return Workload.from_dict({"schema": SCHEMA, "name": path.stem} | read_spec("--workload", path))
+    return read_trace(path)
+
+
+def load_server(gpu: str | None, model: str | None, tp: int | None, spec: Path | None) -> Server:
+    from fluidsched.server import Server, catalog
+
+    if spec is not None:
+        if gpu is not None or model is not None or tp is not None:
+            raise InputError("--server", str(spec), "stand alone", "Leave out --gpu, --model and --tp.")
+        return Server.from_dict(_with_server_defaults(read_spec("--server", spec), spec.stem))
+    return catalog.server(gpu or "a100-80gb", model or "llama-2-7b", tensor_parallel=1 if tp is None else tp)
+
+
+def _with_server_defaults(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """A server's spec with what a person may leave out, as in `Server`; TOML cannot say null."""
+    from fluidsched.server.iteration import SCHEMA as ITERATION_SCHEMA
+    from fluidsched.server.server import SCHEMA as SERVER_SCHEMA
+
+    limits = dict.fromkeys(("max_batch_size", "token_budget", "block_size"))
+    spec: dict[str, Any] = {"schema": SERVER_SCHEMA, "name": name, "source": "", **limits} | given
+    pieces = spec.get("iteration_time")
+    if isinstance(pieces, dict):
+        spec["iteration_time"] = {"schema": ITERATION_SCHEMA} | pieces
+    return spec
+
+
+def check_load(load: float | None) -> float | None:
+    return load if load is None else check_real("--load", load, above=0.0)
+
+
+def typed_workload(name: str | None, load: float | None, server: Server) -> Workload:
+    """The workload of `--workload` and `--load`, a trace turned into 12 request types."""
+    from fluidsched.planning import types_for
+    from fluidsched.workload import ArrivalPath, workloads
+
+    given = load_workload("azure_conv" if name is None else name)
+    if isinstance(given, ArrivalPath):
+        given = given.to_workload(types=types_for(given))
+    elif load is None and (name is None or name in workloads.names()):
+        load = 0.8
+    load = check_load(load)
+    return given if load is None else given.at_load(load, server)
+
+
+def sampling_options(replay: bool, **options: float | None) -> dict[str, Any]:
+    """The sampling options that were given; none may be where the trace itself is replayed."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if replay and given:
+        name, value = next(iter(given.items()))
+        raise InputError(
+            f"--{name}", value, "be left out with --replay", "A replay runs the trace once, whole."
+        )
+    return given
+
+
+def load_solution(path: Path) -> FluidSolution:
+    from fluidsched.fluid import FluidSolution
+
+    return read_as("solution", path, FluidSolution.from_dict)
+
+
+def load_table(name: str) -> PolicyTable:
+    """A stock engine by name, else a table file (.json or .csv)."""
+    from fluidsched.policy import PolicyTable, baselines
+
+    stock = {"vllm": baselines.vllm(), "sarathi": baselines.sarathi()}
+    if name in stock:
+        return stock[name]
+    path = Path(name)
+    if not path.exists():
+        near = get_close_matches(name, stock, n=1)
+        raise InputError(
+            "table",
+            name,
+            f"be one of {', '.join(stock)} or an existing .json or .csv table file",
+            f"Did you mean {near[0]!r}?" if near else "",
+        )
+    return PolicyTable.from_csv(path) if path.suffix.lower() == ".csv" else PolicyTable.from_json(path)

@@ -1,0 +1,93 @@
+"""`fluidsched plan`: the main job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fluidsched import _files
+from fluidsched.cli.inputs import (
+    ForceOption,
+    GpuOption,
+    HorizonOption,
+    JsonOption,
+    LoadOption,
+    ModelOption,
+    QuietOption,
+    ReplicationsOption,
+    SeedOption,
+    ServerOption,
+    TpOption,
+    WarmupOption,
+    WorkloadOption,
+    check_load,
+    load_server,
+    load_workload,
+    sampling_options,
+)
+from fluidsched.cli.outputs import emit, progress_bar
+
+
+def plan(
+    workload: WorkloadOption = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Replay the trace itself instead of sampling from it.")
+    ] = False,
+    load: LoadOption = None,
+    gpu: GpuOption = None,
+    model: ModelOption = None,
+    tp: TpOption = None,
+    server: ServerOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory for the results (default: fluidsched-plan-N here)."),
+    ] = None,
+    force: ForceOption = False,
+    objective: Annotated[
+        str, typer.Option(help="What to carry most of: requests, output_tokens, total_tokens.")
+    ] = "requests",
+    horizon: HorizonOption = None,
+    warmup: WarmupOption = None,
+    replications: ReplicationsOption = None,
+    seed: SeedOption = None,
+    curve: Annotated[bool, typer.Option(help="Simulate the load curve too.")] = True,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The main job: solve, compile, simulate beside today's engines, compare with the bound, write the files.
+
+    Without arguments: the embedded Azure conversation workload at 0.8 of the fluid boundary of one A100-80GB that
+    serves Llama-2-7B.
+
+    Examples:
+
+    fluidsched plan --gpu h100 --model llama-3-8b --load 0.9
+
+    fluidsched plan --workload trace.csv --replay --out results
+    """
+    from fluidsched import planning, reporting
+    from fluidsched.workload import workloads
+
+    sampling = sampling_options(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
+    the_server = load_server(gpu, model, tp, server)
+    name = "azure_conv" if workload is None else workload
+    asked = load_workload(name)
+    load = 0.8 if load is None and name in workloads.names() else check_load(load)
+    with reporting.run_directory(out, force=force) as directory, progress_bar(quiet) as progress:
+        result = planning.plan(
+            asked,
+            the_server,
+            load=load,
+            replay=replay,
+            objective=objective,
+            curve=curve,
+            progress=progress,
+            **sampling,
+        )
+        reporting.write_plan(result, directory, force=True)
+    emit(_files.dumps(result.to_dict()) if as_json else reporting.plan_text(result))
+    if not quiet:
+        print(f"Written to {directory}", file=sys.stderr)

@@ -1,0 +1,59 @@
+"""From a solution to a table: `compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fluidsched.cli.inputs import ForceOption, JsonOption, OutFileOption, load_solution
+from fluidsched.cli.outputs import emit, write_new
+from fluidsched.errors import InputError
+
+
+def compile_(
+    solution: Annotated[Path, typer.Argument(help="A solution written by `solve --out`.")],
+    kind: Annotated[str, typer.Option(help="wait, gated or capped.")] = "capped",
+    slack: Annotated[str, typer.Option(help="auto, or a number: the margin ε of the conditions.")] = "auto",
+    overflow_probability: Annotated[float, typer.Option(help="δ of the memory condition.")] = 0.01,
+    block_iterations: Annotated[int | None, typer.Option(help="Block length k (default: chosen).")] = None,
+    types: Annotated[
+        int | None,
+        typer.Option(
+            help="Merge the request types into this many first (`plan` keeps the best of 1, 3, 12)."
+        ),
+    ] = None,
+    out: OutFileOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile a solution into a policy table an online scheduler can follow, with its certificate.
+
+    Example:
+
+    fluidsched compile solution.json --kind wait --types 1 --out wait.json
+    """
+    from fluidsched.fluid import solve_fluid
+    from fluidsched.policy import compile_policy
+
+    margin: float | str = slack
+    if slack != "auto":
+        try:
+            margin = float(slack)
+        except ValueError:
+            raise InputError("--slack", slack, 'be "auto" or a number') from None
+    fluid = load_solution(solution)
+    if types is not None:
+        fluid = solve_fluid(fluid.workload.merged(types), fluid.server, objective=fluid.objective)
+    table = compile_policy(
+        fluid,
+        kind,
+        slack=margin,  # type: ignore[arg-type]  # any other word is refused by compile_policy itself
+        overflow_probability=overflow_probability,
+        block_iterations=block_iterations,
+    )
+    text = table.to_json()
+    if out is not None:
+        write_new(out, table.to_csv() if out.suffix.lower() == ".csv" else text, force)
+    emit(text if as_json else repr(table))

@@ -1,0 +1,105 @@
+"""Where servers come from: `catalog` and `calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fluidsched import _files
+from fluidsched.cli.inputs import ForceOption, JsonOption
+from fluidsched.cli.outputs import emit, write_new
+from fluidsched.errors import InputError
+
+
+def catalog(
+    gpu: Annotated[str | None, typer.Option(help="Only this GPU.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only this model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the GPUs and models with measured iteration times, their capacity and the errors of their fits.
+
+    Example:
+
+    fluidsched catalog --gpu h100
+    """
+    from fluidsched.reporting import catalog_text
+    from fluidsched.server import catalog as entries
+
+    chosen = [
+        entry
+        for entry in entries.entries()
+        if (gpu is None or entry.gpu == entries.canonical_gpu(gpu))
+        and (model is None or entry.model == entries.canonical_model(model))
+    ]
+    if not chosen:
+        known = sorted(
+            {entry.model for entry in entries.entries() if gpu and entry.gpu == entries.canonical_gpu(gpu)}
+        )
+        raise InputError("--model", str(model), f"be one the catalog has on {gpu}: {', '.join(known)}")
+    emit(_files.dumps(chosen) if as_json else catalog_text(chosen))
+
+
+def calibrate(
+    points: Annotated[
+        Path, typer.Argument(help="CSV or CSV.gz: n_tok, batch_decode, kv_tok, pre_attn, t_s (seconds).")
+    ],
+    kv_capacity: Annotated[float, typer.Option("--kv-capacity", help="KV tokens that fit in memory.")],
+    form: Annotated[str, typer.Option(help="two-piece, affine or paper.")] = "two-piece",
+    max_batch_size: Annotated[int | None, typer.Option(help="Most requests in one iteration.")] = None,
+    token_budget: Annotated[int | None, typer.Option(help="Most tokens in one iteration.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.")] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Leave points with more tokens out of the fit.")
+    ] = None,
+    largest_mean_error: Annotated[
+        float, typer.Option(help="Refuse a fit with a larger mean relative error.")
+    ] = 0.25,
+    name: Annotated[str, typer.Option(help="Name of the server.")] = "server",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the server spec (for --server) to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw measured against fitted times (.png, .pdf, .svg).")
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a server's iteration time to measured iterations; a fit that cannot be trusted is refused.
+
+    Example:
+
+    fluidsched calibrate points.csv --kv-capacity 120000 --out server.json
+    """
+    from fluidsched.server import calibrate as fit
+
+    fitted = fit(
+        points,
+        form,  # type: ignore[arg-type]  # any other word is refused by calibrate itself
+        kv_capacity=kv_capacity,
+        max_batch_size=max_batch_size,
+        token_budget=token_budget,
+        block_size=block_size,
+        max_batch_tokens=max_batch_tokens,
+        largest_mean_error=largest_mean_error,
+        name=name,
+    )
+    if plot is not None:
+        if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise InputError("--plot", str(plot), "end in .png, .pdf or .svg")
+        if plot.exists() and not force:
+            raise InputError("--plot", str(plot), "name a file that does not exist", "Add --force.")
+    if out is not None:
+        write_new(out, fitted.server.to_json(), force)
+    if plot is not None:
+        from matplotlib.figure import Figure
+
+        from fluidsched import plots
+
+        with plots.style():
+            figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+            plots.calibration(fitted, ax=figure.subplots())
+        with _files.whole_file(plot) as temporary:
+            figure.savefig(temporary)
+    emit(fitted.to_json() if as_json else repr(fitted))

@@ -1,0 +1,144 @@
+"""Tables at work: `simulate` and `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fluidsched.cli.inputs import (
+    ForceOption,
+    GpuOption,
+    HorizonOption,
+    JsonOption,
+    LoadOption,
+    ModelOption,
+    OutFileOption,
+    QuietOption,
+    ReplicationsOption,
+    SeedOption,
+    ServerOption,
+    TpOption,
+    WarmupOption,
+    WorkloadOption,
+    load_server,
+    load_solution,
+    load_table,
+    load_workload,
+    read_as,
+    sampling_options,
+    typed_workload,
+)
+from fluidsched.cli.outputs import progress_bar, show
+from fluidsched.errors import InputError
+
+
+def simulate(
+    tables: Annotated[list[str], typer.Argument(help="Table files (.json, .csv), or vllm, sarathi.")],
+    solution: Annotated[
+        Path | None,
+        typer.Option("--solution", help="Take workload and server from a solution written by `solve`."),
+    ] = None,
+    workload: WorkloadOption = None,
+    replay: Annotated[bool, typer.Option("--replay", help="Replay the trace itself.")] = False,
+    load: LoadOption = None,
+    gpu: GpuOption = None,
+    model: ModelOption = None,
+    tp: TpOption = None,
+    server: ServerOption = None,
+    horizon: HorizonOption = None,
+    warmup: WarmupOption = None,
+    replications: ReplicationsOption = None,
+    seed: SeedOption = None,
+    engine: Annotated[str | None, typer.Option(help="kernel (the default) or reference.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Verify conservation, time order and Little's law.")
+    ] = False,
+    out: OutFileOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Simulate policy tables on common arrival paths.
+
+    Example:
+
+    fluidsched simulate wait.json vllm --solution solution.json --out result.json
+    """
+    from fluidsched.simulation import simulate as run
+    from fluidsched.workload import ArrivalPath
+
+    sampling = sampling_options(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
+    policies = [load_table(name) for name in tables]
+    options: dict[str, Any] = {"check": check} if engine is None else {"engine": engine, "check": check}
+    if solution is not None:
+        for option, value in (
+            *(("--workload", workload), ("--replay", replay or None), ("--load", load)),
+            *(("--gpu", gpu), ("--model", model), ("--tp", tp), ("--server", server)),
+        ):
+            if value is not None:
+                raise InputError(
+                    option, str(value), "be left out with --solution", "The solution has its own."
+                )
+        fluid = load_solution(solution)
+        the_server, asked = fluid.server, fluid.workload
+    else:
+        the_server = load_server(gpu, model, tp, server)
+        if replay:
+            path = None if workload is None else load_workload(workload)
+            if not isinstance(path, ArrivalPath):
+                received = "no --workload" if workload is None else f"--workload {workload}"
+                raise InputError("--replay", received, "come with a trace as --workload")
+            if load is not None:
+                raise InputError(
+                    "--load", load, "be left out with --replay", "A replayed path keeps its own rate."
+                )
+            with progress_bar(quiet) as progress:
+                result = run(
+                    path,
+                    the_server,
+                    policies,
+                    replications=1,
+                    oversize="reject",
+                    progress=progress,
+                    **options,
+                )
+            return show(result, out, force, as_json)
+        asked = typed_workload(workload, load, the_server)
+    with progress_bar(quiet) as progress:
+        result = run(
+            asked,
+            the_server,
+            policies,
+            progress=progress,
+            **{"horizon": 3600.0, "replications": 16, "seed": 7, **sampling},
+            **options,
+        )
+    return show(result, out, force, as_json)
+
+
+def compare(
+    result: Annotated[Path, typer.Argument(help="A result written by `simulate --out`.")],
+    bound: Annotated[
+        Path | None, typer.Option("--bound", help="A solution written by `solve --out`, for the fluid bound.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Policy the paired differences are taken against.")
+    ] = None,
+    out: OutFileOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Set simulated policies beside each other and the fluid bound.
+
+    Example:
+
+    fluidsched compare result.json --bound solution.json --baseline vllm
+    """
+    from fluidsched.comparison import compare as set_beside
+    from fluidsched.simulation import SimulationResult
+
+    runs = read_as("result", result, SimulationResult.from_dict)
+    comparison = set_beside(runs, bound=None if bound is None else load_solution(bound), baseline=baseline)
+    show(comparison, out, force, as_json)
