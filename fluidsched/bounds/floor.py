@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fluidsched.server import Server
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["NoWaitFloor", "no_wait_floor"]
+__all__ = ["NoWaitFloor", "floor_violated", "no_wait_floor"]
 
 _Real = npt.NDArray[np.float64]
 
@@ -81,12 +81,8 @@ def no_wait_floor(path: ArrivalPath, server: Server) -> NoWaitFloor:
     base, per_prefill, per_decode, per_kv, per_attention = rows.T
     p = path.prompt_tokens.astype(np.float64)
     o = path.output_tokens.astype(np.float64)
-    # Linear in L against quadratic: checked at the shortest recompute, where it can fail first.
-    least = float(p.min(initial=np.inf)) + 1.0
-    if len(path) and np.any(
-        (per_prefill < per_kv)
-        | (per_prefill * least + per_attention * least**2 / 2 < per_decode + per_kv * least)
-    ):
+    violated = floor_violated(server, int(p.min(initial=np.inf))) if len(path) else None
+    if violated is not None:
         raise InputError(
             "iteration_time",
             server.iteration_time,
@@ -95,6 +91,27 @@ def no_wait_floor(path: ArrivalPath, server: Server) -> NoWaitFloor:
         )
     ttft = _cheapest_prefill(base, np.outer(p, per_prefill) + np.outer(p * p / 2.0, per_attention), p, server)
     return NoWaitFloor(ttft, ttft + _decodes_alone(base + per_decode, per_kv, p + 1.0, o - 1.0))
+
+
+def floor_violated(server: Server, shortest_prompt: int) -> str | None:
+    """Which condition of the floor, and of the fluid optimum as a bound, a server fails; None if none.
+
+    Parameters
+    ----------
+    server : Server
+    shortest_prompt : int
+        Of the requests in question, tokens.
+    """
+    rows = server.iteration_time.coefficients
+    if rows is None:
+        return "the iteration time is a function, not a maximum of affine pieces"
+    _, per_prefill, per_decode, per_kv, per_attention = rows.T
+    # Linear in L against quadratic: checked at the shortest recompute, where it can fail first.
+    least = shortest_prompt + 1.0
+    cheaper = per_prefill * least + per_attention * least**2 / 2 < per_decode + per_kv * least
+    if np.any((per_prefill < per_kv) | cheaper):
+        return "recomputing a request can cost less than the decode it replaces"
+    return None
 
 
 def _cheapest_prefill(base: _Real, work: _Real, prompt: _Real, server: Server) -> _Real:

@@ -61,6 +61,7 @@ __all__ = ["nested_wait_overflow", "wait_bounds"]
 _Real = npt.NDArray[np.float64]
 
 _SOURCE = "arXiv 2504.11320, Theorem 1"
+_WAITING = "Σ_j ( E[W_j] + λ_j T/2 (+ λ_j T) )"
 _CRITICAL = 1e-12  # relative: m counts as equal to n within this
 
 
@@ -83,7 +84,8 @@ def wait_bounds(
     -------
     tuple of Bound
         "memory", then "entry_queue[j]", "mean_ttft[j]", "mean_e2e[j]" for each type, then "mean_ttft" over
-        all requests and "output_throughput_gap". Latencies in seconds are long-run means over a type's requests.
+        all requests, "mean_waiting" (requests waiting, on average over time) and "output_throughput_gap".
+        Latencies in seconds are long-run means over a type's requests.
 
     Raises
     ------
@@ -203,9 +205,14 @@ def wait_bounds(
     formula = "Σ_j λ_j TTFT_j / Σ_j λ_j"
     if violated_all is not None:
         bounds.append(Bound.not_applicable("mean_ttft", "s", "upper", formula, _SOURCE, violated_all))
+        bounds.append(
+            Bound.not_applicable("mean_waiting", "requests", "upper", _WAITING, _SOURCE, violated_all)
+        )
     else:
-        mean = float(rate[present] @ delay[present]) / float(rate.sum()) + first
+        waiting = float(rate[present] @ delay[present])  # by Little's law
+        mean = waiting / float(rate.sum()) + first
         bounds.append(Bound("mean_ttft", mean, "s", "upper", formula, _SOURCE, condition))
+        bounds.append(Bound("mean_waiting", waiting, "requests", "upper", _WAITING, _SOURCE, condition))
     bounds.append(_gap(workload, queue, arrivals, blocks, n, horizon, violated_all, condition))
     return tuple(bounds)
 
@@ -284,6 +291,7 @@ def _nothing(workload: Workload, violated: str) -> tuple[Bound, ...]:
     """All bounds of `wait_bounds`, not applicable for one reason."""
     whole = [
         Bound.not_applicable("mean_ttft", "s", "upper", "Σ_j λ_j TTFT_j / Σ_j λ_j", _SOURCE, violated),
+        Bound.not_applicable("mean_waiting", "requests", "upper", _WAITING, _SOURCE, violated),
         Bound.not_applicable("output_throughput_gap", "tokens/s", "upper", "(1/H) Σ_j …", _SOURCE, violated),
     ]
     memory = Bound.not_applicable(

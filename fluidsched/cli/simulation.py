@@ -121,7 +121,14 @@ def simulate(
 def compare(
     result: Annotated[Path, typer.Argument(help="A result written by `simulate --out`.")],
     bound: Annotated[
-        Path | None, typer.Option("--bound", help="A solution written by `solve --out`, for the fluid bound.")
+        Path | None,
+        typer.Option("--bound", help="A solution written by `solve --out`, for all bounds it gives."),
+    ] = None,
+    tables: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--table", help="Table of a policy in the result, for the bounds on tables; repeatable."
+        ),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Policy the paired differences are taken against.")
@@ -130,15 +137,20 @@ def compare(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Set simulated policies beside each other and the fluid bound.
+    """Set simulated policies beside each other, and each against every bound.
 
     Example:
 
-    fluidsched compare result.json --bound solution.json --baseline vllm
+    fluidsched compare result.json --bound solution.json --table wait.json --baseline vllm
     """
     from fluidsched.comparison import compare as set_beside
     from fluidsched.simulation import SimulationResult
 
     runs = read_as("result", result, SimulationResult.from_dict)
-    comparison = set_beside(runs, bound=None if bound is None else load_solution(bound), baseline=baseline)
+    comparison = set_beside(
+        runs,
+        bound=None if bound is None else load_solution(bound),
+        baseline=baseline,
+        tables=[load_table(name) for name in tables or []],
+    )
     show(comparison, out, force, as_json)

@@ -250,8 +250,8 @@ def _meets(path: ArrivalPath, run: EngineRun, slo: Mapping[str, float]) -> NDArr
     return met
 
 
-def interval(values: FloatArray) -> tuple[float, float, float]:
-    """Return the mean of R replications and its 95 % interval (Student t); NaN ends with one replication.
+def interval(values: FloatArray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean of R replications and its interval (Student t); NaN ends with one replication.
 
     Examples
     --------
@@ -267,5 +267,5 @@ def interval(values: FloatArray) -> tuple[float, float, float]:
     mean = float(known.mean())
     if known.size == 1:
         return mean, math.nan, math.nan
-    half = float(stdtrit(known.size - 1, 0.975) * known.std(ddof=1) / math.sqrt(known.size))
+    half = float(stdtrit(known.size - 1, 0.5 + confidence / 2.0) * known.std(ddof=1) / math.sqrt(known.size))
     return mean, mean - half, mean + half

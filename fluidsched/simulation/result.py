@@ -491,13 +491,16 @@ def plus_minus(estimate: float, half_width: float, lower_bound: bool = False) ->
     return f"{mark}{estimate:,.{digits}f} ± {half_width:,.{digits}f}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows of cells, the first one the header, as text columns: names left, numbers right."""
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, last_is_number: bool = False) -> str:
+    """Lay out rows of cells, the first one the header, as text columns.
+
+    The first `left` columns and, unless it holds numbers, the last are set to the left, the others to the right.
+    """
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     last = len(widths) - 1
     lines = [
         "  ".join(
-            cell.ljust(width) if c in (0, last) else cell.rjust(width)
+            cell.ljust(width) if c < left or (c == last and not last_is_number) else cell.rjust(width)
             for c, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

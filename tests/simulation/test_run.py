@@ -358,7 +358,8 @@ class TestCompare:
         assert repr(back) == repr(comparison)
         assert back.to_json() == comparison.to_json()
         assert comparison.to_csv(tmp_path / "comparison.csv").startswith("policy,measure,unit,estimate")
-        assert "mean TTFT - vllm's [s]" in repr(comparison)
+        assert "baseline vllm, differences paired by path" in repr(comparison)
+        assert "E2E [s]" in repr(comparison)
         assert "sarathi" in comparison._repr_html_()
         data = json.loads(comparison.to_json())
         data["rows"][0]["estimate"] = "much"

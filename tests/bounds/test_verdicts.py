@@ -1,0 +1,223 @@
+"""Policies against bounds: nothing simulated is beyond one, and what would be is called so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import fluidsched as fs
+from fluidsched.bounds import hindsight_bound, hindsight_optimum, no_wait_floor
+from fluidsched.errors import InfeasibleError, InputError
+
+FIXED = fs.Workload(
+    [
+        fs.RequestType("chat", 3.0, prompt_tokens=60, output_tokens=20),
+        fs.RequestType("code", 1.0, prompt_tokens=150, output_tokens=8),
+    ],
+    name="fixed",
+)
+RANDOM = fs.Workload(
+    [
+        fs.RequestType("chat", 2.0, fs.lengths.uniform(20, 90), fs.lengths.geometric(mean=12, maximum=60)),
+        fs.RequestType("long", 0.4, 100, fs.lengths.uniform(30, 70)),
+    ],
+    name="random",
+)
+MODELS = {
+    "paper": fs.IterationTime.paper(d0=0.05, d1=2e-5),
+    "affine": fs.IterationTime.affine(0.05, 1e-4, 1e-3, 1e-5, 1e-7),
+    "knee": fs.IterationTime.two_piece(0.05, 1e-4, 200, 5e-4, 1e-5),
+    "constant": fs.IterationTime.affine(0.1, 0.0, 0.0, 0.0),
+}
+
+
+def tables_for(fluid: fs.FluidSolution) -> list[fs.PolicyTable]:
+    """Stock engines, and every compiled kind of which a table exists."""
+    tables = [fs.baselines.vllm(), fs.baselines.sarathi(256), fs.baselines.orca(70)]
+    for kind in ("capped", "gated", "wait"):
+        try:
+            tables.append(fs.compile_policy(fluid, kind))
+        except InfeasibleError:
+            continue
+    try:
+        certain = fs.compile_policy(fluid, "wait", overflow_probability=0.0)
+        tables.append(dataclasses.replace(certain, name="certain wait"))
+    except InfeasibleError:
+        pass
+    return tables
+
+
+def judged(
+    workload: fs.Workload, model: str, load: float, replications: int, requests: int, confidence: float
+) -> fs.Comparison:
+    server = fs.Server(4000, MODELS[model], name=model)
+    offered = workload.at_load(load, server)
+    fluid = fs.solve_fluid(offered, server)
+    horizon = requests / offered.total_arrival_rate
+    runs = fs.simulate(
+        offered, server, tables_for(fluid), horizon=horizon, replications=replications, seed=11
+    )
+    return fs.compare(runs, bound=fluid, confidence=confidence)
+
+
+def check_grid(loads: tuple[float, ...], replications: int, requests: int, confidence: float) -> Counter[str]:
+    """No violation in the grid; how often each bound was respected with a number."""
+    respected: Counter[str] = Counter()
+    for workload in (FIXED, RANDOM):
+        for model in MODELS:
+            for load in loads:
+                comparison = judged(workload, model, load, replications, requests, confidence)
+                where = (workload.name, model, load)
+                assert not comparison.violations, (where, comparison.violations)
+                respected += Counter(
+                    row.bound if "[" not in row.measure else "of a type"
+                    for row in comparison.bounds
+                    if row.verdict == "respects"
+                )
+    return respected
+
+
+def test_nothing_violates_a_bound() -> None:
+    """2 workloads × 4 iteration-time models × loads 0.3 to 1.2 × up to 7 policies, every bound.
+
+    Of the about 600 comparisons in the mean those at a bound err with probability 2e-6 each: below 0.2 % together.
+    """
+    respected = check_grid((0.3, 0.9, 1.2), replications=6, requests=300, confidence=1 - 4e-6)
+    expected = {"fluid optimum", "no-wait floor", "WAIT theorem", "embedded queue", "of a type"}
+    assert expected | {"critical rate (Nie-Si-Zhou)", "critical rate (Dong-Cao)"} <= set(respected)
+    assert respected["fluid optimum"] > 80
+    assert respected["embedded queue"] >= 6
+
+
+@pytest.mark.slow
+def test_nothing_violates_a_bound_on_a_finer_grid() -> None:
+    """Loads 0.3, 0.4 … 1.2, longer runs: about 2 000 comparisons in the mean; all together err below 0.4 %."""
+    loads = tuple(round(0.3 + 0.1 * k, 1) for k in range(10))
+    respected = check_grid(loads, replications=12, requests=3000, confidence=1 - 4e-6)
+    assert respected["fluid optimum"] > 300
+
+
+def overdriven() -> fs.SimulationResult:
+    """Runs on a server four times as fast as the one the bounds are asked for, under its name."""
+    fast = fs.Server(4000, fs.IterationTime.affine(0.025, 0.0, 0.0, 0.0), name="constant")
+    offered = FIXED.at_load(3.0, fs.Server(4000, MODELS["constant"], name="constant"))
+    runs = fs.simulate(offered, fast, fs.baselines.vllm(), horizon=100.0, replications=4, seed=1)
+    return dataclasses.replace(runs, server=fs.Server(4000, MODELS["constant"], name="constant"))
+
+
+def test_a_violation_is_called_one() -> None:
+    """A run faster than its server could be breaks the optimum in the mean and the floor for single requests."""
+    runs = overdriven()
+    assert runs.server is not None
+    offered = FIXED.at_load(3.0, runs.server)
+    comparison = fs.compare(runs, bound=fs.solve_fluid(offered, runs.server))
+    broken = {(row.bound, row.measure) for row in comparison.violations}
+    assert ("fluid optimum", "request_throughput") in broken
+    assert {("no-wait floor", "mean_ttft"), ("no-wait floor", "mean_e2e")} <= broken
+    assert ("critical rate (Dong-Cao)", "request_throughput") in broken
+    assert "violates" in repr(comparison)
+
+
+def test_one_replication_cannot_violate_a_mean() -> None:
+    runs = overdriven()
+    assert runs.server is not None
+    offered = FIXED.at_load(3.0, runs.server)
+    first = fs.SimulationResult.collect(
+        runs.tables,
+        runs.paths[:1],
+        [runs.engine_runs[0][:1]],
+        horizon=runs.horizon,
+        warmup=runs.warmup,
+        seed=None,
+        engine=runs.engine,
+        workload=runs.workload,
+        server=runs.server,
+    )
+    rows = {
+        (row.bound, row.measure): row
+        for row in fs.compare(first, fs.solve_fluid(offered, runs.server)).bounds
+    }
+    optimum = rows["fluid optimum", "request_throughput"]
+    assert (optimum.verdict, optimum.ratio > 1.5) == ("not applicable", True)
+    assert "one replication" in optimum.why
+    assert rows["no-wait floor", "mean_e2e"].verdict == "violates"  # holds for every request: no statistics
+
+
+def test_floor_without_records_is_the_mean_over_the_lengths() -> None:
+    server = fs.Server(4000, MODELS["affine"])
+    offered = RANDOM.at_load(0.5, server)
+    runs = fs.simulate(offered, server, fs.baselines.vllm(), horizon=200.0, replications=3)
+    back = fs.SimulationResult.from_dict(json.loads(json.dumps(runs.to_dict())))
+    row = next(r for r in fs.compare(back, fs.solve_fluid(offered, server)).bounds if r.measure == "mean_e2e")
+    path = offered.sample(horizon=40_000.0, seed=5)
+    floors = no_wait_floor(path, server).e2e_s
+    # The mean over a large sample: within 4.5 standard errors, which errs with probability below 1e-5.
+    assert abs(row.value - floors.mean()) <= 4.5 * floors.std() / math.sqrt(len(path))
+    assert row.verdict == "respects"
+
+
+def test_tables_of_a_result_from_a_file_are_given() -> None:
+    server = fs.Server(4000, MODELS["paper"])
+    offered = FIXED.at_load(0.5, server)
+    fluid = fs.solve_fluid(offered, server)
+    table = fs.compile_policy(fluid, "wait", overflow_probability=0.0)
+    runs = fs.simulate(offered, server, table, horizon=100.0, replications=3)
+    back = fs.SimulationResult.from_dict(runs.to_dict())
+    without = {r.measure: r for r in fs.compare(back, fluid).bounds if r.bound == "WAIT theorem"}
+    given = {
+        r.measure: r for r in fs.compare(back, fluid, tables=[table]).bounds if r.bound == "WAIT theorem"
+    }
+    assert "not at hand" in without["mean_ttft"].why
+    assert given["peak_kv"].verdict == "respects"
+    assert given["mean_ttft[chat]"].why == "not measured without the records of the runs"
+
+
+def test_hindsight_bounds_the_path_that_was_run() -> None:
+    rng = np.random.default_rng(3)
+    path = fs.ArrivalPath.from_arrays(
+        np.sort(rng.integers(0, 8, 14)).astype(float), rng.integers(1, 6, 14), rng.integers(1, 12, 14)
+    )
+    server = fs.Server(40, fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+    table = fs.baselines.orca(12)
+    bounds = [hindsight_optimum(path, server), hindsight_bound(path, server, method="combinatorial")]
+    comparison = fs.compare(fs.simulate(path, server, table), bound=bounds)
+    assert [row.bound for row in comparison.bounds] == [
+        "hindsight (integer program)",
+        "hindsight (combinatorial)",
+    ]
+    assert all(row.verdict == "respects" and row.ratio >= 1.0 for row in comparison.bounds)
+    assert comparison.bounds[0].ratio <= comparison.bounds[1].ratio
+    cut = fs.compare(fs.simulate(path, server, table, horizon=9.0, warmup=0.0), bound=bounds)
+    assert all("finished requests" in row.why for row in cut.bounds)
+
+
+def test_prints_within_100_columns_and_reads_back() -> None:
+    comparison = judged(FIXED, "paper", 0.9, 3, 200, 0.95)
+    assert max(map(len, repr(comparison).splitlines())) <= 100
+    assert "≥ at least" in repr(comparison)
+    back = fs.Comparison.from_dict(json.loads(json.dumps(comparison.to_dict())))
+    assert repr(back) == repr(comparison)
+    frame = comparison.bounds_frame()
+    assert list(frame.columns[:3]) == ["policy", "bound", "measure"]
+    assert frame.groupby("bound").policy.nunique().min() == len(comparison.policies)
+    data = comparison.to_dict()
+    data["bounds"][0]["verdict"] = "perhaps"
+    with pytest.raises(InputError, match=r"bounds\[0\].verdict"):
+        fs.Comparison.from_dict(data)
+
+
+def test_what_is_no_bound_is_refused() -> None:
+    server = fs.Server(4000, MODELS["paper"])
+    runs = fs.simulate(FIXED.at_load(0.3, server), server, fs.baselines.vllm(), horizon=20.0, replications=2)
+    with pytest.raises(InputError, match="bound"):
+        fs.compare(runs, bound=[3.0])  # type: ignore[list-item]
+    other = fs.Server(4001, MODELS["paper"])
+    with pytest.raises(InputError, match="of the server that was simulated"):
+        fs.compare(runs, bound=fs.solve_fluid(FIXED, other))
+    with pytest.raises(InputError, match="confidence"):
+        fs.compare(runs, confidence=1.0)
