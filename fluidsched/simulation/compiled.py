@@ -32,6 +32,12 @@ operation per 64 ticks passed over. Requests more than D ticks away share a day 
 of the day leaves them. `continuous` needs one group; `wait` has one per row, because a row's residents all
 move or all stand still.
 
+**Gaps between tokens.** A decode that also ran in the iteration before has its next token one iteration later:
+n gaps of T(r) in iteration r. They are counted in the buckets of `histogram`; a run crosses few of them, and
+the iterations it spends in one are a quotient. Exceptions, moved from T(r) to where they belong: a decode that
+the budget passed over (`stalled`: its last token), a row that a block left out (the group's `last`), a
+preempted request that emits again (its `served`).
+
 **Events.** At a decision the rule serves the running, preempts, admits. If prompts are being computed, one
 iteration is run; else as many as nothing can change in: until the next completion, the iteration memory
 ends at, the opening of an admission window, the end of a block, or the first end at or after an arrival
@@ -117,16 +123,19 @@ def _stretch(coef: Floats, n: int, m: int, r: int, last: int) -> tuple[float, fl
 @_inline
 def decode_run(
     coef: Floats, n: int, m: int, held: int, start: float, instant: float, k: int
-) -> tuple[int, float, float]:
+) -> tuple[int, float, float, float, float]:
     """Decode iterations until the first end at or after `instant`, at most k, that begin at `start`.
 
     `m` tokens are read by the n decodes in the first iteration, `held` by all residents. Returns the number
-    of iterations, their duration (s) and the integral of KV over them (token·s).
+    of iterations, their duration (s), the integral of KV over them (token·s), and the durations of the first
+    and the last of them.
     """
-    duration = area = 0.0
+    duration = area = first = 0.0
     r = 0
     while True:
         value, slope, stop = _stretch(coef, n, m, r, k)
+        if r == 0:
+            first = value
         q = float(stop - r)
         through = duration + (q * value + slope * (0.5 * q * (q - 1.0)))
         reached = start + through >= instant
@@ -140,7 +149,7 @@ def decode_run(
         area += slope * n * (pairs * (2.0 * q - 1.0) * (1.0 / 3.0))
         r += int(q)
         if reached or r == k:
-            return r, duration, area
+            return r, duration, area, first, value + slope * (q - 1.0)
 
 
 @_inline
@@ -242,7 +251,7 @@ def _record_type(integers: str, reals: str = "") -> np.dtype[np.void]:
 #: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, and the measured window.
 RULES = _record_type(
     "capacity admission block slots budget chunk reserve interval block_iterations whole_prompt decodes_first"
-    " gated restart",
+    " gated restart gap_shift gap_first gap_last",
     "horizon warmup",
 )
 
@@ -258,27 +267,35 @@ ROW = _record_type(
 #: A resident. Slots are linked in the order of admission; `newer` also links the vacant ones. Prefilling:
 #: `done` of `target` tokens are computed, `chunk` more in this iteration. Decoding: base and key; earlier,
 #: later: its day. resumed: output tokens it had when admitted. partial: at place i the slot of the i-th that
-#: prefills, in the order of admission.
-SLOT = _record_type("request decodes base key resumed target done chunk older newer earlier later partial")
+#: prefills, in the order of admission. stalled: when a decode that was passed over emitted its last token, else
+#: `AT_ONCE`.
+SLOT = _record_type(
+    "request decodes base key resumed target done chunk older newer earlier later partial", "stalled"
+)
 
 #: Decodes that run together: clock, number, KV tokens and units they hold; the stack of their preempted
-#: requests; `wait`: whether the block serves them, and when they were last served.
+#: requests; when they were last served, which is when those not stalled emitted their last token; `wait`:
+#: whether the block serves them.
 GROUP = _record_type("clock decodes held units top depth chosen", "last")
 
-#: A preempted request: the next one on its stack, output tokens kept, since when it waits, when last served.
+#: A preempted request: the next one on its stack, output tokens kept, since when it waits, when last served
+#: (if it keeps tokens, with the last of them).
 RETURNED = _record_type("below produced", "since served")
 
 #: Everything else.
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
-    " iterations batch_sizes batch_tokens preempted wasted peak_kv samples verdict kv_end emitted",
-    "busy kv_area resident_area waiting_area end sample_at sample_step",
+    " iterations batch_sizes batch_tokens preempted wasted peak_kv samples verdict kv_end emitted stalls"
+    " gap_place gap_weight",
+    "gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
 Records = NDArray[np.void]
 Pointer = Any  # one record of such an array
 
 FINISHED, AT_HORIZON, STUCK = range(3)
+
+AT_ONCE = -1.0
 
 
 class Calendars(NamedTuple):
@@ -295,8 +312,8 @@ class Run(NamedTuple):
     """All a loop reads and writes: one record of rules and of state; N requests, J rows, G groups, I pieces.
 
     `arrival`, `prompt`, `output`, `row` (N,) are the path, `order` sorts it by row, oldest first; `admitted`,
-    `first_token`, `finish` (NaN where it did not happen), `preemptions` (N,) and `occupancy` (2·points, 4) are
-    what becomes of it.
+    `first_token`, `finish` (NaN where it did not happen), `preemptions` (N,), `gaps` (B,) and `occupancy`
+    (2·points, 4) are what becomes of it.
     """
 
     rules: Records
@@ -317,7 +334,102 @@ class Run(NamedTuple):
     first_token: Floats
     finish: Floats
     preemptions: Ints
+    gaps: Ints
     occupancy: Floats
+
+
+# --------------------------------------------------------------------------- gaps between tokens
+
+
+@_inline
+def _bucket(rules: Pointer, gap: float) -> int:
+    """The bucket of `histogram` that a gap of this many seconds lies in."""
+    place = (np.float64(gap).view(np.int64) >> rules.gap_shift) - rules.gap_first
+    return min(max(place, 0), rules.gap_last)
+
+
+@_inline
+def _edge(rules: Pointer, place: int) -> float:
+    """Where this bucket begins, s."""
+    return np.int64((place + rules.gap_first) << rules.gap_shift).view(np.float64)
+
+
+@_part
+def _spread_gaps(gaps: Ints, coef: Floats, limits: Records, state: Records, n: int, m: int, k: int) -> None:
+    """Count n gaps for each of k iterations of which the first reads m tokens, bucket by bucket."""
+    rules, s = limits[0], state[0]
+    place = s.gap_place
+    gaps[place] += s.gap_weight
+    r = 0
+    until = 0
+    while r < k:
+        value, slope, stop = _stretch(coef, n, m, r, k)
+        per_second = 1.0 / slope if slope > 0.0 else 0.0
+        q = stop - r
+        done = 0
+        while True:
+            place = _bucket(rules, value + slope * done)
+            until = q
+            if slope > 0.0 and place < rules.gap_last:
+                edge = _edge(rules, place + 1)
+                guess = min((edge - value) * per_second, float(q))
+                until = max(done + 1, math.ceil(guess))  # off by one at most: its neighbours decide
+                if until > done + 1 and value + slope * (until - 1) >= edge:
+                    until -= 1
+                elif value + slope * until < edge:
+                    until += 1
+                until = min(until, q)
+            if until == q:
+                break
+            gaps[place] += n * (until - done)
+            done = until
+        r = stop
+        if r < k:
+            gaps[place] += n * (until - done)
+        else:
+            s.gap_weight = n * (until - done)
+    s.gap_place = place
+    s.gap_low = _edge(rules, place) if place > 0 else 0.0
+    s.gap_high = _edge(rules, place + 1) if place < rules.gap_last else math.inf
+
+
+@_inline
+def _count_gaps(run: Run, n: int, m: int, k: int, first: float, last: float, duration: float) -> None:
+    """Count the gaps of n decodes in k iterations, `duration` in all; several decode only and first read m.
+
+    The bucket of the last run is kept at hand: the next run mostly stays in it.
+    """
+    s = run.state[0]
+    if first >= s.gap_low and last < s.gap_high:
+        s.gap_weight += n * k
+    elif k == 1:
+        run.gaps[_bucket(run.rules[0], first)] += n
+    else:
+        _spread_gaps(run.gaps, run.coefficients, run.rules, run.state, n, m, k)
+    s.gap_s += n * duration
+
+
+@_inline
+def _lengthen_gaps(run: Run, n: int, first: float, missed: float) -> None:
+    """Of the gaps counted as `first`, n lasted `missed` seconds more."""
+    rules, gaps = run.rules[0], run.gaps
+    gaps[_bucket(rules, first)] -= n
+    gaps[_bucket(rules, first + missed)] += n
+    run.state[0].gap_s += n * missed
+
+
+@_part
+def _end_stalls(run: Run, first: float, now: float, counted: bool) -> None:
+    """Stalled decodes that run in the iteration from now on, of `first` seconds, emit at last."""
+    s, slots = run.state[0], run.slots
+    slot = s.oldest
+    while slot != NOBODY:
+        if slots[slot].decodes == 1 and slots[slot].stalled != AT_ONCE:
+            if counted:
+                _lengthen_gaps(run, 1, first, now - slots[slot].stalled)
+            slots[slot].stalled = AT_ONCE
+            s.stalls -= 1
+        slot = slots[slot].newer
 
 
 # --------------------------------------------------------------------------- residents
@@ -329,6 +441,7 @@ def _enter(s: Pointer, slots: Records, request: int) -> int:
     slot = s.vacant
     s.vacant = slots[slot].newer
     slots[slot].request = request
+    slots[slot].stalled = AT_ONCE
     slots[slot].older = s.newest
     slots[slot].newer = NOBODY
     if s.newest == NOBODY:
@@ -473,6 +586,10 @@ def _emit(run: Run, group: int, slot: int, now: float) -> None:
     resumed = slots[slot].resumed
     if resumed == 0:
         run.first_token[request] = now
+    elif now > run.rules[0].warmup:
+        gap = now - run.returned[request].served
+        run.gaps[_bucket(run.rules[0], gap)] += 1
+        run.state[0].gap_s += gap
     to_go = run.output[request] - resumed - 1
     if to_go == 0:
         _finish(run, slot, now)
@@ -508,6 +625,9 @@ def _preempt(run: Run, group: int, now: float) -> None:
     if slots[slot].decodes == 1:
         produced = run.output[request] - (slots[slot].key - groups[group].clock)
         held = _stop_decode(slots, groups, calendars, group, slot)
+        if slots[slot].stalled != AT_ONCE:
+            served = slots[slot].stalled
+            s.stalls -= 1
     else:
         s.partials -= 1  # prefilling slots are listed in the order of admission: it is the last
         served = returned[request].served if run.preemptions[request] > 0 else run.arrival[request]
@@ -601,8 +721,8 @@ def _sample(run: Run, held: int, now: float) -> None:
 @_inline
 def _run_length(
     run: Run, n: int, m: int, held: int, now: float, wake: float, k: int
-) -> tuple[int, float, float]:
-    """Iterations (at most k) to run before the next decision, their duration and their integral of KV.
+) -> tuple[int, float, float, float, float]:
+    """Iterations (at most k) to run before the next decision, and what `decode_run` says of them.
 
     They end at the first end at or after `wake`; an iteration that straddles the end of the warm-up or the
     horizon is left to be run alone.
@@ -612,10 +732,10 @@ def _run_length(
     if now < rules.warmup:
         wake = min(wake, rules.warmup)
     while True:
-        k, duration, area = decode_run(coef, n, m, held, now, wake, k)
+        k, duration, area, first, last = decode_run(coef, n, m, held, now, wake, k)
         end = now + duration
         if k == 1 or not (end > rules.horizon or now < rules.warmup < end):
-            return k, duration, area
+            return k, duration, area, first, last
         wake = math.inf
         k -= 1
 
@@ -665,6 +785,7 @@ def _close(run: Run, now: float, held: int, verdict: int) -> None:
     """End the run now: verdict, KV, and the waiting of the preempted who still wait."""
     s, rules, groups, returned = run.state[0], run.rules[0], run.groups, run.returned
     s.verdict = verdict
+    run.gaps[s.gap_place] += s.gap_weight
     s.kv_end = held
     s.end = now
     for stack in range(groups.size):
@@ -716,6 +837,7 @@ def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
                     held = slots[victim].base + groups[0].clock
                 used -= _units(rules, held + slots[victim].chunk)
                 budget += slots[victim].chunk
+                groups[0].last = now
                 _preempt(run, 0, now)
             if gone:
                 break  # it was the newest: nobody is left after it
@@ -828,6 +950,7 @@ def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
         simple = simple and used <= rules.capacity
     elif simple:
         while used > rules.capacity:
+            groups[0].last = now
             _preempt(run, 0, now)
             budget += 1
             used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, 1)
@@ -863,8 +986,8 @@ def _fit(run: Run, room: int, k: int) -> int:
 
 
 @_part
-def _pause(run: Run) -> None:
-    """Stop the decodes the budget did not reach (`chunk` 0); `_resume` lets them go on."""
+def _pause(run: Run, now: float) -> None:
+    """Stop the decodes the budget did not reach (`chunk` 0) from now on; `_resume` lets them go on."""
     s, slots, groups, calendars = run.state[0], run.slots, run.groups, run.calendars
     slot = s.oldest
     while slot != NOBODY:
@@ -872,6 +995,9 @@ def _pause(run: Run) -> None:
             slots[slot].target = slots[slot].key - groups[0].clock
             slots[slot].done = _stop_decode(slots, groups, calendars, 0, slot)
             slots[slot].decodes = _PAUSED
+            if slots[slot].stalled == AT_ONCE:
+                slots[slot].stalled = now
+                s.stalls += 1
         slot = slots[slot].newer
 
 
@@ -959,7 +1085,7 @@ def continuous(run: Run) -> None:
             continue
 
         if walked:
-            _pause(run)
+            _pause(run, now)
         decodes = groups[0].decodes
         reads = groups[0].held + decodes
         if s.partials == 0 and not walked:
@@ -985,7 +1111,7 @@ def continuous(run: Run) -> None:
                                 k = min(k, oldest + rows[j].period - s.iterations)
             elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < run.arrival.size:
                 wake = min(wake, run.arrival[s.arrived])  # whether anybody waits matters to rule 16
-            k, duration, area = _run_length(run, decodes, reads, reads, now, wake, k)
+            k, duration, area, first, last = _run_length(run, decodes, reads, reads, now, wake, k)
             holds = reads + decodes * (k - 1)
             prompts = 0
             size = tokens = emitted = decodes
@@ -1007,12 +1133,17 @@ def continuous(run: Run) -> None:
             if tokens == 0:
                 _resume(run)
                 continue  # rule 12
-            duration = batch_time(coef, prompts, decodes, reads, attention)
+            duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
             holds = held + tokens
             area = duration * holds
         if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
             _close(run, rules.horizon, held, AT_HORIZON)
             return
+        counted = now + duration > rules.warmup
+        if counted:
+            _count_gaps(run, decodes, reads, k, first, last, duration)
+        if s.stalls > 0:
+            _end_stalls(run, first, now, counted)
         now += duration
         s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + k, FAR)
         _tick(groups, calendars, 0, k)
@@ -1161,7 +1292,7 @@ def wait(run: Run) -> None:
                     room -= _units_held(groups, calendars, j)
                 k = _fit(run, room, k)
             holds = held + decodes
-            k, duration, area = _run_length(run, decodes, reads, holds, now, s.sample_at, k)
+            k, duration, area, first, last = _run_length(run, decodes, reads, holds, now, s.sample_at, k)
             holds += decodes * (k - 1)
             size = tokens = emitted = decodes
         else:
@@ -1175,11 +1306,16 @@ def wait(run: Run) -> None:
                 attention += 0.5 * prompt * prompt
             tokens = decodes + prompts
             holds = held + tokens
-            duration = batch_time(coef, prompts, decodes, reads, attention)
+            duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
             area = duration * holds
         if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
             _close(run, rules.horizon, held, AT_HORIZON)
             return
+        if now + duration > rules.warmup:
+            _count_gaps(run, decodes, reads, k, first, last, duration)
+            for j in range(groups.size):
+                if groups[j].chosen == 1 and groups[j].decodes > 0 and groups[j].last < now:
+                    _lengthen_gaps(run, groups[j].decodes, first, now - groups[j].last)
         now += duration
         left -= k
         for j in range(groups.size):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fluidsched._checks import check_count, check_real
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
-from fluidsched.simulation import compiled
+from fluidsched.simulation import compiled, histogram
 from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
 from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
 
@@ -200,6 +200,7 @@ def _prepare(
         first_token=np.full(count, np.nan),
         finish=np.full(count, np.nan),
         preemptions=np.zeros(count, dtype=np.int64),
+        gaps=np.zeros(histogram.BUCKETS, dtype=np.int64),
         occupancy=np.zeros((2 * points, 4)),
     )
 
@@ -215,6 +216,8 @@ def _rules(server: Server, table: PolicyTable) -> NDArray[np.void]:
     rules["decodes_first"] = table.kind in ("sarathi", "orca")
     rules["gated"] = table.kind == "gated"
     rules["restart"] = table.preemption == "restart"
+    rules["gap_shift"], rules["gap_first"] = histogram.SHIFT, histogram.FIRST
+    rules["gap_last"] = histogram.BUCKETS - 1
     return rules
 
 
@@ -301,6 +304,8 @@ def _engine_run(
         kv_token_s=float(state["kv_area"]),
         resident_s=float(state["resident_area"]),
         waiting_s=float(state["waiting_area"] + waited),
+        gap_s=float(state["gap_s"]),
+        gap_counts=run.gaps,
         occupancy=run.occupancy[: state["samples"]].copy() if points else None,
         **{field: int(state[name]) for field, name in COUNTERS.items()},
     )

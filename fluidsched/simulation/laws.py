@@ -5,10 +5,12 @@ With [w, e] the measured window and, of request i, arrival A_i, admission D_i, f
 - *time order*: A ≤ D < F ≤ E ≤ e, F = E exactly when o = 1;
 - *requests are conserved*: each has one status, which its times agree with; a "finished" run leaves none;
 - *tokens are conserved*: Σ tokens of all batches = Σ_{finished} (p + o - 1) + wasted + held at the end;
+- *gaps are conserved*: every token in the window that is not its request's first ends one gap; in a run
+  measured to its empty end, Σ gaps = Σ_i (E_i - F_i) (neither is asked of restarts, which lose tokens);
 - *Little's law for requests*: ∫ (residents + waiting) dt = Σ_i |[A_i, E_i] ∩ [w, e]|, E_i = e if unfinished;
 - *Little's law for KV*: ∫ KV dt = Σ_i ∫ (KV held by i) dt.
 
-The first four are read off an `EngineRun`. The last, and the limits on every batch, need the batches: an
+All but the last are read off an `EngineRun`. That one, and the limits on every batch, need the batches: an
 `Audit` rebuilds each request's KV from what the reference engine shows of its iterations, by its own
 accounts.
 """
@@ -20,6 +22,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fluidsched.errors import SimulationError
 from fluidsched.simulation.limits import effective_limits
@@ -45,8 +48,19 @@ def _close(first: float, second: float, scale: float) -> bool:
     return math.isclose(first, second, rel_tol=TOLERANCE, abs_tol=TOLERANCE * max(scale, 1e-300))
 
 
-def check_laws(path: ArrivalPath, server: Server, run: EngineRun, *, warmup: float) -> None:
+def check_laws(
+    path: ArrivalPath, server: Server, run: EngineRun, *, warmup: float, lossless: bool = True
+) -> None:
     """Verify the laws that a run's own records can show.
+
+    Parameters
+    ----------
+    path, server, run
+        The run, and what it was made from.
+    warmup : float
+        Start of its window, s.
+    lossless : bool
+        Whether no token is ever lost: false where preemption restarts.
 
     Raises
     ------
@@ -78,6 +92,13 @@ def check_laws(path: ArrivalPath, server: Server, run: EngineRun, *, warmup: flo
     _hold(
         "tokens are conserved", run.batch_token_sum == accounted, f"{run.batch_token_sum:,} and {accounted:,}"
     )
+    if lossless:
+        gaps = int(run.gap_counts.sum())
+        continued = run.emitted_tokens - int(np.count_nonzero(first > warmup))
+        _hold("every token but the first ends a gap", gaps == continued, f"{gaps:,} and {continued:,}")
+    if lossless and run.verdict == "finished" and warmup == 0.0:
+        decoding = float((finish - first)[finished].sum())
+        _hold("gaps add up", _close(run.gap_s, decoding, decoding), f"{run.gap_s!r} and {decoding!r} s")
     _hold("preemptions add up", run.preempted == run.preemptions.sum(), str(run.preempted))
     _hold("KV within capacity", run.peak_kv <= server.kv_capacity, f"{run.peak_kv:,} tokens")
 
@@ -92,6 +113,13 @@ def check_laws(path: ArrivalPath, server: Server, run: EngineRun, *, warmup: flo
     )
     window = max(run.end_s - warmup, 0.0)
     _hold("busy time within the window", run.busy_s <= window * (1 + TOLERANCE), f"{run.busy_s!r} s")
+
+
+def _neighbours(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> bool:
+    """Whether two histograms count equally many, with none further off than the next bucket."""
+    first, second = np.cumsum(ours), np.cumsum(theirs)
+    apart = (first[:-1] > second[1:]) | (second[:-1] > first[1:])
+    return bool(first[-1] == second[-1] and not apart.any())
 
 
 def check_agreement(run: EngineRun, reference: EngineRun) -> None:
@@ -111,6 +139,8 @@ def check_agreement(run: EngineRun, reference: EngineRun) -> None:
             same = field.name == "occupancy" or np.allclose(
                 ours, theirs, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True
             )
+        elif field.name == "gap_counts":
+            same = _neighbours(ours, theirs)
         elif isinstance(ours, np.ndarray):
             same = np.array_equal(ours, theirs)
         elif isinstance(ours, float):

@@ -9,7 +9,9 @@ Four sets of numbers, kept apart:
 - *per request*: over the whole run;
 - *counters* (`iterations`, `batch_token_sum`, `batch_size_sum`, `preempted`, `wasted_tokens`, `peak_kv`):
   over the whole run, counting the iterations that ended by `end_s`;
-- *in the window*: `emitted_tokens`, output tokens of the iterations that ended in (warmup, end_s];
+- *in the window*: `emitted_tokens`, output tokens of the iterations that ended in (warmup, end_s], and
+  `gap_counts`, `gap_s`, the times that passed since the token before of the same request (none for a first
+  token, and none for the first after a restart, which begins anew);
 - *integrals over time* (the fields `*_s` with a measure of time: `busy_s`, `kv_token_s`, `resident_s`,
   `waiting_s`): over the measured window [warmup, end_s], with the part of an iteration cut by the horizon.
 
@@ -64,6 +66,10 @@ class EngineRun:
         Integrals over the window of KV tokens held, of the number of residents, of the number waiting.
     emitted_tokens : int
         Output tokens produced in the window, those that a later restart loses included.
+    gap_s : float
+        Sum of the gaps between consecutive tokens of a request that ended in the window, s.
+    gap_counts : (B,) int64 array
+        How many of these gaps lie in each bucket of `fluidsched.simulation.histogram`.
     preempted : int
         Number of preemptions.
     wasted_tokens : int
@@ -94,6 +100,8 @@ class EngineRun:
     resident_s: float
     waiting_s: float
     emitted_tokens: int
+    gap_s: float
+    gap_counts: NDArray[np.int64]
     preempted: int
     wasted_tokens: int
     peak_kv: int

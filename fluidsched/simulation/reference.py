@@ -101,7 +101,8 @@ A user's rule (`rules`)
 
 Records
  25. admitted_s is the first admission; first_token_s the end of the iteration that produced token 1 (under
-     `restart` of the last start). The counters and integrals are those of `EngineRun`.
+     `restart` of the last start). A token other than token 1 ends a gap that began with the token before, also
+     if a preemption that kept tokens lies between. The counters and integrals are those of `EngineRun`.
  26. Occupancy rows are taken at decision instants, after arrivals join and before the decision, at the first
      instant at or after each point of a grid of step horizon/points, or (without a horizon) last
      arrival/points; when 2·points rows exist every second one is dropped and the step doubles. After a row at
@@ -122,6 +123,7 @@ from fluidsched.errors import SimulationError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.server.iteration import BatchSummary
+from fluidsched.simulation.histogram import BUCKETS, bucket
 from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Verdict
 from fluidsched.simulation.rules import UserRule, follow
@@ -135,11 +137,13 @@ Observer = Callable[[IterationSummary], Any]
 
 
 class _Request:
-    """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23."""
+    """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23;
+    `token_s`: when it emitted its latest token."""
 
     __slots__ = (
         "admitted_s", "arrival_s", "computed", "finish_s", "first_token_s", "index", "key", "output",
-        "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "target", "waiting_since",
+        "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "target", "token_s",
+        "waiting_since",
     )  # fmt: skip
 
     def __init__(self, index: int, row: int, priority: float, arrival_s: float, prompt: int, output: int):
@@ -150,7 +154,7 @@ class _Request:
         self.prompt = prompt
         self.output = output
         self.computed = self.produced = self.target = self.scheduled = self.preemptions = 0
-        self.admitted_s = self.first_token_s = self.finish_s = math.nan
+        self.admitted_s = self.first_token_s = self.finish_s = self.token_s = math.nan
 
 
 class _System:
@@ -585,7 +589,8 @@ class _Clock:
         self.horizon = math.inf if horizon is None else horizon
         self.warmup = warmup
         self.on_iteration = on_iteration
-        self.busy_s = self.kv_token_s = self.resident_s = 0.0
+        self.busy_s = self.kv_token_s = self.resident_s = self.gap_s = 0.0
+        self.gap_counts = np.zeros(BUCKETS, dtype=np.int64)
         self.batch_size_sum = self.batch_token_sum = self.emitted_tokens = self.peak_kv = 0
 
     def run_iteration(self, system: _System) -> None:
@@ -601,9 +606,12 @@ class _Clock:
         self.peak_kv = max(self.peak_kv, summary.held_tokens)
         system.iterations += 1
         system.since_prefill = 0 if summary.prefill else system.since_prefill + 1
-        emitted = _take_effect(system)
+        emitted, gaps = _take_effect(system)
         if system.now > self.warmup:
             self.emitted_tokens += emitted
+            for gap in gaps:
+                self.gap_s += gap
+                self.gap_counts[bucket(gap)] += 1
 
     def _summarise(self, system: _System) -> IterationSummary:
         prefill_attention = 0.0
@@ -683,9 +691,14 @@ class _Clock:
                 self.busy_s += duration
 
 
-def _take_effect(system: _System) -> int:
-    """Rule 4 at the end of an iteration: progress, tokens, departures; returns the output tokens emitted."""
+def _take_effect(system: _System) -> tuple[int, list[float]]:
+    """Rule 4 at the end of an iteration: progress, tokens, departures.
+
+    Returns the number of output tokens emitted, and of each that is not its request's first the time since
+    the one before, s (rule 25).
+    """
     emitted = 0
+    gaps = []
     finished = False
     for request in system.batch:
         tokens = request.scheduled
@@ -699,6 +712,9 @@ def _take_effect(system: _System) -> int:
         request.produced += 1
         if request.produced == 1:
             request.first_token_s = system.now
+        else:
+            gaps.append(system.now - request.token_s)
+        request.token_s = system.now
         if request.produced == request.output:
             request.finish_s = system.now
             request.target = 0
@@ -707,7 +723,7 @@ def _take_effect(system: _System) -> int:
             finished = True
     if finished:
         system.residents = [request for request in system.residents if request.produced < request.output]
-    return emitted
+    return emitted, gaps
 
 
 def _timers(system: _System) -> list[float]:
@@ -780,6 +796,8 @@ def _records(
         resident_s=clock.resident_s,
         waiting_s=system.waiting_s,
         emitted_tokens=clock.emitted_tokens,
+        gap_s=clock.gap_s,
+        gap_counts=clock.gap_counts,
         preempted=system.preemption_count,
         wasted_tokens=system.wasted_tokens,
         peak_kv=clock.peak_kv,

@@ -146,7 +146,8 @@ def simulate(
             elif check and r == 0:
                 check_agreement(runs[0], _reference_run(path, settings, audited=True))
             if check:
-                check_laws(path, server, runs[r], warmup=warmup)
+                lossless = tables[len(engine_runs)].preemption != "restart"
+                check_laws(path, server, runs[r], warmup=warmup, lossless=lossless)
             if progress is not None:
                 progress(stage, done + r + 1, len(tables) * len(paths))
         engine_runs.append(runs)

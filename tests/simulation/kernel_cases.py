@@ -181,18 +181,30 @@ def _holds_that_expire(case: Case, run: EngineRun, iterations: list[IterationSum
     return instants
 
 
-def assert_same_run(kernel: EngineRun, reference: EngineRun) -> None:
-    """Everything discrete equal; everything measured within 1e-9 relative."""
+def assert_same_gaps(kernel: Any, reference: Any, *, exact: bool) -> None:
+    """Equally many gaps, in the same buckets; but for dyadic times rounding may move one to the next bucket."""
+    if exact:
+        np.testing.assert_array_equal(kernel, reference, err_msg="gap_counts")
+        return
+    ours, theirs = np.cumsum(kernel), np.cumsum(reference)
+    assert ours[-1] == theirs[-1], "number of gaps"
+    assert (ours[:-1] <= theirs[1:]).all(), "gap_counts"
+    assert (theirs[:-1] <= ours[1:]).all(), "gap_counts"
+
+
+def assert_same_run(kernel: EngineRun, reference: EngineRun, *, exact: bool = False) -> None:
+    """Everything discrete equal; everything measured within 1e-9 relative; `exact`: gaps in equal buckets."""
     for name in ("verdict", "starved_types", "iterations", "batch_size_sum", "batch_token_sum",
                  "emitted_tokens", "preempted", "wasted_tokens", "peak_kv", "kv_end"):  # fmt: skip
         assert getattr(kernel, name) == getattr(reference, name), name
     for name in ("preemptions", "status"):
         np.testing.assert_array_equal(getattr(kernel, name), getattr(reference, name), err_msg=name)
     for name in ("admitted_s", "first_token_s", "finish_s", "end_s", "busy_s", "kv_token_s", "resident_s",
-                 "waiting_s"):  # fmt: skip
+                 "waiting_s", "gap_s"):  # fmt: skip
         np.testing.assert_allclose(
             getattr(kernel, name), getattr(reference, name), rtol=1e-9, atol=1e-12, err_msg=name
         )
+    assert_same_gaps(kernel.gap_counts, reference.gap_counts, exact=exact)
     if reference.occupancy is None:
         assert kernel.occupancy is None
     else:

@@ -75,5 +75,5 @@ def run_checked(
         on_iteration=observe,
     )
     audit.check(run)
-    check_laws(path, server, run, warmup=warmup)
+    check_laws(path, server, run, warmup=warmup, lossless=table.preemption != "restart")
     return run, batches
