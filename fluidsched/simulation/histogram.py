@@ -49,7 +49,7 @@ def buckets(durations: ArrayLike) -> Counts:
     [0, 1281, 1282, 1345]
     """
     bits = np.ascontiguousarray(durations, dtype=np.float64).view(np.int64) >> SHIFT
-    return np.clip(bits - FIRST, 0, BUCKETS - 1)
+    return np.asarray(np.clip(bits - FIRST, 0, BUCKETS - 1), dtype=np.int64)
 
 
 def bucket(duration: float) -> int:
