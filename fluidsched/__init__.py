@@ -30,6 +30,7 @@ if (
     from fluidsched import plots as plots
     from fluidsched.comparison import Comparison as Comparison
     from fluidsched.comparison import compare as compare
+    from fluidsched.fleets import verify_capacity as verify_capacity
     from fluidsched.fluid import FluidProgram as FluidProgram
     from fluidsched.fluid import FluidSolution as FluidSolution
     from fluidsched.fluid import Pool as Pool
@@ -95,6 +96,7 @@ _PUBLIC = {
     "compare": "fluidsched.comparison",
     "Comparison": "fluidsched.comparison",
     "sweep": "fluidsched.sweeps",
+    "verify_capacity": "fluidsched.fleets",
     "plan": "fluidsched.planning",
     "plots": "fluidsched.plots",
     "examples": "fluidsched.examples",

@@ -27,6 +27,7 @@ ORDER = (
     "plots",
     "sweeps",
     "reporting",
+    "fleets",
     "planning",
     "cli",
     "__main__",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import highspy
@@ -16,6 +18,9 @@ __all__ = ["ASSEMBLY_TOLERANCE", "Assembly", "Minimum"]
 
 #: Tolerance of certificates of scaled programs; HiGHS itself works to 1e-10.
 ASSEMBLY_TOLERANCE = 1e-7
+
+#: HiGHS's choice of an irreducible infeasible set: found from the linear program, then reduced.
+_IRREDUCIBLE = int(highspy.IisStrategy.kIisStrategyFromLp) | int(highspy.IisStrategy.kIisStrategyIrreducible)
 
 
 class Minimum(NamedTuple):
@@ -55,6 +60,7 @@ class Assembly:
         self._entry: list[tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]] = []
         self._columns = self._rows = 0
         self._integer: list[NDArray[np.intp]] = []
+        self._named: list[tuple[int, Callable[[int], str]]] = []
         self._fixed: list[tuple[NDArray[np.intp], NDArray[np.float64]]] = []
 
     def columns(
@@ -73,8 +79,11 @@ class Assembly:
         """Fix columns at these values."""
         self._fixed.append((columns, values))
 
-    def rows(self, lower: NDArray[np.float64], upper: NDArray[np.float64]) -> NDArray[np.intp]:
-        """Add rows lower ≤ · ≤ upper; return their indices."""
+    def rows(
+        self, lower: NDArray[np.float64], upper: NDArray[np.float64], name: Callable[[int], str]
+    ) -> NDArray[np.intp]:
+        """Add rows lower ≤ · ≤ upper; return their indices. `name` says what the i-th of them demands."""
+        self._named.append((self._rows, name))
         self._row.append((lower, upper))
         self._rows += len(lower)
         return np.arange(self._rows - len(lower), self._rows)
@@ -84,16 +93,8 @@ class Assembly:
         coefficients = np.broadcast_to(np.asarray(values, dtype=np.float64), rows.shape)
         self._entry.append((rows.ravel(), columns.ravel(), coefficients.ravel()))
 
-    def minimise(self, what: str, *, presolve: bool = False, relative_gap: float = 0.0) -> Minimum:
-        """Solve; `what` names the program in errors.
-
-        Raises
-        ------
-        InfeasibleError
-            If nothing satisfies the rows.
-        SolverError
-            If HiGHS ends without an optimum for another reason.
-        """
+    def program(self) -> tuple[highspy.HighsLp, SparseRows, float]:
+        """Return the program as HiGHS takes it, its entries, and what the cost was divided by."""
         lower, upper, cost = (np.concatenate(part) for part in zip(*self._column, strict=True))
         for columns, values in self._fixed:
             lower[columns] = upper[columns] = values
@@ -115,6 +116,44 @@ class Assembly:
             kinds = np.full(self._columns, highspy.HighsVarType.kContinuous)
             kinds[np.concatenate(self._integer)] = highspy.HighsVarType.kInteger
             lp.integrality_ = kinds.tolist()
+        return lp, SparseRows(row, column, value), scale
+
+    def contradiction(self) -> tuple[str, ...]:
+        """Return the names of an irreducible set of rows that contradict each other; () where HiGHS gives none.
+
+        Bounds of columns hold throughout and are not named.
+        """
+        lp, _, _ = self.program()
+        highs = new_highs()
+        highs.passModel(lp)
+        return self._contradiction(highs)
+
+    def _contradiction(self, highs: highspy.Highs) -> tuple[str, ...]:
+        if highs.setOptionValue("iis_strategy", _IRREDUCIBLE) != highspy.HighsStatus.kOk:
+            return ()  # an older HiGHS
+        status, found = highs.getIis()
+        if status != highspy.HighsStatus.kOk or not found.valid_:
+            return ()
+        starts = [first for first, _ in self._named]
+        names = []
+        for row in sorted(found.row_index_):
+            first, name = self._named[bisect.bisect_right(starts, row) - 1]
+            names.append(name(row - first))
+        return tuple(dict.fromkeys(names))
+
+    def minimise(self, what: str, *, presolve: bool = False, relative_gap: float = 0.0) -> Minimum:
+        """Solve; `what` names the program in errors.
+
+        Raises
+        ------
+        InfeasibleError
+            If nothing satisfies the rows; names an irreducible set of them where HiGHS finds one.
+        SolverError
+            If HiGHS ends without an optimum for another reason.
+        """
+        lp, (row, column, value), scale = self.program()
+        lower, upper, cost = np.array(lp.col_lower_), np.array(lp.col_upper_), np.array(lp.col_cost_)
+        row_lower, row_upper = np.array(lp.row_lower_), np.array(lp.row_upper_)
         highs = new_highs()
         if presolve:
             highs.setOptionValue("presolve", "choose")
@@ -128,7 +167,9 @@ class Assembly:
         status = highs.getModelStatus()
         infeasible = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
         if status in infeasible:
-            raise InfeasibleError(f"{what} has no solution")
+            names = self._contradiction(highs)
+            together = f"; these contradict each other: {', '.join(names)}" if names else ""
+            raise InfeasibleError(f"{what} has no solution{together}")
         if status != highspy.HighsModelStatus.kOptimal:
             raise SolverError(f"HiGHS ended with status {highs.modelStatusToString(status)!r} on {what}")
         answer, info = highs.getSolution(), highs.getInfo()
@@ -138,7 +179,7 @@ class Assembly:
             return Minimum(x, unknown, scale, effort, float(info.mip_dual_bound) * scale, None)
         y = np.array(answer.row_dual)
         certificate, bound = certify_minimum(
-            cost / scale,
+            cost,
             SparseRows(row, column, value),
             (row_lower, row_upper),
             (lower, upper),

@@ -19,13 +19,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fluidsched import _files
 from fluidsched._checks import check_real
-from fluidsched.errors import InputError, SolverError
+from fluidsched.errors import InfeasibleError, InputError, SolverError
 from fluidsched.fluid._assembly import Assembly
 from fluidsched.fluid.pools import (
     Pool,
@@ -43,8 +44,11 @@ from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["CapacityPlan", "plan_capacity", "plan_load"]
+
+SCHEMA = "fluidsched.capacity-plan/1"
 
 #: Relative slack by which integer replicas may miss the demand, from the solver's integrality tolerance.
 _MISSED = 1e-6
@@ -98,6 +102,29 @@ class CapacityPlan:
         frame.insert(3, "cost", self.cost * self.replicas)
         return frame
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first: replicas and cost of each server, and the routing."""
+        answer: dict[str, Any] = _files.to_jsonable(
+            {
+                "schema": SCHEMA,
+                "chunk_tokens": self.chunk_tokens,
+                "replicas": dict(
+                    zip((pool.name for pool in self.pools), self.replicas.tolist(), strict=True)
+                ),
+                "cost": dict(zip((pool.name for pool in self.pools), self.cost.tolist(), strict=True)),
+                "total_cost": self.total_cost,
+                "carried_rate": self.workload.total_arrival_rate,
+                "bound": self.bound,
+                "gap": self.gap,
+                "routing": self.routing.to_dict(),
+            }
+        )
+        return answer
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw who is served where; see `fluidsched.plots.routing`."""
+        return self.routing.plot(ax=ax)
+
     def __repr__(self) -> str:
         lines = [
             "CapacityPlan",
@@ -139,8 +166,10 @@ def plan_capacity(
     Raises
     ------
     InputError
-        If an argument is wrong; an `itl_target` must exceed every server's empty iteration, and some
-        server must hold the longest request of every type with demand.
+        If an argument is wrong.
+    InfeasibleError
+        If no fleet will do: no server holds the longest request of a type with demand, or `itl_target` is
+        below a server's empty iteration.
     SolverError
         If HiGHS fails.
 
@@ -200,7 +229,9 @@ def plan_load(
     Raises
     ------
     InputError
-        If an argument is wrong, or the budget buys nothing that serves the workload.
+        If an argument is wrong.
+    InfeasibleError
+        As `plan_capacity`, or if the budget buys nothing that serves the workload.
     SolverError
         If HiGHS fails.
 
@@ -221,13 +252,15 @@ def plan_load(
     most = np.floor(limit / prices * (1.0 + 1e-12))
     guess = largest_factor(_with_replicas(model, most), rate)
     if guess == 0.0:
-        raise InputError("budget", budget, "buy at least one server", f"The cheapest costs {prices.min():g}.")
+        raise InfeasibleError(
+            f"a budget of {limit:g} buys no server. The cheapest costs {prices.min():g}.", "budget"
+        )
     if not math.isfinite(guess):
         raise InputError("workload", "a mix that uses nothing", "use the servers")
     lp = Assembly()
     blocks = pool_blocks(lp, model, np.where(rate > 0.0, rate * guess, 1.0), 0.0, 0.0, most)
     factor = lp.columns(1, 0.0, 1.0, -1.0)
-    spend = lp.rows(np.full(1, -np.inf), np.ones(1))
+    spend = lp.rows(np.full(1, -np.inf), np.ones(1), lambda _: "budget")
     lp.add(np.full_like(blocks.replicas, spend[0]), blocks.replicas, prices / limit)
     demand = _meet(lp, model, blocks, np.zeros(len(rate)))
     offered = rate > 0.0
@@ -236,7 +269,11 @@ def plan_load(
     replicas = np.round(answer.value[blocks.replicas])
     carried = largest_factor(_with_replicas(model, replicas), rate)
     if carried == 0.0:
-        raise InputError("budget", budget, "buy servers that together serve the workload")
+        raise InfeasibleError(
+            f"a budget of {limit:g} buys no servers that together serve every type: prefill needs decode, and"
+            " every type a server that holds its longest request. Raise the budget.",
+            "budget",
+        )
     proved = max(-answer.bound * guess, carried)
     scaled = dataclasses.replace(model, workload=workload.scaled(carried))
     total = float(rate.sum())
@@ -250,6 +287,7 @@ def _offers(
     itl_target: float | None,
     chunk_tokens: int | None,
 ) -> tuple[PoolsModel, NDArray[np.float64]]:
+    target = None if itl_target is None else check_real("itl_target", itl_target, above=0.0)
     pools = []
     for position, offer in enumerate(servers):
         server = offer.server() if isinstance(offer, CatalogEntry) else offer
@@ -257,7 +295,14 @@ def _offers(
             server = Pool(server)
         if not isinstance(server, Pool):
             raise InputError(f"servers[{position}]", offer, "be a Server, a CatalogEntry or a Pool")
-        limit = server.max_iteration_time if itl_target is None else itl_target
+        limit = server.max_iteration_time if target is None else target
+        empty = server.server.iteration_time.empty
+        if target is not None and target <= empty:
+            raise InfeasibleError(
+                f"itl_target of {target:.4g} s cannot be kept by {server.name!r}, whose empty iteration alone takes"
+                f" {empty:.4g} s. Leave that server out, or allow more.",
+                "itl_target",
+            )
         pools.append(dataclasses.replace(server, replicas=1.0, max_iteration_time=limit))
     model = pools_model(workload, pools, chunk_tokens=chunk_tokens)
     prices = np.array(cost, dtype=np.float64)
@@ -272,7 +317,7 @@ def _meet(
     lp: Assembly, model: PoolsModel, blocks: PoolBlocks, demand: NDArray[np.float64]
 ) -> NDArray[np.intp]:
     """Add the rows Σ_k a_jk = demand, in the units of the blocks; return them."""
-    rows = lp.rows(demand, demand)
+    rows = lp.rows(demand, demand, lambda j: f"demand[{model.workload.type_names[j]}]")
     starts = blocks.routed[model.stage("whole", "prefill")]
     lp.add(np.broadcast_to(rows, starts.shape), starts, 1.0)
     return rows

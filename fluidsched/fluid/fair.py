@@ -40,11 +40,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fluidsched import _files
 from fluidsched._checks import check_real
 from fluidsched.errors import InputError, SolverError
 from fluidsched.fluid.certificate import TOLERANCE, Certificate
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["FairSolution", "progressive_filling", "solve_fair"]
+
+SCHEMA = "fluidsched.fair-solution/1"
 
 #: Load a row may miss 1 by where its multiplier is positive.
 _PRECISION = 1e-13
@@ -191,6 +194,26 @@ class FairSolution:
         frame["share"] = self.share
         frame["weight"] = self.weights
         return frame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first; `fluid` is the embedded solution (`FluidSolution.to_dict`)."""
+        answer: dict[str, Any] = _files.to_jsonable(
+            {
+                "schema": SCHEMA,
+                "alpha": self.alpha,
+                "weights": self.weights,
+                "share_per_request": self.share_per_request,
+                "admitted_rate": self.admitted_rate,
+                "share": self.share,
+                "total": self.total,
+                "utility": self.utility,
+                "status": self.status,
+                "certificate": {**dataclasses.asdict(self.certificate), "ok": self.certificate.ok},
+                "log_price_scale": self.log_price_scale,
+                "fluid": self.fluid.to_dict(),
+            }
+        )
+        return answer
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw offered and admitted rates by type; see `fluidsched.plots.fair_shares`."""

@@ -119,7 +119,7 @@ class FluidModel:
 
         For a type that uses nothing (one token in and out, where only KV costs time): 1/T(empty batch).
         """
-        load = self.load(np.eye(len(self.workload))).max(axis=-1)
+        load = self.halfspaces.max(axis=0)
         return np.asarray(1.0 / np.where(load > 0.0, load, self.base.max()))
 
     def load(self, rate: ArrayLike) -> NDArray[np.float64]:
@@ -192,16 +192,41 @@ class FluidModel:
 
     def check_floors(self, arrival_rate: NDArray[np.float64]) -> None:
         """Raise `InfeasibleError` if the floors alone exceed what the server carries."""
-        load = self.load(self.fairness_floor * arrival_rate)
+        floors = self.fairness_floor * arrival_rate
+        load = self.load(floors)
         if load.max() <= 1.0 + TOLERANCE:
             return
         loads = zip(self.resources, load.tolist(), strict=True)
         over = [f"{name} {value:.3g}" for name, value in loads if value > 1.0 + TOLERANCE]
         raise InfeasibleError(
-            f"the fairness floors alone load the server beyond 1 ({', '.join(over)}). They become feasible"
-            f" when multiplied by {1 / load.max():.3g} or less.",
+            f"the fairness floors alone load the server beyond 1 ({', '.join(over)}). These contradict each"
+            f" other, and no fewer of them do: {', '.join(self.floor_contradiction(floors))}. The floors become"
+            f" feasible when multiplied by {1 / load.max():.3g} or less.",
             "fairness_floor",
         )
+
+    def floor_contradiction(self, floors: NDArray[np.float64]) -> tuple[str, ...]:
+        """Return the names of an irreducible set of constraints that floors of shape (J,), req/s, cannot meet.
+
+        "time", with another resource where time alone would do, and floors: dropping any one of them leaves
+        constraints that can be met. () where the floors can be met.
+        """
+        load = dict(zip(self.resources, self.load(floors).tolist(), strict=True))
+        worst = max(load, key=load.__getitem__)
+        if load[worst] <= 1.0 + TOLERANCE:
+            return ()
+        resource = "time" if load["time"] > 1.0 + TOLERANCE else worst
+        normals = self._halfspaces[resource] * floors
+        total = normals.sum(axis=1)
+        kept = []
+        for j in np.argsort(normals.max(axis=0), kind="stable").tolist():  # the smallest are dropped first
+            without = total - normals[:, j]
+            if floors[j] > 0.0 and without.max() <= 1.0 + TOLERANCE:
+                kept.append(j)
+            else:
+                total = without
+        names = [f"fairness_floor[{self.workload.type_names[j]}]" for j in sorted(kept)]
+        return ("time", *([] if resource == "time" else [resource]), *names)
 
 
 def build_model(
@@ -249,13 +274,14 @@ def build_model(
             rate_coefficient.append(-float(capacity))
     slowest = math.inf
     if max_iteration_time is not None:
+        slowest = check_real("max_iteration_time", max_iteration_time, above=0.0)
         empty = server.iteration_time.empty
-        slowest = check_real(
-            "max_iteration_time",
-            max_iteration_time,
-            above=empty,
-            remedy=f"The empty batch alone takes {empty:.4g} s.",
-        )
+        if slowest <= empty:
+            raise InfeasibleError(
+                f"max_iteration_time of {slowest:.4g} s cannot be kept by {server.name!r}, whose empty iteration"
+                f" alone takes {empty:.4g} s. Allow more than that, or take a faster server.",
+                "max_iteration_time",
+            )
     return FluidModel(
         workload=workload,
         server=server,

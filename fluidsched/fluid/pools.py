@@ -18,15 +18,17 @@ not charged). A type is not routed to a pool whose memory could not hold its lon
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fluidsched import _files
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid._assembly import ASSEMBLY_TOLERANCE, Assembly
@@ -38,6 +40,7 @@ from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = [
     "Pool",
@@ -48,6 +51,9 @@ __all__ = [
     "pools_model",
     "solve_pools",
 ]
+
+
+SCHEMA = "fluidsched.pools-solution/1"
 
 
 @dataclass(frozen=True)
@@ -256,6 +262,38 @@ class PoolsSolution:
             }
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first: pools with their servers, routing (P, J), prices, certificate."""
+        pools = [
+            {"server": pool.server.to_dict(), "max_iteration_time_s": pool.max_iteration_time, **row}
+            for pool, row in zip(self.model.pools, self.pool_frame().to_dict("records"), strict=True)
+        ]
+        answer: dict[str, Any] = _files.to_jsonable(
+            {
+                "schema": SCHEMA,
+                "workload": self.model.workload.to_dict(),
+                "objective": self.model.objective,
+                "reward": self.model.reward,
+                "fairness_floor": self.model.fairness_floor,
+                "pools": pools,
+                "routed_rate": self.routed_rate,
+                "admitted_rate": self.admitted_rate,
+                "bid_price": self.bid_price,
+                "stable": self.is_stable,
+                "critical_rate": self.critical_rate,
+                "objective_value": self.objective_value,
+                "upper_bound": self.upper_bound,
+                "certificate": {**dataclasses.asdict(self.certificate), "ok": self.certificate.ok},
+            }
+        )
+        return answer
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw who is served where; see `fluidsched.plots.routing`."""
+        from fluidsched import plots
+
+        return plots.routing(self, ax=ax)
+
     def pool_frame(self) -> pd.DataFrame:
         """Return one row per pool: replicas, load, iteration time, resident KV and batch of one replica, price."""
         import pandas as pd
@@ -314,9 +352,10 @@ def solve_pools(
     Raises
     ------
     InputError
-        If an argument is wrong, or no pool can hold the longest request of a type with demand.
+        If an argument is wrong.
     InfeasibleError
-        If the fairness floors cannot be met.
+        If the fairness floors cannot be met (the message names an irreducible set of constraints), a pool's
+        iteration time cannot be kept, or no pool can hold the longest request of a type with demand.
 
     Examples
     --------
@@ -333,11 +372,7 @@ def solve_pools(
     if floors.any():
         factor = largest_factor(model, floors)
         if factor < 1.0 - ASSEMBLY_TOLERANCE:
-            raise InfeasibleError(
-                "the fairness floors alone exceed what the pools carry. They become feasible when"
-                f" multiplied by {factor:.3g} or less.",
-                "fairness_floor",
-            )
+            raise _floors_beyond(model, floors, factor)
     able = model.replicas @ np.where(model.routable, [m.rate_alone for m in model.models], 0.0)
     unit = np.where(offered > 0.0, np.minimum(offered, np.where(able > 0.0, able, offered)), 1.0)
     starts = model.stage("whole", "prefill")
@@ -345,7 +380,7 @@ def solve_pools(
     # Rewards are earned where requests are admitted; flow balance makes every prefill finish.
     blocks = pool_blocks(lp, model, unit, np.where(starts[:, None], -model.reward * unit, 0.0))
     lp.fix(blocks.replicas, model.replicas)
-    demand = lp.rows(floors / unit, offered / unit)
+    demand = lp.rows(floors / unit, offered / unit, _type_names("demand", model))
     lp.add(np.broadcast_to(demand, blocks.routed[starts].shape), blocks.routed[starts], 1.0)
     answer = lp.minimise("the program of the pools", presolve=True)
     assert answer.certificate is not None
@@ -364,6 +399,37 @@ def solve_pools(
         certificate=answer.certificate,
         effort=answer.effort,
     )
+
+
+def _floors_beyond(model: PoolsModel, floors: NDArray[np.float64], factor: float) -> InfeasibleError:
+    """The error for floors (J,), req/s, of which the pools carry only `factor` times."""
+    lp = Assembly()
+    unit = np.where(floors > 0.0, floors, 1.0)
+    blocks = pool_blocks(lp, model, unit)
+    lp.fix(blocks.replicas, model.replicas)
+    # Without an upper end, so that the set names what must be admitted, not what may.
+    floor = lp.rows(floors / unit, np.full(len(floors), np.inf), _type_names("fairness_floor", model))
+    starts = blocks.routed[model.stage("whole", "prefill")]
+    lp.add(np.broadcast_to(floor, starts.shape), starts, 1.0)
+    names = lp.contradiction()
+    together = f" These contradict each other, and no fewer of them do: {', '.join(names)}." if names else ""
+    return InfeasibleError(
+        f"the fairness floors alone exceed what the pools carry.{together} The floors become feasible when"
+        f" multiplied by {factor:.3g} or less, or with {1.0 / factor if factor else math.inf:.3g} times the"
+        " replicas.",
+        "fairness_floor",
+    )
+
+
+def _type_names(what: str, model: PoolsModel) -> Callable[[int], str]:
+    return lambda j: f"{what}[{model.workload.type_names[j]}]"
+
+
+def _pool_names(pool: Pool, model: FluidModel) -> Callable[[int], str]:
+    def name(row: int) -> str:
+        return f"{'time' if row < model.pieces else model.row_names[row]} of {pool.name}"
+
+    return name
 
 
 class PoolBlocks(NamedTuple):
@@ -407,18 +473,19 @@ def pool_blocks(
     blocks = []
     for k, one in enumerate(model.models):
         size, fastest = _row_size(one), 1.0 / float(one.base.max())
-        rows = lp.rows(np.full(len(size), -np.inf), np.zeros(len(size)))
+        rows = lp.rows(np.full(len(size), -np.inf), np.zeros(len(size)), _pool_names(model.pools[k], one))
         lp.add(*np.broadcast_arrays(rows[:, None], routed[k], one.matrix * unit / size[:, None]))
         lp.add(rows, np.full_like(rows, speeds[k]), one.rate_coefficient * fastest / size)
         lp.add(rows, np.full_like(rows, replicas[k]), -one.limit)
         blocks.append(rows)
         if math.isfinite(one.max_iteration_time):
-            slowest = lp.rows(np.full(1, -np.inf), np.zeros(1))
+            label = f"iteration_time of {model.pools[k].name}"
+            slowest = lp.rows(np.full(1, -np.inf), np.zeros(1), lambda _, label=label: label)  # type: ignore[misc]
             lp.add(slowest, speeds[k : k + 1], -1.0)
             lp.add(slowest, replicas[k : k + 1], 1.0 / (one.max_iteration_time * fastest))
     prefill, decode = model.stage("prefill"), model.stage("decode")
     if prefill.any():
-        balance = lp.rows(np.zeros(types), np.zeros(types))
+        balance = lp.rows(np.zeros(types), np.zeros(types), _type_names("prefill = decode", model))
         for stage, sign in ((prefill, 1.0), (decode, -1.0)):
             lp.add(np.broadcast_to(balance, routed[stage].shape), routed[stage], sign)
     return PoolBlocks(routed, replicas, blocks)
@@ -439,7 +506,7 @@ def largest_factor(model: PoolsModel, rate: NDArray[np.float64]) -> float:
     lp.fix(blocks.replicas, model.replicas)
     factor = lp.columns(1, 0.0, np.inf, -1.0)
     starts = model.stage("whole", "prefill")
-    demand = lp.rows(np.zeros(len(rate)), np.zeros(len(rate)))
+    demand = lp.rows(np.zeros(len(rate)), np.zeros(len(rate)), _type_names("demand", model))
     lp.add(np.broadcast_to(demand, blocks.routed[starts].shape), blocks.routed[starts], 1.0)
     lp.add(demand[offered], np.full(int(offered.sum()), factor[0]), -1.0)
     answer = lp.minimise("the largest load of the pools", presolve=True)
@@ -509,11 +576,11 @@ def _routable(workload: Workload, pools: tuple[Pool, ...]) -> NDArray[np.bool_]:
     if not served.all():
         j = int(np.argmin(served))
         needs = int(workload.max_prompt_tokens[j] + workload.max_output_tokens[j] - 1)
-        raise InputError(
-            "pools",
-            f"at most {largest:,.0f} tokens of KV per replica",
-            f"hold the longest request of type {workload.type_names[j]!r}, {needs:,} tokens",
-            "Add a pool with more memory, or cap the type's lengths.",
+        raise InfeasibleError(
+            f"no pool can hold the longest request of type {workload.type_names[j]!r}: it needs {needs:,} tokens"
+            f" of KV, the pools hold at most {largest:,.0f} per replica. Add a pool with more memory, or cap the"
+            " type's lengths.",
+            "longest_request",
         )
     return routable
 

@@ -56,7 +56,9 @@ class FluidProgram:
     Raises
     ------
     InputError
-        If an argument is wrong; `max_iteration_time` must exceed the empty batch's.
+        If an argument is wrong.
+    InfeasibleError
+        If `max_iteration_time` does not exceed the empty iteration's.
 
     Examples
     --------

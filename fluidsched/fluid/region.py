@@ -13,11 +13,12 @@ the boundary the smallest (1 − g_h·λ)/‖g_h‖: all exact, none needs a sol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fluidsched import _files
 from fluidsched._checks import check_choice
 from fluidsched.errors import InputError
 from fluidsched.fluid.model import TOLERANCE, build_model
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["StabilityRegion", "stability_region"]
+
+SCHEMA = "fluidsched.stability-region/1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,6 +151,18 @@ class StabilityRegion:
         frame = pd.DataFrame(self.normals, columns=list(self.type_names))
         frame.insert(0, "resource", list(self.resources))
         return frame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first: half-spaces g·λ ≤ 1 with their resources."""
+        answer: dict[str, Any] = _files.to_jsonable(
+            {
+                "schema": SCHEMA,
+                "types": list(self.type_names),
+                "normals_s": self.normals,
+                "resources": list(self.resources),
+            }
+        )
+        return answer
 
     def plot(self, first: str, second: str, others: ArrayLike | None = None, ax: Axes | None = None) -> Axes:
         """Draw the region in two types; see `fluidsched.plots.stability_boundary`."""

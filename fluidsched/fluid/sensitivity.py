@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import highspy
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fluidsched import _files
 from fluidsched._checks import check_real
 from fluidsched.errors import InputError, SolverError
 from fluidsched.fluid.export import to_highs
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["RateSweep", "ranging", "sweep_load", "sweep_rates"]
+
+SCHEMA = "fluidsched.rate-sweep/1"
 
 #: Relative difference in value below which a point lies on a line.
 _ON_LINE = 1e-10
@@ -93,6 +96,23 @@ class RateSweep:
             frame.insert(2, "iteration_time_s", solution.iteration_time)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first: the points, with value, rates (K, J) and bid prices (K, J) there."""
+        answer: dict[str, Any] = _files.to_jsonable(
+            {
+                "schema": SCHEMA,
+                "types": list(self.solutions[0].model.workload.type_names),
+                "parameter_name": self.parameter_name,
+                "parameter": self.parameter,
+                "objective_value": self.objective_value,
+                "arrival_rate": self.arrival_rate,
+                "admitted_rate": self.admitted_rate,
+                "bid_price": [solution.bid_price for solution in self.solutions],
+                "decision": [list(solution.decision) for solution in self.solutions],
+            }
+        )
+        return answer
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw every type's admitted rate; see `fluidsched.plots.rate_sweep`."""

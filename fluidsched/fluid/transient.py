@@ -108,7 +108,8 @@ def solve_transient(
     InputError
         If an argument is wrong.
     InfeasibleError
-        If no number of replicas keeps the ramps and the limits; the message names the period.
+        If no number of replicas keeps the ramps and the limits (the message names the period), or
+        `max_iteration_time` does not exceed the empty iteration's.
     SolverError
         If HiGHS fails.
 
@@ -182,7 +183,7 @@ def _check_ramps(problem: TransientModel) -> None:
 
 def _solve(problem: TransientModel) -> TransientSolution:
     model, h, periods = problem.model, problem.step, problem.periods
-    types, rows = len(model.workload), len(model.row_names)
+    types, rows, names = len(model.workload), len(model.row_names), model.workload.type_names
     most = float(problem.max_replicas.max())
     fastest = 1.0 / float(model.base.max())
     demand = np.maximum(problem.arrival_rate.max(axis=0), problem.initial_backlog / h)
@@ -203,24 +204,32 @@ def _solve(problem: TransientModel) -> TransientSolution:
 
     arriving = problem.arrival_rate / unit
     arriving[0] += problem.initial_backlog / (h * unit)
-    balance = lp.rows(arriving.ravel(), arriving.ravel())
+    balance = lp.rows(
+        arriving.ravel(), arriving.ravel(), lambda i: f"balance of {names[i % types]} in period {i // types}"
+    )
     lp.add(balance, a, 1.0)
     lp.add(balance, q, 1.0)
     lp.add(balance[types:], q[:-types], -1.0)
 
     row_scale = np.where(model.limit > 0.0, 1.0, -model.rate_coefficient * fastest)
-    resource = lp.rows(np.full(periods * rows, -np.inf), np.zeros(periods * rows)).reshape(periods, rows)
+    resource = lp.rows(
+        np.full(periods * rows, -np.inf),
+        np.zeros(periods * rows),
+        lambda i: f"{model.row_names[i % rows]} in period {i // rows}",
+    ).reshape(periods, rows)
     use = model.matrix * unit / (row_scale[:, None] * most)
     by_type = a.reshape(periods, 1, types)
     lp.add(*np.broadcast_arrays(resource[:, :, None], by_type, use))
     lp.add(*np.broadcast_arrays(resource, u[:, None], model.rate_coefficient * fastest / row_scale))
     lp.add(*np.broadcast_arrays(resource[:, : model.pieces], n[:, None], -1.0))
     if math.isfinite(model.max_iteration_time):
-        speed = lp.rows(np.full(periods, -np.inf), np.zeros(periods))
+        speed = lp.rows(
+            np.full(periods, -np.inf), np.zeros(periods), lambda i: f"iteration_time in period {i}"
+        )
         lp.add(speed, n, 1.0 / (model.max_iteration_time * fastest))
         lp.add(speed, u, -1.0)
     fall, rise = problem.ramp_limits
-    ramp = lp.rows(fall / most, rise / most)
+    ramp = lp.rows(fall / most, rise / most, lambda i: f"ramps into period {i}")
     lp.add(ramp, n, 1.0)
     lp.add(ramp[1:], n[:-1], -1.0)
 

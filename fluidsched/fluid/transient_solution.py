@@ -26,6 +26,7 @@ the plan's cost equals the bound; the last three relative to the largest of the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fluidsched import _files
 from fluidsched.fluid.model import TOLERANCE, FluidModel
 from fluidsched.fluid.solution import Certificate
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["TransientModel", "TransientSolution"]
+
+SCHEMA = "fluidsched.transient-solution/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,6 +373,42 @@ class TransientSolution:
                 "load": np.repeat(self.load, len(names)),
             }
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first: the question, then admissions (T, J), backlogs (T+1, J), prices."""
+        problem = self.problem
+        answer: dict[str, Any] = _files.to_jsonable(
+            {
+                "schema": SCHEMA,
+                "workload": problem.model.workload.to_dict(),
+                "server": problem.model.server.to_dict(),
+                "step_s": problem.step,
+                "arrival_rate": problem.arrival_rate,
+                "initial_backlog": problem.initial_backlog,
+                "holding_cost": problem.holding_cost,
+                "reward": problem.model.reward,
+                "min_replicas": problem.min_replicas,
+                "max_replicas": problem.max_replicas,
+                "replica_cost": problem.replica_cost,
+                "ramp_up": problem.ramp_up,
+                "ramp_down": problem.ramp_down,
+                "initial_replicas": problem.initial_replicas,
+                "max_iteration_time_s": problem.model.max_iteration_time,
+                "chunk_tokens": problem.model.chunk_tokens,
+                "time_s": self.time,
+                "admitted_rate": self.admitted_rate,
+                "backlog": self.backlog,
+                "replicas": self.replicas,
+                "load": self.load,
+                "bid_price": self.bid_price,
+                "arrival_price": self.arrival_price,
+                "cost": self.cost,
+                "lower_bound": self.lower_bound,
+                "status": self.status,
+                "certificate": {**dataclasses.asdict(self.certificate), "ok": self.certificate.ok},
+            }
+        )
+        return answer
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw arrivals, admissions and backlog over time; see `fluidsched.plots.transient`."""

@@ -365,7 +365,7 @@ def test_frame_repr_and_plot() -> None:
         ({"weights": [1.0, 1.0, -1.0, 1.0]}, "weights of type 'long answers'"),
         ({"share": [1.0, 0.0, 1.0, 1.0]}, "share of type 'long prompts'"),
         ({"share": "revenue"}, "objective"),
-        ({"max_iteration_time": 0.001}, "max_iteration_time"),
+        ({"max_iteration_time": -0.001}, "max_iteration_time"),
     ],
 )
 def test_wrong_input_is_named(asked: dict[str, Any], argument: str) -> None:

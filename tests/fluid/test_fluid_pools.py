@@ -175,7 +175,7 @@ def test_types_go_only_where_they_fit() -> None:
     assert solution.model.routable.tolist() == [[True, False], [True, True]]
     assert solution.routed_rate[0, 1] == 0.0
     assert solution.bid_price[0, 1] == math.inf
-    with pytest.raises(InputError, match="'long', 3,049 tokens"):
+    with pytest.raises(InfeasibleError, match="'long': it needs 3,049 tokens"):
         solve_pools(workload, [small])
 
 

@@ -519,7 +519,7 @@ def test_contradictory_ramps_are_named() -> None:
         ({"ramp_up": -1.0}, "ramp_up"),
         ({"replica_cost": math.nan}, "replica_cost"),
         ({"reward": "revenue"}, "objective"),
-        ({"max_iteration_time": 0.001}, "max_iteration_time"),
+        ({"max_iteration_time": -0.001}, "max_iteration_time"),
     ],
 )
 def test_wrong_input_is_named(asked: dict[str, Any], argument: str) -> None:

@@ -1,0 +1,454 @@
+"""Fleets checked against percentiles of latency: the fluid plan's replicas, corrected by simulation.
+
+`plan_capacity` says how many replicas carry a demand, not how long requests wait. Here every pool k of its plan is
+simulated as N_k independent replicas, each receiving the rates
+
+    λ_jk = (rate of type j routed to pool k) / N_k,
+
+which for Poisson arrivals is exactly what random routing within the pool gives each replica (a router that looks at
+queues does better, so the fleet found is on the safe side of it). Routing between the pools stays the plan's. A
+target, such as a p99 TTFT of 1 s, holds for the fleet if it holds in every pool.
+
+*Search.* The latency of a pool falls as its load per replica does, so the least N_k that meets the targets is sought
+by doubling the replicas added and then bisection, on common random numbers.
+
+*Confirmation.* Whoever tries many fleets on the same paths finds one that was lucky. So the fleet found is simulated
+again on paths of its own; where it then fails, one replica is added and it is confirmed anew. With K pools, M targets
+and confidence 1 − δ the i-th confirmation of a pool asks of every target that
+
+    mean + t_{R−1, 1−δ_i}·s/√R ≤ target,       δ_i = δ/(2^i K M),       i = 1, 2, …
+
+over the R replications' values (Student). Σ_i δ_i ≤ δ/(K M), so with probability at least 1 − δ no fleet is reported
+whose expected measure, at this horizon and warm-up, lies above a target (Bonferroni over pools, targets and
+confirmations; replications' values taken as normal). A value that is only a lower bound, because requests were still
+waiting at the end, and a backlog that grows significantly never meet a target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched import _files
+from fluidsched._checks import check_count, check_real
+from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.fluid import CapacityPlan
+from fluidsched.policy import PolicyTable, baselines
+from fluidsched.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+__all__ = ["FleetCheck", "VerifiedCapacity", "verify_capacity"]
+
+SCHEMA = "fluidsched.verified-capacity/1"
+
+Progress = Callable[[str, int, int], None]
+Verdict = Literal["met", "missed", "undecided"]
+
+
+@dataclass(frozen=True)
+class FleetCheck:
+    """One measure of one pool with so many replicas, against its target.
+
+    Attributes
+    ----------
+    pool : str
+    replicas : int
+        N_k tried.
+    step : {"search", "confirmation"}
+        Confirmations run on paths of their own.
+    measure : str
+        Such as "p99_ttft".
+    target : float
+        What the measure may be at most, s.
+    estimate : float
+        Mean over replications, s; NaN where no request had the latency.
+    low, high : float
+        One-sided limits at the confidence of this check, s: below `low`, and above `high`, the measure's
+        expectation lies with at most the error rate the check may spend.
+    verdict : {"met", "missed", "undecided"}
+        "met" if high ≤ target, "missed" if low > target.
+    """
+
+    pool: str
+    replicas: int
+    step: Literal["search", "confirmation"]
+    measure: str
+    target: float
+    estimate: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VerifiedCapacity:
+    """A fleet that meets its latency targets in simulation. P pools, J types.
+
+    Attributes
+    ----------
+    plan : CapacityPlan
+        The fluid plan it started from.
+    replicas : ndarray of shape (P,)
+        N, at least the plan's.
+    routed_rate : ndarray of shape (P, J)
+        The plan's routing, which the simulation kept, req/s.
+    targets : dict of str to float
+        Measure → what it may be at most, s.
+    checks : tuple of FleetCheck
+        Everything tried, in order.
+    policy : PolicyTable
+        What every replica ran.
+    settings : dict
+        confidence, horizon_s, warmup_s, replications, seed.
+    """
+
+    plan: CapacityPlan
+    replicas: NDArray[np.int64]
+    routed_rate: NDArray[np.float64]
+    targets: Mapping[str, float]
+    checks: tuple[FleetCheck, ...]
+    policy: PolicyTable
+    settings: Mapping[str, Any]
+
+    @property
+    def added(self) -> NDArray[np.int64]:
+        """Replicas beyond the fluid plan's, shape (P,)."""
+        return np.asarray(self.replicas - self.plan.replicas)
+
+    @property
+    def total_cost(self) -> float:
+        """Σ cost_k N_k."""
+        return float(self.plan.cost @ self.replicas)
+
+    @cached_property
+    def confirmed(self) -> tuple[FleetCheck, ...]:
+        """The last confirmation of every pool and measure."""
+        last = {(c.pool, c.measure): c for c in self.checks if c.step == "confirmation"}
+        return tuple(last.values())
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per check, in the order made; limits in s."""
+        import pandas as pd
+
+        return pd.DataFrame([dataclasses.asdict(check) for check in self.checks])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, schema first."""
+        answer: dict[str, Any] = _files.to_jsonable(
+            {
+                "schema": SCHEMA,
+                "plan": self.plan.to_dict(),
+                "replicas": dict(
+                    zip((pool.name for pool in self.plan.pools), self.replicas.tolist(), strict=True)
+                ),
+                "added": dict(zip((pool.name for pool in self.plan.pools), self.added.tolist(), strict=True)),
+                "total_cost": self.total_cost,
+                "targets_s": dict(self.targets),
+                "policy": self.policy.name,
+                "settings": dict(self.settings),
+                "checks": [dataclasses.asdict(check) for check in self.checks],
+            }
+        )
+        return answer
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw what was tried, measure against replicas; see `fluidsched.plots.fleet_checks`."""
+        from fluidsched import plots
+
+        return plots.fleet_checks(self, ax=ax)
+
+    def __repr__(self) -> str:
+        asked = self.settings
+        lines = [
+            "VerifiedCapacity",
+            f"  carries         {self.plan.workload.total_arrival_rate:.4g} req/s in {len(self.plan.workload)} types",
+            f"  total cost      {self.total_cost:.6g} (fluid plan {self.plan.total_cost:.6g})",
+        ]
+        for pool, count, more in zip(
+            self.plan.pools, self.replicas.tolist(), self.added.tolist(), strict=True
+        ):
+            if count:
+                note = f", {more} more than the fluid plan" if more else ""
+                lines.append(f"  {count:g} × {pool.name}{note}")
+                for c in self.confirmed:
+                    if c.pool == pool.name:
+                        value = "none to measure" if math.isnan(c.estimate) else f"{c.estimate:.4g} s"
+                        lines.append(
+                            f"    {c.measure:<13} {value} (at most {c.high:.4g}; target {c.target:g} s)"
+                        )
+        lines.append(
+            f"  confirmed at {asked['confidence']:.4g} confidence under {self.policy.name}: {asked['replications']}"
+            f" replications of {asked['horizon_s']:g} s, seed {asked['seed']}"
+        )
+        return "\n".join(lines)
+
+
+def verify_capacity(
+    plan: CapacityPlan,
+    targets: Mapping[str, float],
+    *,
+    policy: PolicyTable | None = None,
+    horizon: float | None = None,
+    warmup: float | None = None,
+    replications: int = 16,
+    seed: int = 7,
+    confidence: float = 0.95,
+    most_replicas: int | None = None,
+    progress: Progress | None = None,
+) -> VerifiedCapacity:
+    """Check a fleet against latency targets by simulation, and add replicas where they are missed.
+
+    Parameters
+    ----------
+    plan : CapacityPlan
+        From `plan_capacity` or `plan_load`, pools that serve whole requests. The demand checked is the one planned
+        for, headroom included.
+    targets : mapping of str to float
+        Measure → what it may be at most, s: "p99_ttft", "p99_tpot", "mean_e2e", … (any latency of
+        `SimulationResult.summary`). Held to in every pool, hence by the whole fleet.
+    policy : PolicyTable, optional
+        What every replica runs; default `baselines.vllm()`.
+    horizon, warmup : float, optional
+        Simulated seconds of every replica, and how many of them are left out (default: a sixth). The default
+        horizon is 600 mean times in service by the fluid plan and 4 000 arrivals: requests still in service at
+        the end are then too few to reach into a p99.
+    replications : int
+        R ≥ 2 independent runs for each number of replicas tried.
+    seed : int
+        Of all runs: one seed, one answer.
+    confidence : float
+        1 − δ of the module's statement, below 1.
+    most_replicas : int, optional
+        Of any pool; default four times the plan's and eight more.
+    progress : callable, optional
+        Called as ``progress(pool, replicas tried, replicas tried)``.
+
+    Returns
+    -------
+    VerifiedCapacity
+
+    Raises
+    ------
+    InputError
+        If an argument is wrong, or a pool serves only prefills or decodes, which the simulator does not know.
+    InfeasibleError
+        If a target is missed with `most_replicas`; shows the nearest miss.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> workload = fs.Workload([fs.RequestType("chat", 14.0, prompt_tokens=500, output_tokens=100)])
+    >>> plan = fs.plan_capacity(workload, [fs.catalog.server("l40s", "llama-3-8b")], cost=[1.0])
+    >>> fleet = verify_capacity(plan, {"p99_ttft": 0.25}, horizon=120.0, replications=4)
+    >>> plan.replicas.tolist(), fleet.replicas.tolist()
+    ([1], [2])
+    """
+    asked = _check_targets(targets)
+    runs = check_count("replications", replications, minimum=2)
+    level = check_real("confidence", confidence, above=0.0, below=1.0)
+    table = baselines.vllm() if policy is None else policy
+    halves = [pool.name for pool in plan.pools if pool.replicas > 0 and pool.stage != "whole"]
+    if halves:
+        raise InputError(
+            "plan",
+            f"{halves[0]!r} serves half requests",
+            "have pools that serve whole requests",
+            "Plan without.",
+        )
+    routed = plan.routing.routed_rate
+    span = _long_enough(plan) if horizon is None else check_real("horizon", horizon, above=0.0)
+    active = [k for k, rate in enumerate(routed) if plan.replicas[k] > 0 and rate.any()]
+    error = (1.0 - level) / max(len(active) * len(asked), 1)
+    replicas, checks = plan.replicas.copy(), []
+    for k in active:
+        pool = _PoolTrial(
+            plan.pools[k].name,
+            plan.pools[k].server,
+            plan.workload.with_rates(routed[k]),
+            asked,
+            table,
+            (span, warmup, runs),
+            np.random.SeedSequence(check_count("seed", seed), spawn_key=(k,)),
+            error,
+            progress,
+        )
+        fewest = int(plan.replicas[k])
+        limit = (
+            4 * fewest + 8
+            if most_replicas is None
+            else check_count("most_replicas", most_replicas, minimum=1)
+        )
+        replicas[k] = pool.least(fewest, max(limit, fewest))
+        checks += pool.checks
+    replicas.setflags(write=False)
+    settings = {
+        "confidence": level,
+        "horizon_s": span,
+        "warmup_s": span / 6 if warmup is None else warmup,
+        "replications": runs,
+        "seed": seed,
+    }
+    return VerifiedCapacity(plan, replicas, routed, asked, tuple(checks), table, settings)
+
+
+def _long_enough(plan: CapacityPlan) -> float:
+    """600 mean times in service (Little: batch over rate) and 4 000 arrivals of every replica; ≥ 900 s."""
+    routing = plan.routing
+    rate = np.divide(
+        routing.routed_rate.sum(axis=1),
+        plan.replicas,
+        out=np.zeros(len(plan.pools)),
+        where=plan.replicas > 0,
+    )
+    used = rate > 0.0
+    enough = (600.0 * routing.batch_size[used] + 4000.0) / rate[used]
+    return math.ceil(float(enough.max(initial=900.0)) / 60.0) * 60.0
+
+
+class _PoolTrial:
+    """One pool's search for the least number of replicas, with a record of everything tried."""
+
+    def __init__(
+        self,
+        name: str,
+        server: Any,
+        workload: Workload,
+        targets: Mapping[str, float],
+        policy: PolicyTable,
+        sampling: tuple[float, float | None, int],
+        seeds: np.random.SeedSequence,
+        error: float,
+        progress: Progress | None,
+    ) -> None:
+        self._name, self._server, self._workload = name, server, workload
+        self._targets, self._policy, self._sampling = targets, policy, sampling
+        self._search_seed, self._seeds = seeds.spawn(1)[0], seeds
+        self._error, self._progress = error, progress
+        self._tried = 0
+        self.checks: list[FleetCheck] = []
+
+    def least(self, fewest: int, limit: int) -> int:
+        """Return the least number from `fewest` to `limit` that passes search and confirmation."""
+        short, enough, more = fewest - 1, fewest, 1
+        while not self._passes(enough, "search", self._search_seed, self._error):
+            if enough >= limit:
+                raise self._nearest_miss(limit)
+            short, enough, more = enough, min(enough + more, limit), 2 * more
+        while enough - short > 1:
+            middle = (short + enough) // 2
+            if self._passes(middle, "search", self._search_seed, self._error):
+                enough = middle
+            else:
+                short = middle
+        spent = self._error / 2
+        while not self._passes(enough, "confirmation", self._seeds.spawn(1)[0], spent):
+            if enough >= limit:
+                raise self._nearest_miss(limit)
+            enough, spent = enough + 1, spent / 2
+        return enough
+
+    def _passes(
+        self,
+        replicas: int,
+        step: Literal["search", "confirmation"],
+        seed: np.random.SeedSequence,
+        error: float,
+    ) -> bool:
+        from fluidsched.simulation import simulate
+
+        horizon, warmup, count = self._sampling
+        runs = simulate(
+            self._workload.with_rates(self._workload.arrival_rate / replicas),
+            self._server,
+            self._policy,
+            horizon=horizon,
+            warmup=warmup,
+            replications=count,
+            seed=seed,
+        )
+        outcome = runs.outcome(self._policy.name)
+        verdict = runs.verdict(self._policy.name)
+        falls_behind = verdict == "unstable" or verdict.startswith("stuck")
+        made = [
+            _check(
+                (self._name, replicas, step),
+                measure,
+                target,
+                outcome.values[measure],
+                falls_behind or bool(outcome.lower_bounds[measure].any()),
+                error,
+            )
+            for measure, target in self._targets.items()
+        ]
+        self.checks += made
+        self._tried += 1
+        if self._progress is not None:
+            self._progress(f"verify {self._name}", self._tried, self._tried)
+        return all(check.verdict == "met" for check in made)
+
+    def _nearest_miss(self, limit: int) -> InfeasibleError:
+        last = [c for c in self.checks if c.replicas == limit and c.verdict != "met"]
+        shown = "; ".join(
+            f"{c.measure} {c.estimate:.4g} s (between {c.low:.4g} and {c.high:.4g}) against {c.target:g} s"
+            for c in last
+        )
+        horizon = self._sampling[0]
+        unfinished = (
+            f" Requests still unfinished at {horizon:g} s leave a measure without an upper limit: simulate longer."
+            if any(math.isinf(c.high) for c in last)
+            else ""
+        )
+        return InfeasibleError(
+            f"{limit} replicas of {self._name!r} do not meet the targets: {shown}. Allow more replicas, a longer"
+            f" time, or another server or policy; where even an idle server is too slow no number helps.{unfinished}",
+            "slo",
+        )
+
+
+def _check(
+    tried: tuple[str, int, Literal["search", "confirmation"]],
+    measure: str,
+    target: float,
+    values: NDArray[np.float64],
+    is_bound: bool,
+    error: float,
+) -> FleetCheck:
+    """Judge one measure's values (R,); a lower bound, or a growing backlog, has no upper limit."""
+    from scipy.special import stdtrit
+
+    known = values[~np.isnan(values)]
+    if not len(known) and measure.endswith("_tpot"):  # no request has a second token: none can be late
+        return FleetCheck(*tried, measure, target, math.nan, math.nan, math.nan, "met")
+    estimate, low, high = math.nan, -math.inf, math.inf
+    if len(known):
+        estimate = float(known.mean())
+    if len(known) > 1:
+        spread = float(known.std(ddof=1)) / math.sqrt(len(known))
+        half = float(stdtrit(len(known) - 1, 1.0 - error)) * spread
+        low, high = estimate - half, math.inf if is_bound else estimate + half
+    verdict: Verdict = "met" if high <= target else "missed" if low > target else "undecided"
+    return FleetCheck(*tried, measure, target, estimate, low, high, verdict)
+
+
+def _check_targets(targets: Mapping[str, float]) -> dict[str, float]:
+    from fluidsched.simulation.measures import LATENCIES, QUANTILES
+
+    if not isinstance(targets, Mapping) or not targets:
+        raise InputError("targets", targets, "map at least one measure to its limit in s")
+    known = [f"{statistic}_{name}" for name in LATENCIES for statistic in ("mean", *QUANTILES)]
+    for measure in targets:
+        if measure not in known:
+            raise InputError("targets", f"measure {measure!r}", f"name measures among {', '.join(known)}")
+    return {
+        measure: check_real(f"targets[{measure!r}]", limit, above=0.0) for measure, limit in targets.items()
+    }

@@ -1,0 +1,162 @@
+"""Fleets against percentiles of latency: the search, the confirmation and its error rate, how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import fluidsched as fs
+from fluidsched import fleets
+from fluidsched.errors import InfeasibleError, InputError
+
+WORKLOAD = fs.Workload([fs.RequestType("chat", 15.0, 500, 60), fs.RequestType("long", 0.6, 5000, 60)])
+SERVER = fs.catalog.server("l40s", "llama-3-8b")
+QUICK: dict[str, Any] = {"horizon": 300.0, "replications": 6}
+
+
+@pytest.fixture(scope="module")
+def plan() -> fs.fluid.CapacityPlan:
+    return fs.plan_capacity(WORKLOAD, [SERVER], [2.0], headroom=0.1)
+
+
+@pytest.fixture(scope="module")
+def verified(plan: fs.fluid.CapacityPlan) -> fleets.VerifiedCapacity:
+    return fs.verify_capacity(plan, {"p99_ttft": 0.9, "p99_tpot": 0.1}, **QUICK)
+
+
+def test_the_fleet_found_meets_the_targets_and_one_fewer_did_not(
+    plan: fs.fluid.CapacityPlan, verified: fleets.VerifiedCapacity
+) -> None:
+    """On paths drawn here the verified fleet keeps both targets; the largest smaller one tried was refused."""
+    assert verified.replicas[0] > plan.replicas[0]
+    assert verified.total_cost == 2.0 * verified.replicas[0]
+    share = plan.workload.scaled(1 / verified.replicas[0])
+    runs = fs.simulate(share, SERVER, fs.baselines.vllm(), horizon=600.0, replications=8, seed=123)
+    for measure, target in verified.targets.items():
+        assert float(np.mean(runs.measures("vllm")[measure])) < target
+    last = verified.confirmed
+    assert [c.verdict for c in last] == ["met", "met"]
+    assert all(c.high <= c.target and c.replicas == verified.replicas[0] for c in last)
+    fewer = [c for c in verified.checks if c.replicas == verified.replicas[0] - 1]
+    assert any(c.verdict != "met" for c in fewer)
+
+
+def test_one_seed_one_answer(plan: fs.fluid.CapacityPlan, verified: fleets.VerifiedCapacity) -> None:
+    """The same call gives the same checks; a confirmation never runs on the search's paths."""
+    again = fs.verify_capacity(plan, verified.targets, **QUICK)
+    assert again.checks == verified.checks
+    by_step = {(c.step, c.measure): c.estimate for c in verified.checks if c.replicas == verified.replicas[0]}
+    assert by_step["search", "p99_ttft"] != by_step["confirmation", "p99_ttft"]
+
+
+def test_limits_are_students(verified: fleets.VerifiedCapacity) -> None:
+    """Mean, lower and upper limit of a check are the one-sided Student limits of the values."""
+    values = np.array([1.0, 1.3, 0.9, 1.1, math.nan])
+    check = fleets._check(("pool", 3, "search"), "p99_ttft", 1.2, values, False, 0.01)
+    known = values[:4]
+    half = stats.t.ppf(0.99, 3) * known.std(ddof=1) / 2
+    assert (check.low, check.high) == pytest.approx((known.mean() - half, known.mean() + half))
+    assert check.verdict == "undecided"
+    bound = fleets._check(("pool", 3, "search"), "p99_ttft", 99.0, values, True, 0.01)
+    assert (bound.high, bound.verdict) == (math.inf, "undecided")
+    assert fleets._check(("pool", 3, "search"), "p99_ttft", 0.5, values, True, 0.01).verdict == "missed"
+    nothing = np.full(4, math.nan)
+    assert fleets._check(("pool", 1, "search"), "p99_tpot", 0.1, nothing, False, 0.01).verdict == "met"
+    assert fleets._check(("pool", 1, "search"), "p99_ttft", 0.1, nothing, False, 0.01).verdict == "undecided"
+
+
+class NormalRuns:
+    """Runs whose measure is normal about `mean`, whatever the number of replicas."""
+
+    def __init__(self, mean: float) -> None:
+        self.mean = mean
+
+    def __call__(self, *_: Any, seed: np.random.SeedSequence, replications: int, **__: Any) -> Any:
+        values = np.random.default_rng(seed).normal(self.mean, 0.2, replications)
+        outcome = SimpleNamespace(
+            values={"p99_ttft": values}, lower_bounds={"p99_ttft": np.zeros(replications, bool)}
+        )
+        return SimpleNamespace(outcome=lambda _: outcome, verdict=lambda _: "stable")
+
+
+def test_a_fleet_that_misses_is_seldom_reported(
+    plan: fs.fluid.CapacityPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Null: the measure's mean is the target itself, with any number of replicas; at most 5 % may be reported.
+
+    Of 300 fleets, each given up to 40 chances, more than 27 reports have probability 0.002 at 5 %.
+    """
+    monkeypatch.setattr("fluidsched.simulation.simulate", NormalRuns(1.0))
+    reported = 0
+    for seed in range(300):
+        try:
+            fs.verify_capacity(
+                plan, {"p99_ttft": 1.0}, horizon=1.0, replications=5, seed=seed, most_replicas=40
+            )
+            reported += 1
+        except InfeasibleError:
+            pass
+    assert reported <= 27
+
+
+def test_a_fleet_that_meets_is_found_at_once(
+    plan: fs.fluid.CapacityPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Well below the target the fluid plan's own replicas pass search and confirmation."""
+    monkeypatch.setattr("fluidsched.simulation.simulate", NormalRuns(1.0))
+    verified = fs.verify_capacity(plan, {"p99_ttft": 3.0}, horizon=1.0, replications=5)
+    assert verified.added.tolist() == [0]
+    assert [c.step for c in verified.checks] == ["search", "confirmation"]
+
+
+def test_targets_nobody_meets_show_the_nearest_miss(plan: fs.fluid.CapacityPlan) -> None:
+    """No number of replicas computes a prompt faster: no answer, with the last try beside the target."""
+    with pytest.raises(InfeasibleError, match=r"6 replicas of .* do not meet .* against 0\.001 s") as caught:
+        fs.verify_capacity(plan, {"p99_ttft": 0.001}, most_replicas=6, **QUICK)
+    assert caught.value.reason == "slo"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"targets": {}}, "targets"),
+        ({"targets": {"p98_ttft": 1.0}}, "p98_ttft"),
+        ({"targets": {"p99_ttft": 0.0}}, "p99_ttft"),
+        ({"confidence": 1.0}, "confidence"),
+        ({"replications": 1}, "replications"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_input_is_named(plan: fs.fluid.CapacityPlan, asked: dict[str, Any], words: str) -> None:
+    """The argument at fault."""
+    with pytest.raises(InputError, match=words):
+        fs.verify_capacity(plan, **({"targets": {"p99_ttft": 1.0}} | asked))
+
+
+def test_half_requests_are_refused() -> None:
+    """The simulator knows no prefill or decode machines."""
+    pair = [fs.Pool(SERVER, stage=stage, name=stage) for stage in ("prefill", "decode")]
+    plan = fs.plan_capacity(WORKLOAD, pair, [1.0, 1.0])
+    with pytest.raises(InputError, match="half requests"):
+        fs.verify_capacity(plan, {"p99_ttft": 1.0})
+
+
+def test_it_shows_itself(verified: fleets.VerifiedCapacity) -> None:
+    """Frame, JSON, repr and picture say the same."""
+    frame = verified.to_frame()
+    assert len(frame) == len(verified.checks)
+    data = json.loads(json.dumps(verified.to_dict()))
+    assert data["schema"] == "fluidsched.verified-capacity/1"
+    assert list(data["replicas"].values()) == verified.replicas.tolist()
+    assert "0.95 confidence" in repr(verified)
+    from matplotlib import pyplot
+
+    axes = verified.plot()
+    assert axes.get_ylabel() == "measure / target"
+    pyplot.close(axes.figure)
