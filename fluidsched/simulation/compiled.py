@@ -282,12 +282,14 @@ GROUP = _record_type("clock decodes held units top depth chosen", "last")
 #: (if it keeps tokens, with the last of them).
 RETURNED = _record_type("below produced", "since served")
 
-#: Everything else.
+#: Everything else. now: the next decision instant; until: no decision is taken at or after it (at most the
+#: horizon); left: iterations left of a block. held_before, residents_before: KV tokens and residents during
+#: the iteration that ended at `now`.
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
     " iterations batch_sizes batch_tokens preempted wasted peak_kv samples verdict kv_end emitted stalls"
-    " gap_place gap_weight",
-    "gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
+    " gap_place gap_weight left held_before residents_before",
+    "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
 Records = NDArray[np.void]
@@ -728,7 +730,7 @@ def _run_length(
     horizon is left to be run alone.
     """
     rules, coef = run.rules[0], run.coefficients
-    wake = min(wake, rules.horizon)
+    wake = min(wake, run.state[0].until)
     if now < rules.warmup:
         wake = min(wake, rules.warmup)
     while True:
@@ -1031,17 +1033,20 @@ def _prefill(run: Run, now: float) -> None:
 
 @_loop
 def continuous(run: Run) -> None:
-    """Run `vllm`, `capped`, `sarathi`, `orca` or `gated` from an empty system to its end."""
+    """Run `vllm`, `capped`, `sarathi`, `orca` or `gated` on to its end, or to the first decision instant that is
+    not before `until`; called again with a later `until`, it goes on from there."""
     s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, rows, calendars, coef = run.groups, run.rows, run.calendars, run.coefficients
-    now = 0.0
+    now = s.now
     while True:
         _join(run, now)
         held = groups[0].held
         for i in range(s.partials):
             held += slots[slots[i].partial].done
-        if now >= rules.horizon:
-            _close(run, now, held, AT_HORIZON)
+        if now >= s.until:
+            s.now = now
+            if now >= rules.horizon:
+                _close(run, now, held, AT_HORIZON)
             return
         if now >= s.sample_at:
             _sample(run, held, now)
@@ -1075,8 +1080,7 @@ def continuous(run: Run) -> None:
             for j in range(rows.size):
                 if rules.gated and rows[j].threshold > 0:
                     wake = min(wake, _next_hold(run, j, now))
-            if wake >= rules.horizon:
-                wake = rules.horizon
+            wake = min(wake, s.until)
             if wake == math.inf:
                 verdict = FINISHED if s.waiting == 0 else STUCK
                 _close(run, now, 0, verdict)
@@ -1144,6 +1148,8 @@ def continuous(run: Run) -> None:
             _count_gaps(run, decodes, reads, k, first, last, duration)
         if s.stalls > 0:
             _end_stalls(run, first, now, counted)
+        s.held_before = holds
+        s.residents_before = s.residents
         now += duration
         s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + k, FAR)
         _tick(groups, calendars, 0, k)
@@ -1236,18 +1242,21 @@ def _serve_block(run: Run, now: float) -> tuple[int, int]:
 
 @_loop
 def wait(run: Run) -> None:
-    """Run `wait` from an empty system to its end."""
+    """Run `wait` on to its end or to `until`, as `continuous` does."""
     s, rules, slots = run.state[0], run.rules[0], run.slots
     groups, calendars, coef = run.groups, run.calendars, run.coefficients
-    now = 0.0
-    left = 0
+    now = s.now
+    left = s.left
     while True:
         _join(run, now)
         held = 0
         for j in range(groups.size):
             held += groups[j].held
-        if now >= rules.horizon:
-            _close(run, now, held, AT_HORIZON)
+        if now >= s.until:
+            s.now = now
+            s.left = left
+            if now >= rules.horizon:
+                _close(run, now, held, AT_HORIZON)
             return
         if now >= s.sample_at:
             _sample(run, held, now)
@@ -1269,7 +1278,7 @@ def wait(run: Run) -> None:
             wake = _next_timer(run, now)
             if s.arrived < run.arrival.size:
                 wake = min(wake, run.arrival[s.arrived])
-            wake = min(wake, rules.horizon)
+            wake = min(wake, s.until)
             if wake == math.inf:
                 verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK
                 _close(run, now, held, verdict)
@@ -1316,6 +1325,8 @@ def wait(run: Run) -> None:
             for j in range(groups.size):
                 if groups[j].chosen == 1 and groups[j].decodes > 0 and groups[j].last < now:
                     _lengthen_gaps(run, groups[j].decodes, first, now - groups[j].last)
+        s.held_before = holds
+        s.residents_before = s.residents
         now += duration
         left -= k
         for j in range(groups.size):

@@ -248,6 +248,7 @@ def _initial_state(path: ArrivalPath, points: int, horizon: float) -> NDArray[np
     state = np.zeros(1, dtype=compiled.STATE)
     state["oldest"] = state["newest"] = compiled.NOBODY
     state["since_prefill"] = UNLIMITED
+    state["until"] = horizon
     span = horizon if horizon < np.inf else float(path.arrival_s[-1]) if len(path) else 0.0
     state["sample_at"] = 0.0 if points else np.inf
     state["sample_step"] = span / points if points and span > 0.0 else np.inf

@@ -131,7 +131,7 @@ from fluidsched.simulation.rules import UserRule, follow
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["run_reference"]
+__all__ = ["Engine", "run_reference"]
 
 Observer = Callable[[IterationSummary], Any]
 
@@ -531,47 +531,119 @@ def run_reference(
     >>> run.finish_s.tolist(), run.kv_token_s
     ([2.0, 2.0], 11.0)
     """
-    rule, table = (table, table.table) if isinstance(table, UserRule) else (None, table)
-    rows = check_run(path, server, table, horizon)
-    if horizon is not None:
-        horizon = check_real("horizon", horizon, above=0.0)
-    warmup = check_real("warmup", warmup, minimum=0.0)
-    points = check_count("occupancy_points", occupancy_points)
-    rejected = never_fits(path, server, table)
-    requests = [
-        _Request(i, j, _priority(table, j), arrival_s, prompt, output)
-        for i, (j, arrival_s, prompt, output) in enumerate(
-            zip(
-                rows.tolist(),
-                path.arrival_s.tolist(),
-                path.prompt_tokens.tolist(),
-                path.output_tokens.tolist(),
-                strict=True,
+    engine = Engine(
+        path,
+        server,
+        table,
+        horizon=horizon,
+        warmup=warmup,
+        occupancy_points=occupancy_points,
+        on_iteration=on_iteration,
+    )
+    engine.join_all()
+    engine.advance(math.inf)
+    return engine.record()
+
+
+class Engine:
+    """A run that can be stopped at any instant and go on from there; arguments as for `run_reference`.
+
+    Nobody comes by itself: `join_all` lets every request of the path come when it arrives, `join` one now.
+
+    Attributes
+    ----------
+    system : _System
+        The state at `system.now`, the next decision instant.
+    """
+
+    def __init__(
+        self,
+        path: ArrivalPath,
+        server: Server,
+        table: PolicyTable | UserRule,
+        *,
+        horizon: float | None,
+        warmup: float = 0.0,
+        occupancy_points: int = 0,
+        on_iteration: Observer | None = None,
+    ):
+        rule, table = (table, table.table) if isinstance(table, UserRule) else (None, table)
+        rows = check_run(path, server, table, horizon)
+        if horizon is not None:
+            horizon = check_real("horizon", horizon, above=0.0)
+        warmup = check_real("warmup", warmup, minimum=0.0)
+        points = check_count("occupancy_points", occupancy_points)
+        self.rejected = never_fits(path, server, table).tolist()
+        self.requests = [
+            _Request(i, j, _priority(table, j), arrival_s, prompt, output)
+            for i, (j, arrival_s, prompt, output) in enumerate(
+                zip(
+                    rows.tolist(),
+                    path.arrival_s.tolist(),
+                    path.prompt_tokens.tolist(),
+                    path.output_tokens.tolist(),
+                    strict=True,
+                )
             )
-        )
-    ]
-    arrivals = deque(request for request in requests if not rejected[request.index])
-    system = _System(server, table, warmup)
-    clock = _Clock(server, horizon, warmup, on_iteration)
-    last_arrival = requests[-1].arrival_s if requests else 0.0
-    occupancy = _Occupancy(points, last_arrival if horizon is None else horizon)
-    decide = _RULES[table.kind] if rule is None else follow(rule, path, requests)
-    while True:
-        while arrivals and arrivals[0].arrival_s <= system.now:
-            request = arrivals.popleft()
-            system.queues[request.row].append(request)
-        if horizon is not None and system.now >= horizon:
-            verdict: Verdict = "horizon"
-            break
-        occupancy.sample(system)
-        system.batch, system.admitted, system.victims = [], [], []
-        decide(system)
-        if system.batch:
-            clock.run_iteration(system)
-        elif not clock.idle(system, arrivals):
-            verdict = "stuck" if system.residents or system.waiting_count() else "finished"
-            break
-    return _records(requests, rejected.tolist(), system, clock, verdict, occupancy)
+        ]
+        self.arrivals: deque[_Request] = deque()
+        self.system = _System(server, table, warmup)
+        self.horizon = math.inf if horizon is None else horizon
+        self.clock = _Clock(server, self.horizon, warmup, on_iteration)
+        last_arrival = self.requests[-1].arrival_s if self.requests else 0.0
+        self.occupancy = _Occupancy(points, last_arrival if horizon is None else horizon)
+        self.decide = _RULES[table.kind] if rule is None else follow(rule, path, self.requests)
+        self.verdict: Verdict | None = None
+
+    def join_all(self) -> None:
+        """Every request that can be served at all joins when it arrives."""
+        self.arrivals.extend(request for request in self.requests if not self.rejected[request.index])
+
+    def join(self, index: int) -> None:
+        """The request of this index joins now; the engine must not be before its arrival."""
+        request = self.requests[index]
+        self.system.queues[request.row].append(request)
+
+    def advance(self, until: float) -> None:
+        """Take every decision before `until`, or all to the end of the run.
+
+        Afterwards `system.now` is at least `until`: the end of the iteration that runs then, or `until`
+        itself if the server idles.
+        """
+        system = self.system
+        while self.verdict is None:
+            while self.arrivals and self.arrivals[0].arrival_s <= system.now:
+                request = self.arrivals.popleft()
+                system.queues[request.row].append(request)
+            if system.now >= self.horizon:
+                self.verdict = "horizon"
+            elif system.now >= until:
+                return
+            else:
+                self.occupancy.sample(system)
+                system.batch, system.admitted, system.victims = [], [], []
+                self.decide(system)
+                if system.batch:
+                    self.clock.run_iteration(system)
+                elif not self.clock.idle(system, self.arrivals, until):
+                    waiting = system.residents or system.waiting_count()
+                    self.verdict = "stuck" if waiting else "finished"
+
+    def seen(self, instant: float) -> tuple[int, int]:
+        """Requests in the system and KV tokens held at an instant to which `advance` has led.
+
+        During an iteration that is what it holds, with those who will leave at its end.
+        """
+        system = self.system
+        residents, held = len(system.residents), system.held
+        if system.now > instant:
+            residents, held = self.clock.residents_before, self.clock.held_before
+        return system.waiting_count() + residents, held
+
+    def record(self) -> EngineRun:
+        """What the run, which has ended, leaves behind."""
+        assert self.verdict is not None
+        return _records(self.requests, self.rejected, self.system, self.clock, self.verdict, self.occupancy)
 
 
 def _priority(table: PolicyTable, j: int) -> float:
@@ -582,16 +654,17 @@ def _priority(table: PolicyTable, j: int) -> float:
 class _Clock:
     """Moves time through an iteration or an idle spell, and keeps the integrals of the measured window."""
 
-    def __init__(self, server: Server, horizon: float | None, warmup: float, on_iteration: Observer | None):
+    def __init__(self, server: Server, horizon: float, warmup: float, on_iteration: Observer | None):
         self.server = server
         coefficients = server.iteration_time.coefficients
         self.pieces: list[list[float]] | None = None if coefficients is None else coefficients.tolist()
-        self.horizon = math.inf if horizon is None else horizon
+        self.horizon = horizon
         self.warmup = warmup
         self.on_iteration = on_iteration
         self.busy_s = self.kv_token_s = self.resident_s = self.gap_s = 0.0
         self.gap_counts = np.zeros(BUCKETS, dtype=np.int64)
         self.batch_size_sum = self.batch_token_sum = self.emitted_tokens = self.peak_kv = 0
+        self.residents_before = self.held_before = 0  # during the iteration that ended last
 
     def run_iteration(self, system: _System) -> None:
         """One iteration with the batch decided, and its effects unless the horizon cuts it (rules 2 to 5)."""
@@ -607,6 +680,7 @@ class _Clock:
         system.iterations += 1
         system.since_prefill = 0 if summary.prefill else system.since_prefill + 1
         emitted, gaps = _take_effect(system)
+        self.residents_before, self.held_before = summary.residents, summary.held_tokens
         if system.now > self.warmup:
             self.emitted_tokens += emitted
             for gap in gaps:
@@ -668,16 +742,14 @@ class _Clock:
             raise SimulationError(f"the iteration-time function returned {duration!r} s for {batch}")
         return duration
 
-    def idle(self, system: _System, arrivals: deque[_Request]) -> bool:
-        """Move to the next arrival, timer or the horizon; False if nothing can ever change (rule 3)."""
-        instants = [*_timers(system)]
+    def idle(self, system: _System, arrivals: deque[_Request], until: float) -> bool:
+        """Move to the next arrival, timer, the horizon or `until`; False if nothing can ever change (rule 3)."""
+        instants = [*_timers(system), self.horizon, until]
         if arrivals:
             instants.append(arrivals[0].arrival_s)
-        if self.horizon < math.inf:
-            instants.append(self.horizon)
-        if not instants:
+        wake = min(instants)
+        if wake == math.inf:
             return False
-        wake = min(min(instants), self.horizon)
         self._pass_time(system, wake, system.held, busy=False)
         system.now = wake
         return True
