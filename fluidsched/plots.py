@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         StabilityRegion,
         TransientSolution,
     )
+    from fluidsched.policy import ReachCurve, WaitCurve
     from fluidsched.server import Calibration
     from fluidsched.simulation import FluidTrajectory, SimulationResult
 
@@ -43,11 +44,13 @@ __all__ = [
     "latency_distribution",
     "load_curve",
     "rate_sweep",
+    "reach_curve",
     "routing",
     "stability_boundary",
     "style",
     "trajectory",
     "transient",
+    "wait_curve",
 ]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,6 +64,8 @@ _LATENCIES = {
 
 #: Axes made by others get the same legend: a framed one in their larger type can be wider than the figure.
 _LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.0}
+
+_REASON_MARKERS = {"rounding": "o", "tokens": "^", "batch": "s", "memory": "D", "time": "v", None: "*"}
 
 _STYLE: dict[Any, Any] = {  # Matplotlib types its keys as one long literal
     "axes.spines.top": False,
@@ -679,4 +684,84 @@ def trajectory(run: FluidTrajectory, *, capacity: float | None = None, ax: Axes 
     axes.set_ylabel("KV cache held (tokens)")
     axes.set_ylim(bottom=0.0)
     axes.legend(loc="lower right")
+    return axes
+
+
+def wait_curve(curve: WaitCurve, *, ax: Axes | None = None) -> Axes:
+    """Memory that a WAIT table needs, and the wait it adds, against the iterations per block.
+
+    Lines break where no table exists.
+
+    Parameters
+    ----------
+    curve : WaitCurve
+        From `fluidsched.policy.wait_curve`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The left one; the right one shares its horizontal axis.
+    """
+    axes = _axes(ax)
+    blocks = curve.block_iterations
+    [memory] = axes.plot(blocks, curve.kv, label="KV memory bound (left)", marker=".", **_look(0))
+    handles = [memory]
+    if np.isfinite(curve.capacity):
+        name = f"capacity C = {curve.capacity:,.0f}"
+        handles.append(axes.axhline(curve.capacity, color="black", linewidth=1.2, linestyle=":", label=name))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("block length k (iterations)")
+    axes.set_ylabel("KV cache bound (tokens)")
+    axes.set_ylim(bottom=0.0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    right.grid(visible=False)
+    handles += right.plot(blocks, curve.wait, label="mean wait (right)", marker=".", **_look(1))
+    right.set_ylabel("mean wait until admission (s)")
+    right.set_ylim(bottom=0.0)
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, **_LEGEND)
+    return axes
+
+
+def reach_curve(curve: ReachCurve, *, ax: Axes | None = None) -> Axes:
+    """Largest share of the fluid boundary at which a table exists against the number of request types.
+
+    One line a kind of table; the markers say what forbids a table above.
+
+    Parameters
+    ----------
+    curve : ReachCurve
+        From `fluidsched.policy.reach_curve`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    axes = _axes(ax)
+    for position, kind in enumerate(dict.fromkeys(curve.kind)):
+        lines = [i for i, name in enumerate(curve.kind) if name == kind]
+        look = _look(position)
+        axes.plot(curve.types[lines], curve.share[lines], label=kind, **look)
+        for i in lines:
+            marker = _REASON_MARKERS[curve.reason[i]]
+            axes.plot(curve.types[i], curve.share[i], marker=marker, markersize=5, color=look["color"])
+    for reason, marker in _REASON_MARKERS.items():
+        if reason in curve.reason:
+            name = f"ends by {reason}" if reason else "up to the boundary"
+            axes.plot([], [], color="0.3", marker=marker, markersize=5, linestyle="none", label=name)
+    axes.set_xscale("log")
+    numbers = sorted(set(curve.types.tolist()))
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel("request types")
+    axes.set_ylabel("largest share of the fluid boundary")
+    low = float(curve.share.min())
+    axes.set_ylim(max(0.0, low - 0.15 * (1.02 - low)), 1.02)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, **_LEGEND)
     return axes

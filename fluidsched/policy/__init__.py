@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluidsched.policy import baselines
-from fluidsched.policy.compiler import compile_policy, largest_load
+from fluidsched.policy.compiler import ReachCurve, compile_policy, largest_load, reach_curve
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.policy.wait import WaitCurve, wait_curve
 
@@ -11,11 +11,13 @@ __all__ = [
     "Lookahead",
     "Match",
     "PolicyTable",
+    "ReachCurve",
     "Segment",
     "TableType",
     "WaitCurve",
     "baselines",
     "compile_policy",
     "largest_load",
+    "reach_curve",
     "wait_curve",
 ]

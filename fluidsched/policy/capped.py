@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluidsched.errors import InfeasibleError
-from fluidsched.policy.problem import Problem, Slack, entry
+from fluidsched.policy.problem import Problem, Slack, boundary_problem, entry
 from fluidsched.policy.profiles import FloatArray, normal_quantile
+from fluidsched.policy.robust import largest_kv, top_sum
 
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
@@ -71,6 +72,8 @@ def plan_cap(problem: Problem) -> tuple[float, int | None]:
         real = math.inf
     elif problem.overflow_probability == 0.0:
         real = problem.capacity / _largest_request(problem)
+    elif problem.rate_error is not None:
+        real = _real_cap_of_any_mix(problem)
     else:
         mean, deviation = resident_kv_law(problem)
         half = normal_quantile(problem.overflow_probability) * deviation / 2.0
@@ -78,6 +81,34 @@ def plan_cap(problem: Problem) -> tuple[float, int | None]:
         real = root * root
     cap = min(real * (1 + 1e-12), problem.slots)
     return real, None if math.isinf(cap) else math.floor(cap)
+
+
+def _held_by_any_mix(problem: Problem, cap: float) -> float:
+    """Most that `cap` residents hold at mean + z sd over all mixes that the errors allow, tokens."""
+    assert problem.rate_error is not None
+    z = normal_quantile(problem.overflow_probability)
+    iterations, kv, squares = _life_sums(problem)
+    one = largest_kv(
+        problem.rate * iterations,
+        kv / iterations,
+        squares / iterations,
+        z / math.sqrt(cap),
+        problem.rate_error,
+        problem.error_budget,
+    )
+    return cap * (one + problem.padding)
+
+
+def _real_cap_of_any_mix(problem: Problem) -> float:
+    """The real N at which memory is full in the worst mix: root of an increasing function, by bisection."""
+    low, high = 0.0, problem.capacity / (resident_kv_law(problem)[0])
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2.0
+        if _held_by_any_mix(problem, middle) <= problem.capacity:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _largest_request(problem: Problem) -> float:
@@ -88,18 +119,22 @@ def _largest_request(problem: Problem) -> float:
 def carried(problem: Problem, cap: int | None, token_budget: float, work: FloatArray | None = None) -> float:
     """Largest multiple of the admitted rates that stays stable under a cap and a token budget.
 
-    With the busy work of the mean batch, or with `work` (I, A).
+    With the busy work of the mean batch, or with `work` (I, A). Where rates may be off, whatever the errors.
     """
     if cap == 0:
         return 0.0
-    base, busy = problem.coefficients[:, 0], (problem.work if work is None else work) @ problem.rate
+    base, busy = problem.coefficients[:, :1], problem.work if work is None else work
     needed = [busy]
     for limit, demand in (
-        (math.inf if cap is None else cap, problem.rate @ problem.workload.iterations),
-        (token_budget, problem.rate @ problem.workload.processed_tokens),
+        (math.inf if cap is None else cap, problem.workload.iterations),
+        (token_budget, problem.workload.processed_tokens),
     ):
-        needed.append(busy + base * float(demand) / limit)
-    most = float(np.max(needed))
+        needed.append(busy + base * demand / limit)
+    use = problem.rate * np.array(needed)
+    total = use.sum(axis=-1)
+    if problem.rate_error is not None:
+        total = total + top_sum(np.abs(use) * problem.rate_error, problem.error_budget)
+    most = float(np.max(total))
     return math.inf if most <= 0.0 else 1.0 / most
 
 
@@ -110,7 +145,7 @@ def _mix_off(problem: Problem, cap: int | None, z: float) -> tuple[float, float]
     the first few 30 % up and the others 30 % down; σ is that of the same mix. Carried is least with all
     rates up.
     """
-    multiple = carried(problem, cap, math.inf) / (1.0 + RATES_OFF)
+    multiple = carried(problem.without_errors(), cap, math.inf) / (1.0 + RATES_OFF)
     if cap is None:
         return math.inf, multiple
     order = np.argsort(-problem.workload.kv_work / problem.workload.iterations)
@@ -123,8 +158,7 @@ def _mix_off(problem: Problem, cap: int | None, z: float) -> tuple[float, float]
 
 def share_carried(problem: Problem, fluid: FluidSolution, token_budget: float) -> float:
     """Share of the fluid boundary, along the offered mix, below which a cap carries what is offered."""
-    boundary = np.asarray(fluid.workload.arrival_rate) / float(np.max(fluid.load))
-    at_boundary = Problem.of(fluid, problem.overflow_probability, problem.kv_reserve, boundary)
+    at_boundary = boundary_problem(fluid, problem)
     return carried(at_boundary, plan_cap(at_boundary)[1], token_budget)
 
 
@@ -151,9 +185,7 @@ def check_carried(
     )
 
 
-def capped_certificate(
-    problem: Problem, real: float, cap: int | None, multiple: float, token_budget: float
-) -> dict[str, Any]:
+def capped_certificate(problem: Problem, real: float, cap: int | None, token_budget: float) -> dict[str, Any]:
     """What a cap guarantees; entries as in `fluidsched.policy.problem.entry`."""
     mean, deviation = resident_kv_law(problem)
     by_law = problem.overflow_probability > 0.0
@@ -163,12 +195,20 @@ def capped_certificate(
         worst = cap * _largest_request(problem)
     held = math.inf if cap is None else (cap * mean + z * deviation * math.sqrt(cap) if by_law else worst)
     memory_off, carried_off = _mix_off(problem, cap, z)
-    at_least = carried(problem, cap, token_budget, problem.lumped_work)
+    known = problem.without_errors()
+    at_least = carried(known, cap, token_budget, problem.lumped_work)
+    if cap is not None and by_law and problem.rate_error is not None:
+        held = _held_by_any_mix(problem, cap)
     return {
         "memory": entry(
             held,
             "tokens",
-            "N κ̄ + z σ sqrt(N)" if by_law else "N max_j (p_max + o_max − 1)",
+            ("N κ̄ + z σ sqrt(N)" if by_law else "N max_j (p_max + o_max − 1)")
+            + (
+                ", the largest over the mixes of the rate errors"
+                if by_law and problem.rate_error is not None
+                else ""
+            ),
             "probability" if by_law else "certain",
             capacity=problem.capacity,
             worst_case=worst,
@@ -190,7 +230,7 @@ def capped_certificate(
             real=real,
         ),
         "carried": entry(
-            multiple,
+            multiple := carried(known, cap, token_budget),
             "× admitted rates",
             "min_i N / (c0_i Σ a_j S_j + N Σ a_j w_ij), and likewise for the token budget; stable above 1 where "
             "the mean batch stands for all",

@@ -14,28 +14,39 @@ those of that stream.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
 from fluidsched.policy import capped, gated, wait
 from fluidsched.policy.problem import (
+    SHARE_TOLERANCE,
     Problem,
     Slack,
+    boundary_problem,
     check_slack,
+    entry,
     largest_share,
+    least_severe,
     predictor_of,
     provenance_of,
     rows_of,
 )
 from fluidsched.policy.table import PolicyTable, TableType
+from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
-    from fluidsched.fluid import FluidSolution
+    import pandas as pd
 
-__all__ = ["compile_policy", "largest_load"]
+    from fluidsched.fluid import FluidSolution
+    from fluidsched.server import Server
+
+__all__ = ["ReachCurve", "compile_policy", "largest_load", "reach_curve"]
 
 COMPILED_KINDS = ("capped", "wait", "gated")
 TOKEN_BUDGET = 2048  # tokens per iteration of capped and gated tables, as vLLM's default
@@ -50,6 +61,8 @@ def compile_policy(
     block_iterations: int | None = None,
     horizon: float | None = None,
     kv_reserve: float = 0.0,
+    rate_error: float | Sequence[float] = 0.0,
+    error_budget: float | None = None,
 ) -> PolicyTable:
     """Compile a fluid solution into a policy table of the given kind.
 
@@ -75,6 +88,12 @@ def compile_policy(
     kv_reserve : float
         Tokens of the KV capacity the table leaves free, for what the model does not know: a drifting mix,
         lengths correlated in time. Memory bounds are then those of the rest.
+    rate_error : float or sequence of float
+        Relative error d in [0, 1) that the rates may have, one for all types or one each, (J,): the table keeps
+        up with all rates a_j (1 + e_j), |e_j| ≤ d_j (`fluidsched.policy.robust`). The certificate's "robust"
+        line states the price: the share of the largest certified load that is given up for it.
+    error_budget : float, optional
+        Γ: only so many types are off by as much at once, Σ |e_j| / d_j ≤ Γ. None: any number.
 
     Returns
     -------
@@ -115,7 +134,9 @@ def compile_policy(
     _check_solution(fluid)
     if kind != "capped":
         fluid.workload.require_no_cached_prefixes(f"a table of kind {kind!r}")
-    problem = Problem.of(fluid, overflow_probability, kv_reserve)
+    problem = Problem.of(
+        fluid, overflow_probability, kv_reserve, rate_error=rate_error, error_budget=error_budget
+    )
     if kind == "capped":
         if block_iterations is not None:
             raise InputError("block_iterations", block_iterations, "be left out: a cap has no blocks")
@@ -142,6 +163,8 @@ def largest_load(
     overflow_probability: float = 0.01,
     block_iterations: int | None = None,
     kv_reserve: float = 0.0,
+    rate_error: float | Sequence[float] = 0.0,
+    error_budget: float | None = None,
 ) -> float:
     """Return the largest share of the fluid boundary at which a table of this kind exists.
 
@@ -149,7 +172,7 @@ def largest_load(
     ----------
     fluid : FluidSolution
         Names the workload, whose offered mix is scaled, and the server.
-    kind, overflow_probability, block_iterations, kv_reserve
+    kind, overflow_probability, block_iterations, kv_reserve, rate_error, error_budget
         As in `compile_policy`.
     slack : float
         ε the table has to have.
@@ -171,17 +194,167 @@ def largest_load(
     slack = check_real("slack", slack, minimum=0.0)
     if kind != "capped":
         fluid.workload.require_no_cached_prefixes(f"a table of kind {kind!r}")
-    problem = Problem.of(fluid, overflow_probability, kv_reserve)
+    problem = Problem.of(
+        fluid, overflow_probability, kv_reserve, rate_error=rate_error, error_budget=error_budget
+    )
+    return _reach(fluid, problem, kind, slack, block_iterations)[0]
+
+
+def _reach(
+    fluid: FluidSolution, problem: Problem, kind: str, slack: float, block_iterations: int | None
+) -> tuple[float, Callable[[Problem], list[str]]]:
+    """The largest share of the boundary at which a table exists, and what forbids one at a problem's rates."""
+    budget = _token_budget(problem)
     if kind == "capped":
-        return min(capped.share_carried(problem, fluid, _token_budget(problem)) / (1.0 + slack), 1.0)
+        share = min(capped.share_carried(problem, fluid, budget) / (1.0 + slack), 1.0)
+        return share, lambda offered: ["memory" if capped.plan_cap(offered)[1] == 0 else "time"]
     if kind == "wait":
         lengths = wait.block_lengths(problem.mean_profile.stages, block_iterations)
-        return largest_share(fluid, problem, lambda offered: wait.wait_exists(offered, slack, lengths))
-    return largest_share(
-        fluid,
-        problem,
-        lambda offered: gated.gated_exists(offered, slack, _token_budget(problem), block_iterations),
+        return (
+            largest_share(fluid, problem, lambda offered: wait.wait_exists(offered, slack, lengths)),
+            lambda offered: wait.why_not(offered, slack, lengths),
+        )
+    return (
+        largest_share(
+            fluid, problem, lambda offered: gated.gated_exists(offered, slack, budget, block_iterations)
+        ),
+        lambda offered: gated.why_not(offered, slack, budget, block_iterations),
     )
+
+
+@dataclass(frozen=True)
+class ReachCurve:
+    """How far tables reach against the number of request types; K lines, one per number of types and kind.
+
+    Attributes
+    ----------
+    types : int64[K]
+        Number of types.
+    kind : tuple of str, length K
+    share : float64[K]
+        Largest share of the fluid boundary at which a table exists, to within 0.001; 0 where none does.
+    reason : tuple of str or None, length K
+        What forbids a table above that share: "rounding", "tokens", "batch", "memory" or "time", as
+        `compile_policy` names them; None where one exists up to the boundary.
+    server, workload : str
+        Names.
+    """
+
+    types: NDArray[np.int64]
+    kind: tuple[str, ...]
+    share: NDArray[np.float64]
+    reason: tuple[str | None, ...]
+    server: str
+    workload: str
+
+    def __repr__(self) -> str:
+        lines = [f"ReachCurve of {self.workload!r} on {self.server!r}, share of the fluid boundary"]
+        for number, kind, share, reason in zip(self.types, self.kind, self.share, self.reason, strict=True):
+            lines.append(f"  {number:>5,} types  {kind:<6}  {share:.3f}  {reason or ''}".rstrip())
+        return "\n".join(lines)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per number of types and kind."""
+        import pandas as pd
+
+        names = ("types", "kind", "share", "reason")
+        return pd.DataFrame({name: getattr(self, name) for name in names})
+
+
+def reach_curve(
+    workload: Workload | Sequence[Workload],
+    server: Server,
+    *,
+    kinds: Sequence[str] = COMPILED_KINDS,
+    slack: float = 0.0,
+    overflow_probability: float = 0.01,
+    kv_reserve: float = 0.0,
+) -> ReachCurve:
+    """Return how far tables reach against the number of types: few types are rough, many round up.
+
+    Parameters
+    ----------
+    workload : Workload or sequence of Workload
+        One workload is taken with all numbers of types it can be merged into (`Workload.merge_sizes`).
+        Several, e.g. ``path.to_workload(types=...)`` for more and more types, are taken as they are.
+    server : Server
+    kinds : sequence of str
+        Of "capped", "wait", "gated".
+    slack, overflow_probability, kv_reserve
+        As in `largest_load`.
+
+    Returns
+    -------
+    ReachCurve
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> server = fs.catalog.server("a100-80gb", "llama-2-7b")
+    >>> curve = reach_curve(fs.workloads.azure_conv(), server, kinds=["wait"])
+    >>> [(int(types), round(float(share), 3)) for types, share in zip(curve.types, curve.share)]
+    [(1, 0.972), (3, 0.969), (6, 0.966), (12, 0.958)]
+    >>> curve.reason[0]
+    'rounding'
+    """
+    from fluidsched.fluid import solve_fluid
+
+    for i, kind in enumerate(kinds):
+        check_choice(f"kinds[{i}]", kind, COMPILED_KINDS)
+    slack = check_real("slack", slack, minimum=0.0)
+    if isinstance(workload, Workload):
+        workloads = [workload.merged(types) for types in workload.merge_sizes]
+    else:
+        workloads = list(workload)
+    if not workloads:
+        raise InputError("workload", "an empty sequence", "have at least one workload")
+    lines: list[tuple[int, str, float, str | None]] = []
+    for offered in workloads:
+        offered.require_no_cached_prefixes("a curve of tables' reach")
+        fluid = solve_fluid(offered.at_load(0.5, server), server)
+        problem = Problem.of(fluid, overflow_probability, kv_reserve)
+        boundary = boundary_problem(fluid, problem)
+        for kind in kinds:
+            share, why_not = _reach(fluid, problem, kind, slack, None)
+            above = share + 2.0 * SHARE_TOLERANCE
+            reason = least_severe(why_not(boundary.at_rate(above * boundary.rate))) if above < 1.0 else None
+            lines.append((len(offered), kind, share, reason))
+    types, names, shares, reasons = zip(*lines, strict=True)
+    return ReachCurve(
+        np.array(types, dtype=np.int64), names, np.array(shares), reasons, server.name, workloads[-1].name
+    )
+
+
+_PROTECTED = "x_j = min_u (1 − Σ_i a_i v_i − u π_j − Q_j(Γ − u)) / (1 + u d_j)"
+_ROBUST = {  # what holds for all errors, with the formulas of `fluidsched.policy.robust`
+    "capped": "1 / (Σ_l a_l u_il + the Γ largest of d_l a_l u_il) > 1, u_il = w_il + c0_i S_l / N; memory in every mix",
+    "wait": f"n_j ≥ (a_j / x_j) (T_k(n) − Σ_i v_i n_i), {_PROTECTED}",
+    "gated": f"q_j ≥ (a_j / x_j) (T(q) − Σ_i v_i q_i), {_PROTECTED}",
+}
+
+
+def _price(
+    fluid: FluidSolution, problem: Problem, kind: str, slack: Slack, block_iterations: int | None
+) -> dict[str, Any]:
+    """The certificate's line on rates that may be off, and the share of the reach it costs; none if they are known."""
+    if problem.rate_error is None:
+        return {}
+    margin = 0.0 if slack == "auto" else slack
+    reached = _reach(fluid, problem, kind, margin, block_iterations)[0]
+    known = _reach(fluid, problem.without_errors(), kind, margin, block_iterations)[0]
+    return {
+        "robust": entry(
+            problem.rate_error,
+            "relative error of each rate; at most error_budget types' worth at once",
+            "keeps up with all rates a_j (1 + e_j), |e_j| ≤ d_j, Σ |e_j| / d_j ≤ Γ: " + _ROBUST[kind],
+            "expectation",
+            error_budget=min(problem.error_budget, float(len(problem.rate))),
+            reach=reached,
+            reach_at_known_rates=known,
+            price=1.0 - reached / known,
+            price_formula="1 − reach / reach_at_known_rates: share of the load that could be certified, given up",
+        )
+    }
 
 
 def _token_budget(problem: Problem) -> float:
@@ -191,7 +364,7 @@ def _token_budget(problem: Problem) -> float:
 def _capped(fluid: FluidSolution, problem: Problem, slack: Slack) -> PolicyTable:
     real, cap = capped.plan_cap(problem)
     budget = _token_budget(problem)
-    multiple = capped.check_carried(problem, fluid, cap, budget, slack)
+    capped.check_carried(problem, fluid, cap, budget, slack)
     offered = float(np.sum(fluid.workload.arrival_rate))
     return PolicyTable(
         "capped",
@@ -200,7 +373,10 @@ def _capped(fluid: FluidSolution, problem: Problem, slack: Slack) -> PolicyTable
         max_in_service=cap,
         token_budget=TOKEN_BUDGET,
         kv_limit_tokens=problem.kv_limit,
-        certificate=capped.capped_certificate(problem, real, cap, multiple, budget),
+        certificate={
+            **capped.capped_certificate(problem, real, cap, budget),
+            **_price(fluid, problem, "capped", slack, None),
+        },
         provenance=provenance_of(fluid),
     )
 
@@ -217,7 +393,10 @@ def _wait(
         block_iterations=plan.block_iterations,
         freeze=True,
         predictor=predictor_of(rows),
-        certificate=wait.wait_certificate(problem, plan, horizon),
+        certificate={
+            **wait.wait_certificate(problem, plan, horizon),
+            **_price(fluid, problem, "wait", slack, plan.block_iterations),
+        },
         provenance=provenance_of(fluid),
     )
 
@@ -233,6 +412,9 @@ def _gated(fluid: FluidSolution, problem: Problem, slack: Slack, window: int | N
         token_budget=TOKEN_BUDGET,
         kv_limit_tokens=problem.kv_limit,
         predictor=predictor_of(rows),
-        certificate=gated.gated_certificate(problem, plan, spacing, budget),
+        certificate={
+            **gated.gated_certificate(problem, plan, spacing, budget),
+            **_price(fluid, problem, "gated", slack, plan.window),
+        },
         provenance=provenance_of(fluid),
     )

@@ -31,6 +31,7 @@ taken as large as possible: for each k the largest feasible ε, and of all k the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ from fluidsched.queues import embedded_queue_mean
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
 
-__all__ = ["GatedPlan", "gated_certificate", "gated_exists", "plan_gated"]
+__all__ = ["GatedPlan", "gated_certificate", "gated_exists", "plan_gated", "why_not"]
 
 IntArray = NDArray[np.int64]
 
@@ -145,10 +146,18 @@ def _evaluate(
         return "time"
     rate = problem.rate
     time = low / stretch
+    slope = problem.lumped_work.min(axis=0)
+    protected = problem.protected_rate(slope)
+    if protected is not None and not np.all(np.isfinite(protected)):
+        return "time"
+    per_iteration = np.zeros_like(rate)
+    reached = _iteration_time(problem, per_iteration)
     while True:
         if time > high / stretch * (1 + ROUNDING):
             return "rounding"
         wanted = stretch * rate * time
+        if protected is not None:
+            wanted = np.maximum(wanted, protected * (reached - float(per_iteration @ slope)))
         n = np.maximum(np.ceil(wanted * window * (1 - ROUNDING)), 1.0)
         period = np.minimum(np.floor(n / wanted * (1 + ROUNDING)), LONGEST_PERIOD)
         kv_mean, kv_variance, number, number_variance = spacing.per_request(period.astype(np.int64))
@@ -162,7 +171,10 @@ def _evaluate(
         if float(per_iteration @ problem.workload.processed_tokens) > token_budget:
             return "tokens"
         reached = _iteration_time(problem, per_iteration)
-        if np.all(stretch * rate * reached <= per_iteration * (1 + ROUNDING)):
+        needed = stretch * rate * reached
+        if protected is not None:
+            needed = np.maximum(needed, protected * (reached - float(per_iteration @ slope)))
+        if np.all(needed <= per_iteration * (1 + ROUNDING)):
             break
         time = reached
     queue = queue_estimate(n, rate * period * reached) * problem.queue_factor(per_iteration / reached)
@@ -241,11 +253,19 @@ def _windows(spacing: _Spacing, window: int | None) -> list[int]:
 
 def gated_exists(problem: Problem, margin: float, token_budget: float, window: int | None) -> bool:
     """Whether a table with this slack exists for any window."""
+    return any(not isinstance(plan, str) for plan in _plans(problem, margin, token_budget, window))
+
+
+def why_not(problem: Problem, margin: float, token_budget: float, window: int | None) -> list[str]:
+    """What forbids a table with this slack, for each window that has none."""
+    return [plan for plan in _plans(problem, margin, token_budget, window) if isinstance(plan, str)]
+
+
+def _plans(
+    problem: Problem, margin: float, token_budget: float, window: int | None
+) -> Iterator[GatedPlan | str]:
     spacing = _spacing(problem, token_budget)
-    return any(
-        not isinstance(_solve(problem, spacing, token_budget, k, margin), str)
-        for k in _windows(spacing, window)
-    )
+    return (_solve(problem, spacing, token_budget, k, margin) for k in _windows(spacing, window))
 
 
 def gated_certificate(

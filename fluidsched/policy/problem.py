@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,7 @@ from fluidsched.policy.profiles import (
     normal_quantile,
     worst_profile,
 )
+from fluidsched.policy.robust import checked_budget, checked_errors, protected_rates
 from fluidsched.policy.table import Match, TableType
 from fluidsched.server import Server
 from fluidsched.workload import RequestType, Workload
@@ -38,12 +39,15 @@ if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
 
 __all__ = [
+    "SHARE_TOLERANCE",
     "Problem",
     "Slack",
+    "boundary_problem",
     "check_slack",
     "entry",
     "expected_largest",
     "largest_share",
+    "least_severe",
     "no_table",
     "queue_estimate",
 ]
@@ -67,6 +71,10 @@ class Problem:
         δ; 0 for bounds that hold with certainty.
     kv_reserve : float
         Tokens of KV capacity that tables leave free.
+    rate_error : float64[A], optional
+        d_j of `fluidsched.policy.robust`; None: rates are taken as known.
+    error_budget : float
+        Γ, how many types may be off by as much; infinite: all.
     """
 
     workload: Workload
@@ -74,6 +82,8 @@ class Problem:
     rate: FloatArray
     overflow_probability: float
     kv_reserve: float = 0.0
+    rate_error: FloatArray | None = None
+    error_budget: float = math.inf
 
     @classmethod
     def of(
@@ -82,6 +92,8 @@ class Problem:
         overflow_probability: float,
         kv_reserve: float = 0.0,
         rate: FloatArray | None = None,
+        rate_error: float | Sequence[float] = 0.0,
+        error_budget: float | None = None,
     ) -> Problem:
         """The problem a fluid solution poses, at its admitted rates or at `rate` (J,).
 
@@ -104,7 +116,16 @@ class Problem:
                 kv_reserve,
                 f"be below the KV capacity, {fluid.server.usable_kv_capacity:,.0f} tokens",
             )
-        problem = cls(workload, fluid.server, rate[active], float(overflow_probability), kv_reserve)
+        errors = checked_errors(rate_error, len(rate))
+        problem = cls(
+            workload,
+            fluid.server,
+            rate[active],
+            float(overflow_probability),
+            kv_reserve,
+            None if errors is None or not errors[active].any() else errors[active],
+            checked_budget(error_budget, errors),
+        )
         if overflow_probability == 0.0 and not problem.is_bounded:
             unbounded = next(t.name for t in workload.types if not t.law.is_bounded)
             raise InputError(
@@ -123,6 +144,22 @@ class Problem:
         other = copy.copy(self)
         object.__setattr__(other, "rate", rate)
         return other
+
+    def without_errors(self) -> Problem:
+        """The same with the rates taken as known."""
+        other = self.at_rate(self.rate)
+        object.__setattr__(other, "rate_error", None)
+        object.__setattr__(other, "error_budget", math.inf)
+        return other
+
+    def protected_rate(self, slope: FloatArray) -> FloatArray | None:
+        """Rates that thresholds keep up with against the slack time B (`fluidsched.policy.robust`), (A,).
+
+        `slope` (A,) is what one more request per cycle adds to it at least, s. None where rates are known.
+        """
+        if self.rate_error is None:
+            return None
+        return protected_rates(self.rate, slope, self.rate_error, self.error_budget)
 
     # ------------------------------------------------------------------ lengths
 
@@ -367,17 +404,33 @@ _REASONS = {  # the least severe first
 }
 
 
+def boundary_problem(fluid: FluidSolution, problem: Problem) -> Problem:
+    """The same server, limits and errors at the fluid boundary along the offered mix."""
+    offered = np.asarray(fluid.workload.arrival_rate)
+    rate = offered / float(np.max(fluid.load))
+    admitted = np.asarray(fluid.admitted_rate) > 0.0
+    errors = np.zeros(len(offered))
+    if problem.rate_error is not None:
+        errors[admitted] = problem.rate_error
+        errors[~admitted] = problem.rate_error.max()  # the refused: as much as the worst of the others
+    return Problem.of(
+        fluid,
+        problem.overflow_probability,
+        problem.kv_reserve,
+        rate,
+        errors.tolist(),
+        problem.error_budget if math.isfinite(problem.error_budget) else None,
+    )
+
+
 def largest_share(fluid: FluidSolution, problem: Problem, exists: Callable[[Problem], bool]) -> float:
     """Largest share of the fluid boundary, along the offered mix, at which `exists`; 0 if nowhere.
 
     By bisection to within 0.001, rounded down. `exists` must be monotone: what exists at a load exists
     below it.
     """
-    offered = np.asarray(fluid.workload.arrival_rate)
-    boundary = Problem.of(
-        fluid, problem.overflow_probability, problem.kv_reserve, offered / float(np.max(fluid.load))
-    )
-    if np.array_equal(offered > 0.0, np.asarray(fluid.admitted_rate) > 0.0):
+    boundary = boundary_problem(fluid, problem)
+    if len(boundary.rate) == len(problem.rate):
         boundary = problem.at_rate(boundary.rate)  # the same types: lengths need no second look
     low, high = 0.0, 1.0
     while high - low > SHARE_TOLERANCE / 2:
@@ -389,6 +442,11 @@ def largest_share(fluid: FluidSolution, problem: Problem, exists: Callable[[Prob
     return math.floor(low / SHARE_TOLERANCE) * SHARE_TOLERANCE
 
 
+def least_severe(reasons: Iterable[str]) -> str:
+    """The reason that least would have to change for: "rounding" before "tokens", …, "time" last."""
+    return min(set(reasons), key=list(_REASONS).index)
+
+
 def no_table(
     what: str,
     problem: Problem,
@@ -398,7 +456,7 @@ def no_table(
     exists: Callable[[Problem], bool],
 ) -> InfeasibleError:
     """The error that no table `what` exists: the least severe reason, the largest load at which one does."""
-    reason = min(set(reasons), key=list(_REASONS).index)
+    reason = least_severe(reasons)
     share = largest_share(fluid, problem, exists)
     until = (
         f"One exists up to {share:.3f} of the fluid boundary."

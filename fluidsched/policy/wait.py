@@ -83,6 +83,7 @@ __all__ = [
     "wait_certificate",
     "wait_curve",
     "wait_exists",
+    "why_not",
 ]
 
 IntArray = NDArray[np.int64]
@@ -150,6 +151,8 @@ class _Block:
             if problem.size <= KEPT:
                 problem.shared["block", k] = shared
         self._memory, self._base, self._work, self._variance, self._cohort = shared
+        self._slope: FloatArray = self._work.min(axis=0).sum(axis=1)
+        self.protected = problem.protected_rate(self._slope)
 
     def _under_pieces(self, n: FloatArray) -> FloatArray:
         """Mean durations of the iterations of a full block under every piece, (I, k), s."""
@@ -164,6 +167,12 @@ class _Block:
 
     def cycle_time(self, n: FloatArray) -> float:
         return float(self.times(n).sum())
+
+    def robust_thresholds(self, n: FloatArray, cycle_time: float) -> FloatArray:
+        """What thresholds must be, given T_k(n), to keep up with rates that are off (`policy.robust`)."""
+        if self.protected is None:
+            return np.zeros_like(n)
+        return np.asarray(self.protected * (cycle_time - float(n @ self._slope)))
 
     def mean_batch_cycle(self, n: FloatArray, direction: FloatArray) -> tuple[float, float]:
         """Cycle of mean batches, a convex bound of T_k from below, and a subgradient along `direction`."""
@@ -208,19 +217,24 @@ def least_thresholds(
 ) -> FloatArray | str:
     """Smallest n with n ≥ stretch · a · T_k(n), if within the server's limits; else what forbids it.
 
-    `interval` holds bounds of β from `Problem.equilibrium`; `whole` rounds requests up.
+    `interval` holds bounds of β from `Problem.equilibrium`; `whole` rounds requests up. Where rates may be
+    off, also n ≥ the block's `robust_thresholds` (which grow with n, so the climb is the same).
     """
     beta, beta_max = interval
     rate = block.rate
+    robust = block.robust_thresholds(np.zeros_like(rate), block.cycle_time(np.zeros_like(rate)))
+    if not np.all(np.isfinite(robust)):
+        return "time"
     while True:
         if beta > beta_max * (1 + ROUNDING):
             return "time"
-        n = whole(rate * beta)
+        n = whole(np.maximum(rate * beta, robust))
         broken = block.exceeded(n)
         if broken is not None:
             return broken
-        reached = stretch * block.cycle_time(n)
-        if np.all(rate * reached <= n * (1 + ROUNDING)):
+        cycle = block.cycle_time(n)
+        reached, robust = stretch * cycle, block.robust_thresholds(n, cycle)
+        if np.all(np.maximum(rate * reached, robust) <= n * (1 + ROUNDING)):
             return n
         ahead = np.maximum(n, rate * reached)
         value, slope = block.mean_batch_cycle(ahead, np.where(rate * reached > n, rate, 0.0))
@@ -336,7 +350,7 @@ def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterat
         problem,
         fluid,
         margin,
-        _why_not(problem, margin, lengths),
+        why_not(problem, margin, lengths),
         lambda offered: wait_exists(offered, margin, lengths),
     )
 
@@ -346,7 +360,7 @@ def wait_exists(problem: Problem, margin: float, lengths: Sequence[int]) -> bool
     return any(not isinstance(_solve(problem, k, margin), str) for k in lengths)
 
 
-def _why_not(problem: Problem, margin: float, lengths: Sequence[int]) -> list[str]:
+def why_not(problem: Problem, margin: float, lengths: Sequence[int]) -> list[str]:
     """What forbids thresholds that need not be whole, per block length; "rounding" where nothing does."""
     reasons = []
     for k in lengths:
