@@ -409,6 +409,12 @@ class PolicyTable:
             "be given for WAIT policies and for no other",
         )
         require("segments", bool(self.segments) == (self.kind == "nested-wait"), "be non-empty exactly")
+        for i, segment in enumerate(self.segments):
+            block = self.block_iterations or 1
+            whole = (segment.boundary + 1) % block == 0
+            require(
+                f"segments[{i}].boundary", whole, f"be one less than a multiple of block_iterations, {block},"
+            )
         if self.kind in ONE_ROW_KINDS:
             require("types", len(self.types) == 1 and self.types[0].name == "*", "have one row, named '*',")
         for j, row in enumerate(self.types):

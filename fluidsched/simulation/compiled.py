@@ -2,8 +2,8 @@ r"""The compiled loops of the kernel: event to event instead of token to token.
 
 Everything that numba compiles is in this one file, because its cache looks at one file's date only: a change
 here recompiles everything, and nothing stale is ever run. In order: durations of runs, the calendar of
-completions, the state, what the rules share, `continuous` (the rules in which everybody in service runs)
-and `wait`. Rule numbers are those of `fluidsched.simulation.reference`, which these loops repeat.
+completions, the state, what the rules share, `continuous` (the rules in which everybody in service runs),
+`wait` and `nested`. Rule numbers are those of `fluidsched.simulation.reference`, which these loops repeat.
 
 **Durations.** While n requests decode and nobody enters or leaves, iteration r = 0, 1, … of the run reads
 m + n r tokens of KV, so with affine pieces (c0, c_pf, c_dec, c_kv, c_attn) it lasts
@@ -35,8 +35,15 @@ move or all stand still.
 **Gaps between tokens.** A decode that also ran in the iteration before has its next token one iteration later:
 n gaps of T(r) in iteration r. They are counted in the buckets of `histogram`; a run crosses few of them, and
 the iterations it spends in one are a quotient. Exceptions, moved from T(r) to where they belong: a decode that
-the budget passed over (`stalled`: its last token), a row that a block left out (the group's `last`), a
-preempted request that emits again (its `served`).
+the budget passed over (`stalled`: its last token), a row or segment that a block left out (the group's `last`),
+a request that stood still before a segment or was preempted and emits again (its `served`).
+
+**Segments.** So do those of a segment of `nested-wait`, but for the queue at its first position: a run of
+segment k takes all who are inside and n_k of its queue. So there is a group per segment and, before it, a
+list of residents who stand still. A request's next date in its group is its last token or the segment's
+end, where it joins the next list: a few operations per segment that it reaches, however long it stays.
+Admission is in the order of the path, preemption in the opposite one; so nobody overtakes, every list is in
+order of arrival, and those of one cohort, put on one day one after another, are found there in reverse.
 
 **Events.** At a decision the rule serves the running, preempts, admits. If prompts are being computed, one
 iteration is run; else as many as nothing can change in: until the next completion, the iteration memory
@@ -268,9 +275,13 @@ ROW = _record_type(
 #: `done` of `target` tokens are computed, `chunk` more in this iteration. Decoding: base and key; earlier,
 #: later: its day. resumed: output tokens it had when admitted. partial: at place i the slot of the i-th that
 #: prefills, in the order of admission. stalled: when a decode that was passed over emitted its last token, else
-#: `AT_ONCE`.
+#: `AT_ONCE`. `nested-wait`: its segment; where `earlier` and `later` link the queue of a segment, `decodes` is
+#: 2, `base` the KV tokens held and `resumed` the output tokens produced. In a segment's group `resumed` is
+#: those less the reading of the clock, `chunk` the reading when it entered. entered: at place i the slot of the
+#: i-th that left a queue in this decision.
 SLOT = _record_type(
-    "request decodes base key resumed target done chunk older newer earlier later partial", "stalled"
+    "request decodes base key resumed target done chunk older newer earlier later partial segment entered",
+    "stalled",
 )
 
 #: Decodes that run together: clock, number, KV tokens and units they hold; the stack of their preempted
@@ -278,8 +289,13 @@ SLOT = _record_type(
 #: whether the block serves them.
 GROUP = _record_type("clock decodes held units top depth chosen", "last")
 
+#: `nested-wait`: threshold and number of positions of a segment, and the queue at its first one: oldest
+#: and newest slot, number, KV tokens and units they hold. The first segment's queue is the row's. entered:
+#: how many left it in this decision and are still there.
+SEGMENT = _record_type("threshold positions head tail queued held units entered")
+
 #: A preempted request: the next one on its stack, output tokens kept, since when it waits, when last served
-#: (if it keeps tokens, with the last of them).
+#: (if it keeps tokens, with the last of them); the last also of those that stand still before a segment.
 RETURNED = _record_type("below produced", "since served")
 
 #: Everything else. now: the next decision instant; until: no decision is taken at or after it (at most the
@@ -288,7 +304,7 @@ RETURNED = _record_type("below produced", "since served")
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
     " iterations batch_sizes batch_tokens preempted wasted peak_kv samples verdict kv_end emitted stalls"
-    " gap_place gap_weight left held_before residents_before",
+    " gap_place gap_weight left held_before residents_before entered",
     "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
@@ -311,7 +327,8 @@ class Calendars(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All a loop reads and writes: one record of rules and of state; N requests, J rows, G groups, I pieces.
+    """All a loop reads and writes: one record of rules and of state; N requests, J rows, G groups, L segments
+    (none but with `nested-wait`), I pieces.
 
     `arrival`, `prompt`, `output`, `row` (N,) are the path, `order` sorts it by row, oldest first; `admitted`,
     `first_token`, `finish` (NaN where it did not happen), `preemptions` (N,), `gaps` (B,) and `occupancy`
@@ -330,6 +347,7 @@ class Run(NamedTuple):
     recent: Ints
     slots: Records
     groups: Records
+    segments: Records
     calendars: Calendars
     returned: Records
     admitted: Floats
@@ -409,6 +427,13 @@ def _count_gaps(run: Run, n: int, m: int, k: int, first: float, last: float, dur
     else:
         _spread_gaps(run.gaps, run.coefficients, run.rules, run.state, n, m, k)
     s.gap_s += n * duration
+
+
+@_inline
+def _count_gap(run: Run, gap: float) -> None:
+    """Count one gap of so many seconds."""
+    run.gaps[_bucket(run.rules[0], gap)] += 1
+    run.state[0].gap_s += gap
 
 
 @_inline
@@ -589,9 +614,7 @@ def _emit(run: Run, group: int, slot: int, now: float) -> None:
     if resumed == 0:
         run.first_token[request] = now
     elif now > run.rules[0].warmup:
-        gap = now - run.returned[request].served
-        run.gaps[_bucket(run.rules[0], gap)] += 1
-        run.state[0].gap_s += gap
+        _count_gap(run, now - run.returned[request].served)
     to_go = run.output[request] - resumed - 1
     if to_go == 0:
         _finish(run, slot, now)
@@ -617,7 +640,7 @@ def _join(run: Run, now: float) -> None:
 @_part
 def _preempt(run: Run, group: int, now: float) -> None:
     """Rule 8: the newest resident, of this group, loses its place and waits on the group's stack."""
-    s, rules, slots = run.state[0], run.rules[0], run.slots
+    s, slots = run.state[0], run.slots
     groups, returned, calendars = run.groups, run.returned, run.calendars
     slot = s.newest
     request = slots[slot].request
@@ -633,6 +656,15 @@ def _preempt(run: Run, group: int, now: float) -> None:
     else:
         s.partials -= 1  # prefilling slots are listed in the order of admission: it is the last
         served = returned[request].served if run.preemptions[request] > 0 else run.arrival[request]
+    _return(run, group, slot, produced, held, served, now)
+
+
+@_inline
+def _return(run: Run, stack: int, slot: int, produced: int, held: int, served: float, now: float) -> None:
+    """The resident in `slot` loses its place, and the KV tokens it holds, and waits on top of `stack`."""
+    s, rules, slots = run.state[0], run.rules[0], run.slots
+    groups, returned = run.groups, run.returned
+    request = slots[slot].request
     _leave(s, slots, slot)
     if rules.restart:
         produced = 0
@@ -644,9 +676,9 @@ def _preempt(run: Run, group: int, now: float) -> None:
     returned[request].produced = produced
     returned[request].since = now
     returned[request].served = served
-    returned[request].below = groups[group].top
-    groups[group].top = request
-    groups[group].depth += 1
+    returned[request].below = groups[stack].top
+    groups[stack].top = request
+    groups[stack].depth += 1
 
 
 @_inline
@@ -1335,3 +1367,352 @@ def wait(run: Run) -> None:
                 _tick(groups, calendars, j, k)
                 _complete(run, j, now)
         _prefill(run, now)
+
+
+# --------------------------------------------------------------------------- nested-wait
+
+_QUEUED = 2
+
+
+@_part
+def _queue_up(run: Run, segment: int, slot: int, behind: int, held: int, now: float) -> None:
+    """Let a resident stand still before `segment`, right after the slot `behind` of its queue (or first)."""
+    slots, segments, rules = run.slots, run.segments, run.rules[0]
+    ahead = segments[segment].head if behind == NOBODY else slots[behind].later
+    slots[slot].decodes = _QUEUED
+    slots[slot].segment = segment
+    slots[slot].base = held
+    slots[slot].earlier = behind
+    slots[slot].later = ahead
+    if behind == NOBODY:
+        segments[segment].head = slot
+    else:
+        slots[behind].later = slot
+    if ahead == NOBODY:
+        segments[segment].tail = slot
+    else:
+        slots[ahead].earlier = slot
+    segments[segment].queued += 1
+    segments[segment].held += held
+    segments[segment].units += _units(rules, held)
+    run.returned[slots[slot].request].served = now
+
+
+@_inline
+def _dequeue(run: Run, slot: int) -> int:
+    """Take a resident out of the queue of its segment; return the KV tokens it holds."""
+    slots, segments, rules = run.slots, run.segments, run.rules[0]
+    segment, held = slots[slot].segment, slots[slot].base
+    before, after = slots[slot].earlier, slots[slot].later
+    if before == NOBODY:
+        segments[segment].head = after
+    else:
+        slots[before].later = after
+    if after == NOBODY:
+        segments[segment].tail = before
+    else:
+        slots[after].earlier = before
+    segments[segment].queued -= 1
+    segments[segment].held -= held
+    segments[segment].units -= _units(rules, held)
+    return held
+
+
+@_part
+def _enter_segment(run: Run, segment: int, slot: int, produced: int, held: int, positions: int) -> None:
+    """Let a resident run in `segment`, at most `positions` iterations of which are before it."""
+    slots, groups, calendars = run.slots, run.groups, run.calendars
+    to_go = min(run.output[slots[slot].request] - produced, positions)
+    slots[slot].segment = segment
+    slots[slot].resumed = produced - groups[segment].clock
+    _start_decode(slots, groups, calendars, segment, slot, held, to_go)
+
+
+@_part
+def _preempt_nested(run: Run, now: float) -> None:
+    """Rule 8: the newest resident loses its place, wherever it is."""
+    s, slots, groups, returned = run.state[0], run.slots, run.groups, run.returned
+    slot = s.newest
+    request = slots[slot].request
+    produced = slots[slot].resumed
+    held = slots[slot].done
+    served = returned[request].served
+    if slots[slot].decodes == 1:
+        segment = slots[slot].segment
+        produced += groups[segment].clock
+        if groups[segment].clock > slots[slot].chunk:
+            served = groups[segment].last
+        else:  # it entered in this decision
+            run.segments[segment].entered -= 1
+        held = _stop_decode(slots, groups, run.calendars, segment, slot)
+    elif slots[slot].decodes == _QUEUED:
+        held = _dequeue(run, slot)
+    else:
+        s.partials -= 1  # prefilling slots are listed in the order of admission: it is the last
+        if run.preemptions[request] == 0:
+            served = run.arrival[request]
+    _return(run, 0, slot, produced, held, served, now)
+
+
+@_part
+def _first_queued_after(run: Run, segment: int, now: float) -> float:
+    """Rule 23: smallest s + hold later than now in the queue of `segment`, whose times s do not decrease."""
+    hold = run.rows[0].hold
+    slot = run.segments[segment].head
+    while slot != NOBODY:
+        expiry = run.returned[run.slots[slot].request].served + hold
+        if expiry > now:
+            return expiry
+        slot = run.slots[slot].later
+    return math.inf
+
+
+@_part
+def _segments_to_run(run: Run, now: float) -> int:
+    """Rule 28's K."""
+    groups, rows, segments, returned = run.groups, run.rows, run.segments, run.returned
+    count = segments.size
+    last = 0
+    if groups[0].depth + rows[0].tail - rows[0].head >= segments[0].threshold:
+        last = 1
+        while last < count and segments[last].queued >= segments[last].threshold:
+            last += 1
+    hold = rows[0].hold
+    if hold == math.inf:
+        return last
+    for k in range(count - 1, last - 1, -1):
+        if groups[k].decodes > 0 and now >= groups[k].last + hold:
+            return k + 1
+        if k > 0:
+            slot = segments[k].head
+            if slot != NOBODY and now >= returned[run.slots[slot].request].served + hold:
+                return k + 1
+        elif _has_expired(run, 0, now):
+            return 1
+    return last
+
+
+@_part
+def _next_timer_nested(run: Run, now: float) -> float:
+    """Rule 23: the first instant later than now at which a hold expires."""
+    groups, hold = run.groups, run.rows[0].hold
+    wake = _next_timer(run, now)
+    if hold == math.inf:
+        return wake
+    for k in range(1, groups.size):
+        wake = min(wake, _first_queued_after(run, k, now))
+        if groups[k].decodes > 0 and groups[k].last + hold > now:
+            wake = min(wake, groups[k].last + hold)
+    return wake
+
+
+@_inline
+def _start_segments(run: Run, now: float) -> None:
+    """Rule 28: choose the segments, let n_k of every queue enter, admit n_1."""
+    s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
+    rows, segments = run.rows, run.segments
+    last = _segments_to_run(run, now)
+    for k in range(segments.size):
+        groups[k].chosen = k < last
+        segments[k].entered = 0
+    s.entered = 0
+    for k in range(1, last):
+        for _ in range(min(segments[k].threshold, segments[k].queued)):
+            slot = segments[k].head
+            slots[s.entered].entered = slot
+            s.entered += 1
+            segments[k].entered += 1
+            held = _dequeue(run, slot)
+            slots[slot].chunk = groups[k].clock
+            _enter_segment(run, k, slot, slots[slot].resumed, held, segments[k].positions)
+    if last > 0:
+        waiting = groups[0].depth + rows[0].tail - rows[0].head
+        for _ in range(min(segments[0].threshold, waiting, rules.slots - s.residents)):
+            slot = _admit(run, 0, 0, now)
+            slots[slot].chunk = slots[slot].target
+
+
+@_part
+def _serve_segments(run: Run, now: float) -> tuple[int, int]:
+    """Rule 21: preempt until the next iteration fits; decodes to serve and tokens they read."""
+    s, rules, slots = run.state[0], run.rules[0], run.slots
+    groups, segments, calendars = run.groups, run.segments, run.calendars
+    while True:
+        decodes = reads = needed = 0
+        for k in range(groups.size):
+            needed += _units_held(groups, calendars, k) + segments[k].units
+            if groups[k].chosen == 1 and groups[k].decodes > 0:
+                decodes += groups[k].decodes
+                reads += groups[k].held + groups[k].decodes
+                needed += _growth(groups, calendars, k, 1)
+        for i in range(s.partials):
+            needed += _units(rules, slots[slots[i].partial].target)
+        if needed <= rules.capacity or decodes + s.partials == 0:
+            return decodes, reads
+        _preempt_nested(run, now)
+
+
+@_part
+def _complete_segment(run: Run, segment: int, now: float) -> None:
+    """Let those of the segment leave or go on whose last iteration in it ended now.
+
+    They are met in reverse, so each that goes on is put before the one met last.
+    """
+    slots, groups, calendars = run.slots, run.groups, run.calendars
+    clock = groups[segment].clock
+    behind = NOBODY
+    if segment + 1 < groups.size:
+        behind = run.segments[segment + 1].tail
+    slot = calendars.heads[segment * calendars.days + (clock & (calendars.days - 1))]
+    while slot != NOBODY:
+        following = slots[slot].later
+        if slots[slot].key == clock:
+            held = _stop_decode(slots, groups, calendars, segment, slot)
+            produced = slots[slot].resumed + clock
+            if produced == run.output[slots[slot].request]:
+                _finish(run, slot, now)
+            else:
+                slots[slot].resumed = produced
+                _queue_up(run, segment + 1, slot, behind, held, now)
+        slot = following
+
+
+@_part
+def _prefill_nested(run: Run, now: float) -> None:
+    """The prompts of the iteration that ended now are computed: position 0 is done."""
+    s, slots, segments = run.state[0], run.slots, run.segments
+    behind = NOBODY
+    if segments.size > 1:
+        behind = segments[1].tail
+    for i in range(s.partials):
+        slot = slots[i].partial
+        request = slots[slot].request
+        produced = slots[slot].resumed + 1
+        if produced == 1:
+            run.first_token[request] = now
+        elif now > run.rules[0].warmup:
+            _count_gap(run, now - run.returned[request].served)
+        if produced == run.output[request]:
+            _finish(run, slot, now)
+        elif segments[0].positions == 1:
+            slots[slot].resumed = produced
+            _queue_up(run, 1, slot, behind, slots[slot].target, now)
+            behind = slot
+        else:
+            slots[slot].chunk = NOBODY
+            _enter_segment(run, 0, slot, produced, slots[slot].target, segments[0].positions - 1)
+    s.partials = 0
+
+
+@_inline
+def _lengthen_nested(run: Run, first: float, now: float) -> None:
+    """In the iteration of `first` seconds from now on emit those who stood still: segments, and out of queues."""
+    s, slots, groups, segments = run.state[0], run.slots, run.groups, run.segments
+    for k in range(groups.size):
+        if groups[k].chosen == 1 and groups[k].last < now:
+            longer = groups[k].decodes - segments[k].entered
+            if longer > 0:
+                _lengthen_gaps(run, longer, first, now - groups[k].last)
+    for i in range(s.entered):
+        slot = slots[i].entered
+        if slots[slot].decodes == 1:  # else it was preempted at once
+            missed = now - run.returned[slots[slot].request].served
+            if missed > 0.0:
+                _lengthen_gaps(run, 1, first, missed)
+
+
+@_loop
+def nested(run: Run) -> None:
+    """Run `nested-wait` on to its end or to `until`, as `continuous` does."""
+    s, rules, slots = run.state[0], run.rules[0], run.slots
+    groups, segments, calendars, coef = run.groups, run.segments, run.calendars, run.coefficients
+    now = s.now
+    left = s.left
+    while True:
+        _join(run, now)
+        held = 0
+        for k in range(groups.size):
+            held += groups[k].held + segments[k].held
+        if now >= s.until:
+            s.now = now
+            s.left = left
+            if now >= rules.horizon:
+                _close(run, now, held, AT_HORIZON)
+            return
+        if now >= s.sample_at:
+            _sample(run, held, now)
+
+        # The decision.
+        wasted = s.wasted
+        decodes = reads = 0
+        if left > 0:
+            decodes, reads = _serve_segments(run, now)
+        if decodes == 0:
+            left = rules.block_iterations
+            _start_segments(run, now)
+            decodes, reads = _serve_segments(run, now)
+        held -= s.wasted - wasted
+
+        # Nobody to serve: wait for an arrival or a timer.
+        if decodes + s.partials == 0:
+            left = 0
+            wake = _next_timer_nested(run, now)
+            if s.arrived < run.arrival.size:
+                wake = min(wake, run.arrival[s.arrived])
+            wake = min(wake, s.until)
+            if wake == math.inf:
+                verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK
+                _close(run, now, held, verdict)
+                return
+            idle = wake - max(now, rules.warmup)
+            if idle > 0.0:
+                s.kv_area += idle * held
+                s.resident_area += idle * s.residents
+            now = wake
+            continue
+
+        if s.partials == 0:
+            k = left
+            room = rules.capacity
+            for i in range(groups.size):
+                room -= _units_held(groups, calendars, i) + segments[i].units
+                if groups[i].chosen == 1 and groups[i].decodes > 0:
+                    k = min(k, _to_completion(groups, calendars, i))
+            if rules.capacity < FAR and k > 1:
+                k = _fit(run, room, k)
+            holds = held + decodes
+            k, duration, area, first, last = _run_length(run, decodes, reads, holds, now, s.sample_at, k)
+            holds += decodes * (k - 1)
+            size = tokens = emitted = decodes
+        else:
+            k = 1
+            prompts = 0
+            emitted = size = decodes + s.partials
+            attention = 0.0
+            for i in range(s.partials):
+                prompt = slots[slots[i].partial].target
+                prompts += prompt
+                attention += 0.5 * prompt * prompt
+            tokens = decodes + prompts
+            holds = held + tokens
+            duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
+            area = duration * holds
+        if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
+            _close(run, rules.horizon, held, AT_HORIZON)
+            return
+        if now + duration > rules.warmup:
+            _count_gaps(run, decodes, reads, k, first, last, duration)
+            _lengthen_nested(run, first, now)
+        for i in range(groups.size):
+            segments[i].entered = 0
+        s.entered = 0
+        s.held_before = holds
+        s.residents_before = s.residents
+        now += duration
+        left -= k
+        for i in range(groups.size):
+            if groups[i].chosen == 1:
+                groups[i].last = now
+                _tick(groups, calendars, i, k)
+                _complete_segment(run, i, now)
+        _prefill_nested(run, now)

@@ -52,7 +52,7 @@ def run_kernel(
     server : Server
         Its iteration time must be affine or the largest of affine pieces.
     table : PolicyTable
-        Kind "vllm", "capped", "sarathi", "orca", "gated" or "wait".
+        Of a kind simulated (`limits.KINDS`).
     horizon : float or None
         End of the run, s; None: until empty or stuck.
     warmup : float
@@ -90,6 +90,8 @@ def run_kernel(
     run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points)
     if table.kind == "wait":
         compiled.wait(run)
+    elif table.kind == "nested-wait":
+        compiled.nested(run)
     else:
         compiled.continuous(run)
     return _engine_run(run, table, rejected, joins, points)
@@ -167,12 +169,14 @@ def _prepare(
     of_request = column(classes)
     count = len(output)
     rows, order = _rows(table, of_request)
-    groups = np.zeros(len(rows) if table.kind == "wait" else 1, dtype=compiled.GROUP)
+    segments = _segments(table)
+    standing = len(rows) if table.kind == "wait" else len(segments)
+    groups = np.zeros(max(standing, 1), dtype=compiled.GROUP)
     groups["top"] = compiled.NOBODY
     groups["chosen"] = 1
     days = compiled.calendar_days(int(output.max(initial=1)), len(groups))
     size = min(count, int(rules["slots"][0]))
-    if table.kind != "wait":  # admission looks at memory, and a resident takes one unit at least
+    if not table.freeze:  # admission looks at memory, and a resident takes one unit at least
         size = min(size, int(rules["capacity"][0]))
     slots = np.zeros(max(size, 1), dtype=compiled.SLOT)
     slots["newer"] = np.arange(1, len(slots) + 1)
@@ -189,6 +193,7 @@ def _prepare(
         recent=np.zeros(int(rows["size"].sum()), dtype=np.int64),
         slots=slots,
         groups=groups,
+        segments=segments,
         calendars=compiled.Calendars(
             days=days,
             heads=np.full(len(groups) * days, compiled.NOBODY, dtype=np.int64),
@@ -242,6 +247,17 @@ def _rows(table: PolicyTable, of_request: NDArray[np.int64]) -> tuple[NDArray[np
         rows["size"] = np.minimum(rows["threshold"], counts)
         rows["first"] = np.cumsum(rows["size"]) - rows["size"]
     return rows, order
+
+
+def _segments(table: PolicyTable) -> NDArray[np.void]:
+    """The table's segments, nobody before any; the last one has no end."""
+    segments = np.zeros(len(table.segments), dtype=compiled.SEGMENT)
+    if len(segments):
+        segments["threshold"] = [segment.threshold for segment in table.segments]
+        ends = [-1, *(segment.boundary for segment in table.segments[:-1]), UNLIMITED]
+        segments["positions"] = np.diff(ends)
+        segments["head"] = segments["tail"] = compiled.NOBODY
+    return segments
 
 
 def _initial_state(path: ArrivalPath, points: int, horizon: float) -> NDArray[np.void]:

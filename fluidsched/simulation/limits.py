@@ -29,7 +29,7 @@ __all__ = ["UNLIMITED", "Limits", "check_run", "effective_limits", "never_fits"]
 UNLIMITED = 2**62
 """Stands for a limit that does not bind, in integer arithmetic."""
 
-KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait")
+KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait", "nested-wait")
 
 
 @dataclass(frozen=True)
@@ -116,22 +116,22 @@ def check_run(
     ------
     InputError
         For a rule the engines do not have, a field the table's kind does not use, a request no row matches
-        or longer than `orca` reserves for, a `wait` cohort above the server's token budget, or `wait` with
-        restarts and no horizon: there the newest admitted may be all that runs, so requests that lose their
-        tokens can displace each other for ever.
+        or longer than `orca` reserves for, a `wait` or `nested-wait` cohort above the server's token budget,
+        or either rule with restarts and no horizon: there the newest admitted may be all that runs, so
+        requests that lose their tokens can displace each other for ever.
     """
     _check_table(table)
-    if table.kind == "wait" and table.preemption == "restart" and horizon is None:
+    if table.freeze and table.preemption == "restart" and horizon is None:
         raise InputError(
             "horizon",
             "nothing",
-            f"be given for table {table.name!r}: under 'wait' restarts can go on for ever",
+            f"be given for table {table.name!r}: under {table.kind!r} restarts can go on for ever",
             'Give a horizon, s, or a table with preemption "recompute".',
         )
     rows = table.classify(path)
     if table.kind == "orca":
         _check_reserve(path, table)
-    if table.kind == "wait" and server.token_budget is not None:
+    if table.freeze and server.token_budget is not None:
         _check_cohort(path, rows, server.token_budget, table)
     return rows
 
@@ -154,9 +154,9 @@ def _check_table(table: PolicyTable) -> None:
             f"{place}lookahead", table.lookahead.mode, "have mode 'none' unless the kind is 'orca'"
         )
     unused: list[tuple[str, float | None]] = []
-    if table.kind in ("orca", "wait"):
+    if table.kind == "orca" or table.freeze:
         unused += [("chunk_tokens", table.chunk_tokens), ("prefill_interval", table.prefill_interval)]
-    if table.kind == "wait":
+    if table.freeze:
         unused += [("kv_limit_tokens", table.kv_limit_tokens), ("watermark", table.watermark or None)]
     for name, value in unused:
         if value is not None:
@@ -180,15 +180,20 @@ def _check_cohort(path: ArrivalPath, rows: NDArray[np.int64], budget: int, table
     """Refuse a server whose token budget is below the largest first iteration a block can have.
 
     All types at once, each with `threshold` newcomers of its longest prompt in this path, and the decodes of
-    the earlier blocks: at most threshold per block, ⌈o_max/k⌉ - 1 blocks.
+    the earlier blocks: at most threshold per block, ⌈o_max/k⌉ - 1 blocks; under `nested-wait` the threshold of
+    the segment that the block lies in.
     """
     assert table.block_iterations is not None
     largest = 0
+    starts = [segment.boundary + 1 for segment in table.segments[:-1]]
     for j, row in enumerate(table.types):
         mine = rows == j
         if mine.any() and row.threshold:
             blocks = -(-int(path.output_tokens[mine].max()) // table.block_iterations)
             largest += row.threshold * (int(path.prompt_tokens[mine].max()) + blocks - 1)
+            for start, before, segment in zip(starts, table.segments, table.segments[1:], strict=False):
+                beyond = max(blocks - start // table.block_iterations, 0)
+                largest += beyond * (segment.threshold - before.threshold)
     if largest > budget:
         raise InputError(
             "server.token_budget",

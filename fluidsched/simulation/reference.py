@@ -90,9 +90,22 @@ Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
      nobody to serve in a block's first iteration, the server idles until the next instant (anything else
      would repeat itself); in a later iteration, the next decision is taken at once.
  23. Hold: a row with max_hold_s h has expired at t if t ≥ s + h for one of its requests, waiting or (under
-     `wait`) resident, where s is the end of the last iteration that served it, or its arrival. Under `gated`
-     only newcomers count. An idle server wakes at the smallest s + h later than now, over the rows with
-     threshold > 0.
+     `wait` and `nested-wait`) resident, where s is the end of the last iteration that served it, or its
+     arrival. Under `gated` only newcomers count. An idle server wakes at the smallest s + h later than now,
+     over the rows with threshold > 0.
+
+`nested-wait` (L segments; the one row has threshold = gate = n_1)
+ 27. The *position* of a resident is the number of iterations that served it since its last admission; that of
+     a waiting request is 0. Segment 1 has the positions 0..r_1, segment k the positions r_{k-1} + 1..r_k; the
+     last has no end, so a request longer than the table expects stays in it. Blocks divide every r_k + 1, so
+     at a decision without a block all positions are multiples of the block length.
+ 28. With no block running: K is the largest number such that each segment k ≤ K has at least n_k requests at
+     its first position (k = 1: waiting, preempted ones included), or the segment of a request whose hold has
+     expired (rule 23), if that is larger. min(n_1, waiting, slots left) are admitted from the front of the
+     queue; they and min(n_k, present) residents of every position of the segments k ≤ K, oldest first by
+     (arrival, index), are selected. All others pause with their KV kept. If K = 0 or nobody is selected the
+     server idles.
+ 29. The selected run as a block under rules 21 and 22; preempted requests come to the front of the queue.
 
 A user's rule (`rules`)
  24. is asked at a decision instant if anybody waits or is resident. It preempts, admits and serves as its
@@ -111,6 +124,7 @@ Records
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -138,11 +152,11 @@ Observer = Callable[[IterationSummary], Any]
 
 class _Request:
     """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23;
-    `token_s`: when it emitted its latest token."""
+    `position`: see rule 27; `token_s`: when it emitted its latest token."""
 
     __slots__ = (
         "admitted_s", "arrival_s", "computed", "finish_s", "first_token_s", "index", "key", "output",
-        "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "target", "token_s",
+        "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "target", "token_s",
         "waiting_since",
     )  # fmt: skip
 
@@ -153,7 +167,7 @@ class _Request:
         self.arrival_s = self.served_s = self.waiting_since = arrival_s
         self.prompt = prompt
         self.output = output
-        self.computed = self.produced = self.target = self.scheduled = self.preemptions = 0
+        self.computed = self.produced = self.target = self.scheduled = self.preemptions = self.position = 0
         self.admitted_s = self.first_token_s = self.finish_s = self.token_s = math.nan
 
 
@@ -187,9 +201,8 @@ class _System:
         `gated`: (iteration, newcomers admitted) per row, the last `period` iterations.
     wake_s : float
         A user's rule: when to decide again at the latest while idle; infinite if it does not say.
-    block_left, selected : int, set of int
-        `wait`: iterations left in the block, 0 if none runs; rows it serves are those of its selected
-        requests.
+    block_left, selected : int, set
+        `wait`, `nested-wait`: iterations left in the block, 0 if none runs, and the requests it serves.
     iterations, wasted_tokens, preemption_count : int
         Counters of the run.
     """
@@ -214,7 +227,7 @@ class _System:
         self.windows: list[deque[tuple[int, int]]] = [deque() for _ in table.types]
         self.wake_s = math.inf
         self.block_left = 0
-        self.selected: set[int] = set()
+        self.selected: set[_Request] = set()
         self.iterations = 0
         self.wasted_tokens = 0
         self.preemption_count = 0
@@ -255,7 +268,7 @@ class _System:
         self.budget += victim.scheduled
         self.wasted_tokens += victim.computed
         self.preemption_count += 1
-        victim.computed = victim.scheduled = victim.target = 0
+        victim.computed = victim.scheduled = victim.target = victim.position = 0
         victim.preemptions += 1
         victim.waiting_since = self.now
         if self.table.preemption == "restart":
@@ -266,12 +279,17 @@ class _System:
     def on_hold(self, row: int) -> Iterator[_Request]:
         """The requests of a row whose hold counts (rule 23)."""
         yield from self.queues[row]
-        if self.table.kind == "wait":
+        if self.table.freeze:
             yield from (request for request in self.residents if request.row == row)
 
-    def hold_expired(self, row: int) -> bool:
+    def expired(self, row: int) -> Iterator[_Request]:
+        """The requests of a row that have not been served for its hold (rule 23)."""
         hold = self.rows[row].max_hold_s
-        return hold is not None and any(self.now >= request.served_s + hold for request in self.on_hold(row))
+        if hold is not None:
+            yield from (request for request in self.on_hold(row) if self.now >= request.served_s + hold)
+
+    def hold_expired(self, row: int) -> bool:
+        return any(True for _ in self.expired(row))
 
 
 # ------------------------------------------------------------------ the rules: each fixes system.batch
@@ -420,14 +438,28 @@ def _decide_orca(system: _System) -> None:
 
 
 def _decide_wait(system: _System) -> None:
-    """Rules 20 to 22."""
+    _decide_blocks(system, _start_cohorts)
+
+
+def _decide_nested(system: _System) -> None:
+    _decide_blocks(system, _start_segments)
+
+
+def _decide_blocks(system: _System, start: Callable[[_System], set[_Request]]) -> None:
+    """Rules 21 and 22; `start` admits for a block and says whom it serves."""
     if system.block_left == 0 or not _serve_block(system):
         assert system.table.block_iterations is not None
         system.block_left = system.table.block_iterations
-        system.selected = _open_rows(system)
-        _admit_cohorts(system)
+        system.selected = start(system)
         if not _serve_block(system):
             system.block_left = 0
+
+
+def _start_cohorts(system: _System) -> set[_Request]:
+    """Rule 20."""
+    rows = _open_rows(system)
+    _admit_cohorts(system, rows)
+    return {request for request in system.residents if request.row in rows}
 
 
 def _open_rows(system: _System) -> set[int]:
@@ -439,8 +471,8 @@ def _open_rows(system: _System) -> set[int]:
     }
 
 
-def _admit_cohorts(system: _System) -> None:
-    for j in sorted(system.selected, key=lambda j: (_priority(system.table, j), j)):
+def _admit_cohorts(system: _System, rows: set[int]) -> None:
+    for j in sorted(rows, key=lambda j: (_priority(system.table, j), j)):
         threshold = system.rows[j].threshold
         assert threshold is not None
         free_slots = system.limits.slots - len(system.residents)
@@ -448,12 +480,39 @@ def _admit_cohorts(system: _System) -> None:
             system.admit(system.queues[j].popleft())
 
 
+def _start_segments(system: _System) -> set[_Request]:
+    """Rule 28."""
+    segments = system.table.segments
+    first = [0, *(segment.boundary + 1 for segment in segments[:-1])]
+    (queue,) = system.queues
+    present: dict[int, list[_Request]] = {0: list(queue)}
+    for request in sorted(system.residents, key=lambda request: request.key):
+        present.setdefault(request.position, []).append(request)
+
+    last = 0
+    while last < len(segments) and len(present.get(first[last], ())) >= segments[last].threshold:
+        last += 1
+    for request in system.expired(0):
+        last = max(last, bisect.bisect_right(first, request.position))
+    if last == 0:
+        return set()
+
+    del present[0]
+    selected: set[_Request] = set()
+    for position, requests in present.items():
+        k = bisect.bisect_right(first, position)
+        if k <= last:
+            selected.update(requests[: segments[k - 1].threshold])
+    _admit_cohorts(system, {0})
+    return selected.union(system.admitted)
+
+
 def _serve_block(system: _System) -> bool:
     """Rule 21: one iteration of the block for every selected resident; False if nobody is left to serve."""
     tokens = {
         request: max(1, request.target - request.computed)
         for request in system.residents
-        if request.row in system.selected
+        if request in system.selected
     }
     growth = sum(system.growth(request, count) for request, count in tokens.items())
     while tokens and system.used + growth > system.limits.capacity:
@@ -475,6 +534,7 @@ _RULES: dict[str, Callable[[_System], None]] = {
     "gated": _decide_gated,
     "orca": _decide_orca,
     "wait": _decide_wait,
+    "nested-wait": _decide_nested,
 }
 
 
@@ -500,7 +560,7 @@ def run_reference(
     server : Server
         Its iteration time may be any function of the batch.
     table : PolicyTable or UserRule
-        Kind "vllm", "capped", "sarathi", "orca", "gated" or "wait"; or a rule of the user's own.
+        Of a kind simulated (`limits.KINDS`); or a rule of the user's own.
     horizon : float or None
         End of the run, s; None: until empty or stuck.
     warmup : float
@@ -775,6 +835,7 @@ def _take_effect(system: _System) -> tuple[int, list[float]]:
     for request in system.batch:
         tokens = request.scheduled
         request.scheduled = 0
+        request.position += 1
         request.computed += tokens
         request.served_s = system.now
         system.held += tokens

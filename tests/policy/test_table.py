@@ -153,6 +153,8 @@ def test_nested_rows_repeat_the_first_segment():
         dataclasses.replace(NESTED, types=(TableType("*", threshold=9, gate=9),))
     with pytest.raises(InputError, match="above the one before, 19"):
         dataclasses.replace(NESTED, segments=(Segment(19, 10), Segment(19, 4)))
+    with pytest.raises(InputError, match="one less than a multiple of block_iterations, 2"):
+        dataclasses.replace(NESTED, segments=(Segment(19, 10), Segment(20, 4)))
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from fluidsched.policy.table import Lookahead, Match, PolicyTable, TableType
+from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.server import IterationTime, Server
 from fluidsched.simulation.records import EngineRun, IterationSummary
 from fluidsched.simulation.reference import run_reference
 from fluidsched.workload import ArrivalPath
 
-KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait")
+KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait", "nested-wait")
 NEAR = 1e-9
 
 
@@ -102,7 +102,7 @@ def servers(draw: st.DrawFn, kind: str, dyadic: bool, longest: int) -> Server:
         capacity,
         IterationTime.pieces(pieces),
         max_batch_size=_maybe(draw, st.integers(1, 12)),
-        token_budget=_maybe(draw, st.integers(1, 60)) if kind != "wait" else None,
+        token_budget=_maybe(draw, st.integers(1, 60)) if kind not in ("wait", "nested-wait") else None,
         block_size=block,
     )
 
@@ -111,7 +111,7 @@ def servers(draw: st.DrawFn, kind: str, dyadic: bool, longest: int) -> Server:
 def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output: int) -> PolicyTable:
     restart = st.sampled_from(["recompute", "recompute", "restart"])
     shared: dict[str, Any] = {"max_in_service": _maybe(draw, st.integers(1, 10)), "preemption": draw(restart)}
-    if kind != "wait":
+    if kind not in ("wait", "nested-wait"):
         shared["token_budget"] = _maybe(draw, st.integers(1, 60))
         shared["watermark"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.5]))
         shared["kv_limit_tokens"] = _maybe(draw, st.integers(1, 300))
@@ -121,8 +121,16 @@ def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output:
         shared["whole_prompt_admission"] = draw(st.booleans())
     if kind == "orca":
         shared["lookahead"] = Lookahead("reserve", longest_output + draw(st.integers(0, 3)))
-    if kind == "wait":
+    if kind in ("wait", "nested-wait"):
         shared.update(freeze=True, block_iterations=draw(st.integers(1, 9)))
+    if kind == "nested-wait":
+        block = shared["block_iterations"]
+        ends = np.cumsum(draw(st.lists(st.sampled_from([1, 1, 2, 5]), min_size=1, max_size=4)))
+        segments = [Segment(int(end) * block - 1, draw(st.integers(1, 6))) for end in ends]
+        hold = _maybe(draw, st.just(_number(draw, dyadic, 1, 40, 0.25, "hold")))
+        most = segments[0].threshold
+        row = TableType("*", threshold=most, gate=most, max_hold_s=hold)
+        return PolicyTable("table", kind, (row,), tuple(segments), **shared)
     if kind not in ("gated", "wait"):
         return PolicyTable("table", kind, (TableType("*"),), **shared)
     rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fluidsched.policy.table import Match, PolicyTable, TableType
+from fluidsched.policy.table import Match, PolicyTable, Segment, TableType
 from fluidsched.server import IterationTime, Server
 from fluidsched.simulation.laws import Audit, check_laws
 from fluidsched.simulation.records import EngineRun, IterationSummary
@@ -46,6 +46,17 @@ def typed_table(kind: str, rows: dict[str, dict[str, Any]], **fields: Any) -> Po
         fields = {"freeze": True, "block_iterations": 1, **fields}
     types = tuple(TableType(name, Match(label=name), **row) for name, row in rows.items())
     return PolicyTable(fields.pop("name", kind), kind, types, **fields)
+
+
+def nested_table(
+    segments: list[tuple[int, int]], *, max_hold_s: float | None = None, **fields: Any
+) -> PolicyTable:
+    """A `nested-wait` table with segments (boundary, threshold)."""
+    most = segments[0][1]
+    row = TableType("*", threshold=most, gate=most, max_hold_s=max_hold_s)
+    fields = {"block_iterations": 1, **fields}
+    parts = tuple(Segment(*segment) for segment in segments)
+    return PolicyTable("nested-wait", "nested-wait", (row,), parts, freeze=True, **fields)
 
 
 def run_checked(

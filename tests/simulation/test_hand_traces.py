@@ -6,7 +6,15 @@ import math
 
 import pytest
 from numpy.testing import assert_array_equal
-from simulation_cases import MIXED, engine_table, path_of, run_checked, server_of, typed_table
+from simulation_cases import (
+    MIXED,
+    engine_table,
+    nested_table,
+    path_of,
+    run_checked,
+    server_of,
+    typed_table,
+)
 
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.server import IterationTime
@@ -259,6 +267,76 @@ class TestWait:
         run_reference(path, server_of(token_budget=6), table, horizon=None)
 
 
+class TestNestedWait:
+    def test_segments_wait_for_their_thresholds_and_holds_release_them(self):
+        """Positions 0–1 need two waiting, 2–3 one at position 2; after 3 s unserved a segment runs anyway.
+
+        A and B start at 0; C and D push them on at 1, where B and C finish at 2. At 5 the hold of A, at the
+        second segment's entry, opens both segments for E alone; at 9 it opens them for F, D and A.
+        """
+        path = path_of((0.0, 2, 4), (0.0, 2, 2), (1.0, 2, 1), (1.0, 2, 3), (5.0, 2, 1), (6.0, 2, 1))
+        table = nested_table([(1, 2), (3, 1)], max_hold_s=3.0)
+        run, batches = run_checked(path, server_of(), table)
+        assert_array_equal(run.admitted_s, [0.0, 0.0, 1.0, 1.0, 5.0, 9.0])
+        assert_array_equal(run.finish_s, [10.0, 2.0, 2.0, 10.0, 6.0, 10.0])
+        assert [batch.decode for batch in batches] == [(), (0, 1), (0, 3), (0, 3)]
+        assert [batch.start_s for batch in batches] == [0.0, 1.0, 5.0, 9.0]
+        without, _ = run_checked(path, server_of(), nested_table([(1, 2), (3, 1)]))
+        assert_array_equal(without.finish_s, [nan, 2.0, 2.0, nan, 7.0, 7.0])
+        assert (without.verdict, without.starved_types, without.kv_end) == ("stuck", ("*",), 4 + 3)
+
+    def test_at_most_the_threshold_leaves_a_boundary_queue_oldest_first(self):
+        """Four of two tokens, n = (2, 1): the second iteration takes one of the two at position 1."""
+        path = path_of(*[(0.0, 3, 2)] * 4)
+        run, batches = run_checked(path, server_of(), nested_table([(0, 2), (1, 1)]))
+        assert_array_equal(run.finish_s, [2.0, nan, nan, nan])
+        assert [(batch.prefill, batch.decode) for batch in batches] == [
+            (((0, 3), (1, 3)), ()),
+            (((2, 3), (3, 3)), (0,)),
+        ]
+        assert run.verdict == "stuck"
+
+    def test_blocks(self):
+        """Blocks of 2, n = (2, 1): who comes inside a block waits for its end; one of two goes on."""
+        path = path_of((0.0, 2, 4), (0.0, 2, 3), (1.0, 2, 1), (1.0, 2, 2))
+        run, batches = run_checked(path, server_of(), nested_table([(1, 2), (3, 1)], block_iterations=2))
+        assert_array_equal(run.admitted_s, [0.0, 0.0, 2.0, 2.0])
+        assert_array_equal(run.finish_s, [4.0, nan, 3.0, 4.0])
+        assert [batch.decode for batch in batches] == [(), (0, 1), (0,), (0, 3)]
+
+    def test_all_segments_up_to_the_last_that_is_ready_run(self):
+        """n = (2, 2, 1): A and B stand at the third segment while the second has 0 and 1, and A goes on with 2."""
+        path = path_of((0.0, 1, 3), (0.0, 1, 3), (1.0, 1, 1), (1.0, 1, 1), (2.0, 1, 2), (2.0, 1, 1),
+                       (3.0, 1, 2), (3.0, 1, 1), (4.0, 1, 1), (4.0, 1, 1))  # fmt: skip
+        run, batches = run_checked(path, server_of(), nested_table([(0, 2), (1, 2), (2, 1)]))
+        assert [batch.decode for batch in batches] == [(), (0, 1), (), (), (0, 4, 6)]
+        assert_array_equal(run.finish_s, [5.0, nan, 2.0, 2.0, 5.0, 3.0, 5.0, 4.0, 5.0, 5.0])
+
+    def test_requests_longer_than_the_last_boundary_stay_in_the_last_segment(self):
+        """Somebody is at the first position of the second segment, so it runs, at every iteration."""
+        path = path_of((0.0, 1, 6), *[(float(t), 1, 2) for t in range(6)])
+        run, _ = run_checked(path, server_of(), nested_table([(0, 1), (2, 1)]))
+        assert run.finish_s[0] == 6.0
+
+    def test_overflow_preempts_the_most_recently_admitted(self):
+        """C = 6, two of (2, 4): before the third iteration, which needs 8, the second loses 3 tokens."""
+        path = path_of((0.0, 2, 4), (0.0, 2, 4))
+        run, _ = run_checked(path, server_of(6), nested_table([(3, 2)], block_iterations=4))
+        assert_array_equal(run.finish_s, [4.0, nan])
+        assert (run.verdict, run.preempted, run.wasted_tokens) == ("stuck", 1, 3)
+        held = nested_table([(3, 2)], block_iterations=4, max_hold_s=2.0)
+        run, batches = run_checked(path, server_of(6), held)
+        assert_array_equal(run.finish_s, [4.0, 6.0])
+        assert batches[-2].prefill == ((1, 4),)
+
+    def test_a_cohort_above_the_token_budget_is_an_error(self):
+        """Two prompts of 5, two decodes at position 1, one at each of 2 and 3."""
+        path = path_of((0.0, 5, 4))
+        with pytest.raises(InputError, match="14 tokens of the largest cohort"):
+            run_reference(path, server_of(token_budget=13), nested_table([(1, 2), (3, 1)]), horizon=None)
+        run_reference(path, server_of(token_budget=14), nested_table([(1, 2), (3, 1)]), horizon=None)
+
+
 class TestGated:
     def test_spaced_admission(self):
         """At most one in three consecutive iterations; decodes run always."""
@@ -374,6 +452,7 @@ class TestRefusals:
             (engine_table(order="shortest_first"), "order"),
             (typed_table("wait", {"A": {"threshold": 1, "gate": 1}}, watermark=0.1), "watermark"),
             (typed_table("wait", {"A": {"threshold": 1, "gate": 1}}, chunk_tokens=4), "chunk_tokens"),
+            (nested_table([(3, 1)], kv_limit_tokens=9), "kv_limit_tokens"),
         ],
     )
     def test_what_the_engines_do_not_do_is_refused(self, table, word):

@@ -14,7 +14,7 @@ from kernel_cases import KINDS, Case, assert_same_run, cases, run_reference_and_
 
 from fluidsched.errors import InputError
 from fluidsched.policy import baselines
-from fluidsched.policy.table import PolicyTable, TableType
+from fluidsched.policy.table import PolicyTable, Segment, TableType
 from fluidsched.server import IterationTime, Server, catalog
 from fluidsched.simulation import compiled, kernel
 from fluidsched.simulation.kernel import run_kernel, run_many
@@ -116,10 +116,20 @@ def test_every_rule_is_compiled_once() -> None:
     wait = PolicyTable(
         "wait", "wait", (TableType("*", threshold=2, gate=1),), freeze=True, block_iterations=2
     )
+    nested = PolicyTable(
+        "nested",
+        "nested-wait",
+        (TableType("*", threshold=2, gate=2),),
+        (Segment(1, 2), Segment(5, 1)),
+        freeze=True,
+        block_iterations=2,
+    )
     for some in (path, _steady_path(5, 0)):
         run_kernel(some, SERVER, wait, horizon=None)
+        run_kernel(some, SERVER, nested, horizon=None)
     assert len(compiled.continuous.signatures) == 1
     assert len(compiled.wait.signatures) == 1
+    assert len(compiled.nested.signatures) == 1
 
 
 def test_lengths_beyond_one_calendar() -> None:
