@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from fluidsched import __version__
-from fluidsched.cli import fluid, main_job, policies, servers, simulation, sweeps
+from fluidsched.cli import capacity, fluid, main_job, policies, servers, simulation, sweeps
 from fluidsched.cli.outputs import answers, emit
 
 __all__ = ["app", "main"]
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compile": policies.compile_,
     "simulate": simulation.simulate,
     "compare": simulation.compare,
+    "capacity": capacity.capacity,
     "sweep": sweeps.sweep,
     "catalog": servers.catalog,
     "calibrate": servers.calibrate,

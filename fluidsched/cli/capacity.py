@@ -1,0 +1,138 @@
+"""`fluidsched capacity`: how many servers of which kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fluidsched._checks import check_real
+from fluidsched.cli.inputs import (
+    ForceOption,
+    JsonOption,
+    OutFileOption,
+    QuietOption,
+    WorkloadOption,
+    load_server,
+    load_workload,
+)
+from fluidsched.cli.outputs import progress_bar, show
+from fluidsched.errors import InputError
+
+if TYPE_CHECKING:
+    from fluidsched.server import Server
+    from fluidsched.workload import Workload
+
+
+def capacity(
+    cost: Annotated[
+        list[str],
+        typer.Option(
+            "--cost",
+            metavar="GPU[:TP]|SPEC=COST",
+            help="A server that can be had and the cost of one replica, in any unit; once for each server.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", help="Model of the catalog that all serve.")
+    ] = "llama-2-7b",
+    workload: WorkloadOption = None,
+    scale: Annotated[float, typer.Option("--scale", help="Multiply the workload's rates by this.")] = 1.0,
+    headroom: Annotated[
+        float | None, typer.Option("--headroom", help="Carry 1 + this times the demand (default 0).")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="The other way round: the largest load this buys.")
+    ] = None,
+    itl_target: Annotated[
+        float | None, typer.Option("--itl-target", help="Mean time between tokens at most, s.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Check and correct the fleet by simulation against --ttft-p99, --tpot-p99."
+        ),
+    ] = False,
+    ttft_p99: Annotated[float | None, typer.Option("--ttft-p99", help="p99 TTFT at most, s.")] = None,
+    tpot_p99: Annotated[float | None, typer.Option("--tpot-p99", help="p99 TPOT at most, s.")] = None,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of the verified fleet.")] = 0.95,
+    horizon: Annotated[
+        float | None, typer.Option("--horizon", help="Simulated seconds (default: 600 lives of a request).")
+    ] = None,
+    replications: Annotated[int, typer.Option("--replications", help="Runs of each fleet tried.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the runs.")] = 7,
+    out: OutFileOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find the cheapest fleet for a workload, or the largest load for a budget.
+
+    Examples:
+
+    fluidsched capacity --workload azure_conv --scale 20 --model llama-3-8b --cost l40s=1 --cost h100=2.5
+
+    fluidsched capacity --cost a100=1.8 --scale 4 --verify --ttft-p99 1 --tpot-p99 0.06
+    """
+    from fluidsched.fluid import plan_capacity, plan_load
+
+    targets = {
+        measure: limit
+        for measure, limit in (("p99_ttft", ttft_p99), ("p99_tpot", tpot_p99))
+        if limit is not None
+    }
+    if verify != bool(targets):
+        given = "--verify alone" if verify else f"{', '.join(targets)} without --verify"
+        raise InputError("--verify", given, "come with --ttft-p99 or --tpot-p99, and these with it")
+    if budget is not None and headroom is not None:
+        raise InputError("--headroom", headroom, "be left out with --budget", "The load is the answer there.")
+    servers, prices = zip(*(_offer(text, model) for text in cost), strict=True)
+    asked = _demand("azure_conv" if workload is None else workload).scaled(
+        check_real("--scale", scale, above=0.0)
+    )
+    if budget is None:
+        plan = plan_capacity(asked, servers, prices, headroom=headroom or 0.0, itl_target=itl_target)
+    else:
+        plan = plan_load(asked, servers, prices, budget, itl_target=itl_target)
+    if not verify:
+        return show(plan, out, force, as_json)
+    from fluidsched.fleets import verify_capacity
+
+    with progress_bar(quiet) as progress:
+        verified = verify_capacity(
+            plan,
+            targets,
+            horizon=horizon,
+            replications=replications,
+            seed=seed,
+            confidence=confidence,
+            progress=progress,
+        )
+    return show(verified, out, force, as_json)
+
+
+def _offer(text: str, model: str) -> tuple[Server, float]:
+    """The server and price of one --cost."""
+    name, equals, price = text.rpartition("=")
+    try:
+        number = float(price)
+    except ValueError:
+        number = -1.0
+    if not equals or not 0.0 < number < float("inf"):
+        raise InputError("--cost", text, "be GPU=COST, GPU:TP=COST or SPEC=COST with a positive cost")
+    if Path(name).suffix.lower() in (".toml", ".json"):
+        return load_server(None, None, None, Path(name)), number
+    gpu, colon, degree = name.partition(":")
+    if colon and not degree.isdecimal():
+        raise InputError("--cost", text, "have a whole tensor-parallel degree after the colon")
+    return load_server(gpu, model, int(degree) if colon else None, None), number
+
+
+def _demand(name: str) -> Workload:
+    """The workload at its own rate; a trace as request types."""
+    from fluidsched.planning import types_for
+    from fluidsched.workload import ArrivalPath
+
+    given = load_workload(name)
+    return given.to_workload(types=types_for(given)) if isinstance(given, ArrivalPath) else given
