@@ -20,6 +20,7 @@ ORDER = (
     "queues",
     "fluid",
     "policy",
+    "integrations",
     "simulation",
     "bounds",
     "examples",

@@ -105,6 +105,8 @@ def vllm_arguments(table: PolicyTable) -> EngineArguments:
     lost = _lost_everywhere(table)
     if table.kind == "sarathi":
         lost.append("Decodes before chunks: running requests are served in the order of their admission.")
+    if table.chunk_tokens is not None:
+        lost.append("chunk_tokens: a request that is alone in the engine takes the whole token budget.")
     if table.preemption != "recompute":
         lost.append(f"Preemption by {table.preemption}: preempted requests are recomputed.")
     return _engine_arguments("vllm", arguments, lost)

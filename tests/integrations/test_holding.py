@@ -1,0 +1,159 @@
+"""The decisions an engine's scheduler takes from a table, without an engine."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluidsched.errors import InputError
+from fluidsched.integrations.holding import HeldQueue, Resident, match_row, rule_of
+from fluidsched.policy import baselines
+from fluidsched.policy.table import Match, PolicyTable, TableType
+
+PRIORITIES = (1.0, 0.0, math.inf)
+
+
+@given(
+    joins=st.lists(st.integers(0, 3), max_size=20),
+    allowances=st.dictionaries(st.integers(0, 2), st.integers(0, 4), max_size=3),
+    put_back=st.sets(st.integers(0, 5)),
+    row_by_row=st.booleans(),
+)
+def test_the_queue_shows_what_a_sort_would(
+    joins: list[int], allowances: dict[int, int], put_back: set[int], row_by_row: bool
+) -> None:
+    """Law: the visible order is (priority, arrival) among the oldest so many of each row; nobody is lost."""
+    queue: HeldQueue[int] = HeldQueue(PRIORITIES, row_by_row=row_by_row)
+    for request, row in enumerate(joins):
+        queue.join(request, row, float(request))
+    visible = []
+    for row in range(4):
+        mine = [request for request, of in enumerate(joins) if of == row]
+        visible += mine if row == 3 else mine[: allowances.get(row, 0)]
+    priorities = [*PRIORITIES, math.inf]
+    visible.sort(key=lambda i: (priorities[joins[i]], joins[i] if row_by_row else 0, i))
+
+    queue.open(allowances)
+    taken = []
+    while (front := queue.front()) is not None:
+        assert queue.take() == front
+        taken.append(front)
+    assert taken == visible
+    for place in sorted(put_back, reverse=True):  # as vLLM does: what it skipped, newest first
+        if place < len(taken):
+            queue.put_back(taken[place])
+    kept = {taken[place] for place in put_back if place < len(taken)}
+    counts = queue.shut()
+    assert sum(counts.values()) == len(taken) - len(kept)
+    assert queue.front() is None
+    assert sorted(queue) == sorted(set(range(len(joins))) - set(taken) | kept)
+    assert len(queue) == len(joins) - len(taken) + len(kept)
+
+
+def test_put_back_newcomers_keep_their_place() -> None:
+    queue: HeldQueue[str] = HeldQueue([math.inf])
+    for name in "abc":
+        queue.join(name, 0, 0.0)
+    queue.open({0: 2})
+    assert queue.take() == "a"
+    queue.put_back("a")
+    assert [queue.take(), queue.take()] == ["a", "b"]
+    assert queue.front() is None
+
+
+def test_preempted_requests_are_visible_whatever_is_shut() -> None:
+    queue: HeldQueue[str] = HeldQueue([math.inf])
+    queue.join("new", 0, 0.0)
+    queue.put_back("older")
+    queue.put_back("oldest")
+    queue.open({})
+    assert [queue.take(), queue.take()] == ["oldest", "older"]
+    assert queue.front() is None
+    assert len(queue) == 1
+
+
+def test_discarded_requests_are_gone_from_everywhere() -> None:
+    queue: HeldQueue[str] = HeldQueue([math.inf])
+    queue.join("a", 0, 0.0)
+    queue.join("b", 0, 1.0)
+    queue.put_back("preempted")
+    queue.open({0: 5})
+    for name in ("a", "preempted", "never seen"):
+        queue.discard(name)
+    assert queue.front() == "b"
+    assert queue.oldest_since(0) == 1.0
+
+
+def wait(block_iterations: int, hold: float | None = None) -> PolicyTable:
+    row = TableType("a", threshold=2, gate=2, max_hold_s=hold)
+    return PolicyTable("w", "wait", (row,), block_iterations=block_iterations, freeze=True)
+
+
+def test_wait_freezes_until_its_gate_is_met_and_runs_blocks() -> None:
+    """Two wait: a block of two iterations. Then one waits: everybody stands still, until the hold ends it."""
+    queue: HeldQueue[int] = HeldQueue([math.inf])
+    rule = rule_of(wait(2, hold=5.0), None)
+    queue.join(0, 0, 0.0)
+    assert dict(rule.decide(0.0, queue, list).allowances) == {}
+    rule.ran({}, False, 0.0)
+    queue.join(1, 0, 1.0)
+    assert dict(rule.decide(1.0, queue, list).allowances) == {0: 2}
+    queue.discard(0)
+    queue.discard(1)
+    rule.ran({0: 2}, True, 1.0)
+    queue.join(2, 0, 1.5)
+    residents = [Resident(0, 1, True), Resident(0, 1, True)]
+    decision = rule.decide(
+        2.0, queue, lambda: residents
+    )  # inside the block nobody enters and all selected run
+    assert (dict(decision.allowances), list(decision.paused)) == ({}, [])
+    rule.ran({}, True, 2.0)
+    decision = rule.decide(3.0, queue, lambda: residents)  # the block is over, one waits, gate 2
+    assert (dict(decision.allowances), list(decision.paused)) == ({}, [0, 1])
+    rule.ran({}, False, 3.0)
+    assert list(rule.decide(6.4, queue, lambda: residents).paused) == [0, 1]
+    rule.ran({}, False, 6.4)
+    decision = rule.decide(6.5, queue, lambda: residents)  # request 2 has waited 5 s
+    assert (dict(decision.allowances), list(decision.paused)) == ({0: 2}, [])
+
+
+def test_gated_counts_iterations_and_clears_its_window_when_idle() -> None:
+    """One newcomer in any three iterations run; an idle engine starts afresh."""
+    table = PolicyTable("g", "gated", (TableType("a", threshold=1, period=3),))
+    queue: HeldQueue[int] = HeldQueue([math.inf])
+    rule = rule_of(table, None)
+    for i in range(3):
+        queue.join(i, 0, 0.0)
+    busy = [Resident(0, 1, True)]
+    assert dict(rule.decide(0.0, queue, list).allowances) == {0: 1}
+    rule.ran({0: 1}, True, 0.0)
+    for _ in range(2):
+        assert dict(rule.decide(0.0, queue, lambda: busy).allowances) == {}
+        rule.ran({}, True, 0.0)
+    assert dict(rule.decide(0.0, queue, lambda: busy).allowances) == {0: 1}
+    rule.ran({0: 1}, True, 0.0)
+    done = [Resident(0, 1, False)]  # its last token is in flight: nobody is left to run
+    assert dict(rule.decide(0.0, queue, lambda: done).allowances) == {0: 1}
+
+
+def test_rows_are_found_by_prompt_output_and_label() -> None:
+    rows = (
+        TableType("chat", Match(label="chat"), threshold=1, period=1),
+        TableType("short", Match((1, 99), (1, 10)), threshold=1, period=1),
+        TableType("any", Match((1, 99)), threshold=1, period=1),
+    )
+    table = PolicyTable("t", "gated", rows, predictor="exact")
+    assert match_row(table, 500, None, "chat") == 0
+    assert match_row(table, 50, 10, None) == 1
+    assert match_row(table, 50, 11, None) == 2
+    assert match_row(table, 50, None, None) == 2
+    assert match_row(table, 100, 5, "other") is None
+
+
+@pytest.mark.parametrize("table", [baselines.sarathi(), baselines.orca(100)])
+def test_tables_an_engine_cannot_follow_are_refused(table: PolicyTable) -> None:
+    with pytest.raises(InputError, match="kind"):
+        rule_of(table, None)
