@@ -1,6 +1,6 @@
 r"""Rules of the engines people run, as policy tables: what every compiled table is compared with.
 
-All three decide at the end of every iteration and look at no type: one row ``*`` matches every request.
+None looks at types: one row ``*`` matches every request.
 C is the server's KV capacity in tokens, B its largest batch in requests.
 """
 
@@ -10,7 +10,7 @@ import fluidsched
 from fluidsched._checks import check_count
 from fluidsched.policy.table import Lookahead, PolicyTable, TableType
 
-__all__ = ["orca", "sarathi", "vllm"]
+__all__ = ["faster_transformer", "orca", "sarathi", "vllm", "vllm_v0"]
 
 
 def _provenance() -> dict[str, object]:
@@ -81,6 +81,59 @@ def vllm(
         whole_prompt_admission=whole_prompt_admission,
         chunk_tokens=chunk_tokens,
         prefill_interval=prefill_interval,
+        provenance=_provenance(),
+    )
+
+
+def vllm_v0(
+    name: str = "vllm_v0",
+    *,
+    token_budget: int | None = None,
+    max_in_service: int | None = None,
+    watermark: float = 0.01,
+) -> PolicyTable:
+    """Return the rule of vLLM's first scheduler (v0, without chunked prefill): prompts before decodes.
+
+    If anybody waits and a slot and KV allow, the iteration is a batch of prompts alone, whole ones, first
+    come, first served; all who are in service pause with their KV kept. Otherwise every request in service
+    decodes. When KV runs short the most recently admitted request is preempted, keeps its tokens, and goes
+    back to the front of the queue to be recomputed as one prompt. So a stream of newcomers stops all
+    decoding until slots or memory are used up.
+
+    Parameters
+    ----------
+    name : str
+        Name of the table.
+    token_budget : int, optional
+        Prompt tokens per iteration (``max_num_batched_tokens``); must hold the longest prompt with all its
+        output, which a recompute may run as one. None: the server's limit.
+    max_in_service : int, optional
+        Most residents (``max_num_seqs``, 256 in the engine). None: the server's largest batch.
+    watermark : float
+        Fraction of the KV blocks that admission leaves free unless nothing runs.
+
+    Returns
+    -------
+    PolicyTable
+        Kind "vllm_v0".
+
+    References
+    ----------
+    vLLM up to 0.8, ``vllm/core/scheduler.py``, ``_schedule_default``; Kwon et al., *Efficient Memory
+    Management for Large Language Model Serving with PagedAttention*, SOSP 2023.
+
+    Examples
+    --------
+    >>> vllm_v0(max_in_service=256)
+    PolicyTable 'vllm_v0': kind vllm_v0, 1 type, at most 256 in service
+    """
+    return PolicyTable(
+        name,
+        "vllm_v0",
+        (TableType("*"),),
+        token_budget=token_budget,
+        max_in_service=max_in_service,
+        watermark=watermark,
         provenance=_provenance(),
     )
 
@@ -159,4 +212,44 @@ def orca(max_output_tokens: int, name: str = "orca") -> PolicyTable:
     limit = check_count("max_output_tokens", max_output_tokens, minimum=1)
     return PolicyTable(
         name, "orca", (TableType("*"),), lookahead=Lookahead("reserve", limit), provenance=_provenance()
+    )
+
+
+def faster_transformer(max_output_tokens: int, name: str = "faster_transformer") -> PolicyTable:
+    r"""Return the rule of FasterTransformer: static batches that run to completion.
+
+    While anybody is in service nobody enters. When the last one has finished, as many of those waiting as
+    slots, token budget and memory allow enter together, first come, first served, with memory set aside as
+    by `orca`, for prompt + R − 1 tokens each. A request leaves when it has finished; the place it leaves
+    stays empty and costs nothing (no padding), so the rule is at its best here.
+
+    Parameters
+    ----------
+    max_output_tokens : int
+        R, tokens: the longest output a request may ask for.
+    name : str
+        Name of the table.
+
+    Returns
+    -------
+    PolicyTable
+        Kind "faster_transformer", ``lookahead = (mode="reserve", headroom_tokens=R)``.
+
+    References
+    ----------
+    NVIDIA FasterTransformer, as the baseline of Yu et al., *Orca: A Distributed Serving System for
+    Transformer-Based Generative Models*, OSDI 2022.
+
+    Examples
+    --------
+    >>> faster_transformer(max_output_tokens=1000)
+    PolicyTable 'faster_transformer': kind faster_transformer, 1 type, look-ahead reserve 1,000 tokens
+    """
+    limit = check_count("max_output_tokens", max_output_tokens, minimum=1)
+    return PolicyTable(
+        name,
+        "faster_transformer",
+        (TableType("*"),),
+        lookahead=Lookahead("reserve", limit),
+        provenance=_provenance(),
     )

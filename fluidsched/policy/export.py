@@ -73,6 +73,8 @@ def _lost_everywhere(table: PolicyTable) -> list[str]:
         lost.append(f"Thresholds, blocks and freezing: {_AS_THEY_COME}")
     if table.kind == "gated":
         lost.append(f"Thresholds per type and period: {_AS_THEY_COME}")
+    if table.kind == "faster_transformer":
+        lost.append("Static batches: a request that finishes makes room for the next.")
     if table.lookahead.mode != "none":
         lost.append(f"Look-ahead admission ({table.lookahead.mode}): only what fits now is asked.")
     if any(row.max_hold_s is not None for row in table.types):
@@ -107,6 +109,8 @@ def vllm_arguments(table: PolicyTable) -> EngineArguments:
         lost.append("Decodes before chunks: running requests are served in the order of their admission.")
     if table.chunk_tokens is not None:
         lost.append("chunk_tokens: a request that is alone in the engine takes the whole token budget.")
+    if table.kind == "vllm_v0":
+        lost.append("Prompts before decodes: running requests come first (v0 was removed from the engine).")
     if table.preemption != "recompute":
         lost.append(f"Preemption by {table.preemption}: preempted requests are recomputed.")
     return _engine_arguments("vllm", arguments, lost)

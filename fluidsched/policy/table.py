@@ -5,17 +5,19 @@ wait before any enters (the *gate* g_j ≤ n_j), within how many consecutive ite
 (the *period* k_j), and for the server as a whole how long a block of iterations is, whether a type whose gate
 is shut is frozen, and how much may be in service. One schema holds the whole family:
 
-=============  ======================================================  ===========================
-kind           rule                                                    rows
-=============  ======================================================  ===========================
-``vllm``       running requests first, then FCFS under a token budget  one, named ``*``
-``capped``     ``vllm`` with a cap on the requests in service          one, named ``*``
-``sarathi``    decodes, then chunks of prompts up to a token budget    one, named ``*``
-``orca``       FCFS, room for the longest output reserved              one, named ``*``
-``wait``       blocks of iterations, gate = threshold, freezing        one per request type
-``gated``      at most n_j in any k_j iterations, no freezing          one per request type
-``nested-wait``  thresholds per segment of iterations done             one, named ``*``, segments
-=============  ======================================================  ===========================
+======================  ======================================================  ===========================
+kind                    rule                                                    rows
+======================  ======================================================  ===========================
+``vllm``                running requests first, then FCFS under a token budget  one, named ``*``
+``capped``              ``vllm`` with a cap on the requests in service          one, named ``*``
+``sarathi``             decodes, then chunks of prompts up to a token budget    one, named ``*``
+``vllm_v0``             whole prompts in a batch of their own, before decodes   one, named ``*``
+``orca``                FCFS, room for the longest output reserved              one, named ``*``
+``faster_transformer``  ``orca`` in batches that run to their end               one, named ``*``
+``wait``                blocks of iterations, gate = threshold, freezing        one per request type
+``gated``               at most n_j in any k_j iterations, no freezing          one per request type
+``nested-wait``         thresholds per segment of iterations done               one, named ``*``, segments
+======================  ======================================================  ===========================
 
 A threshold of 0 means that requests of the type are never admitted and never open a block: that is how an
 overloaded server's optimum refuses a type. ``None`` means the server's own limit, or that a field does not
@@ -56,13 +58,16 @@ __all__ = ["KINDS", "SCHEMA", "Lookahead", "Match", "PolicyTable", "Segment", "T
 
 SCHEMA = "fluidsched.policy/1"
 
-Kind = Literal["vllm", "capped", "sarathi", "orca", "wait", "gated", "nested-wait"]
+Kind = Literal[
+    "vllm", "capped", "sarathi", "vllm_v0", "orca", "faster_transformer", "wait", "gated", "nested-wait"
+]
 LookaheadMode = Literal["none", "known", "law", "reserve"]
 Order = Literal["fcfs", "shortest_first"]
 Preemption = Literal["recompute", "restart", "swap"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
-ONE_ROW_KINDS = frozenset({"vllm", "capped", "sarathi", "orca", "nested-wait"})
+ONE_ROW_KINDS = frozenset(KINDS) - {"wait", "gated"}
+RESERVING_KINDS = frozenset({"orca", "faster_transformer"})
 FREEZING_KINDS = frozenset({"wait", "nested-wait"})
 
 
@@ -437,7 +442,7 @@ class PolicyTable:
         if self.kind in FREEZING_KINDS:
             require("token_budget", self.token_budget is None, "be null: cohorts prefill whole")
             require("lookahead", self.lookahead.mode == "none", "have mode 'none'")
-        if self.kind == "orca":
+        if self.kind in RESERVING_KINDS:
             require("lookahead", self.lookahead.mode == "reserve", "have mode 'reserve'")
 
     # ------------------------------------------------------------------ what it says

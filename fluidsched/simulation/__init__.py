@@ -6,6 +6,7 @@ engine leaves behind, `measures` what is read off it, `laws` what must hold in e
 
 from __future__ import annotations
 
+from fluidsched.simulation.booking import booking_limit, nested_booking_limit
 from fluidsched.simulation.records import STATUSES, EngineRun
 from fluidsched.simulation.result import SimulationResult
 from fluidsched.simulation.rules import Decision, UserRule
@@ -19,6 +20,8 @@ __all__ = [
     "FluidTrajectory",
     "SimulationResult",
     "UserRule",
+    "booking_limit",
     "fluid_trajectory",
+    "nested_booking_limit",
     "simulate",
 ]

@@ -258,7 +258,7 @@ def _record_type(integers: str, reals: str = "") -> np.dtype[np.void]:
 #: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, and the measured window.
 RULES = _record_type(
     "capacity admission block slots budget chunk reserve interval block_iterations whole_prompt decodes_first"
-    " gated restart gap_shift gap_first gap_last",
+    " whole_prompts prompts_alone static gated restart gap_shift gap_first gap_last",
     "horizon warmup",
 )
 
@@ -938,9 +938,11 @@ def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
             target = run.prompt[request]
         limit = rules.admission if s.residents > 0 else rules.capacity
         chunk = min(target, budget, rules.chunk)
+        if rules.whole_prompts and target > budget:
+            return _NO_ROOM_IN_BATCH
         if rules.reserve > 0:
             reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
-            if s.reserved + reserved > limit or target > budget:
+            if s.reserved + reserved > limit:
                 return _NO_MEMORY
             s.reserved += reserved
         elif used + _units(rules, target if rules.whole_prompt else chunk) > limit:
@@ -1046,6 +1048,23 @@ def _resume(run: Run) -> None:
         slot = slots[slot].newer
 
 
+@_part
+def _rest(run: Run, now: float) -> None:
+    """Rule 19b: from now on no decode runs; those that ran until now are stalled.
+
+    They are the newest: whoever was stalled before is older than all who decoded since.
+    """
+    s, slots = run.state[0], run.slots
+    slot = s.newest
+    while slot != NOBODY:
+        if slots[slot].decodes == 1:
+            if slots[slot].stalled != AT_ONCE:
+                return
+            slots[slot].stalled = now
+            s.stalls += 1
+        slot = slots[slot].older
+
+
 @_inline
 def _prefill(run: Run, now: float) -> None:
     """The chunks of the iteration that ended now are computed."""
@@ -1063,132 +1082,155 @@ def _prefill(run: Run, now: float) -> None:
     s.partials = left
 
 
-@_loop
-def continuous(run: Run) -> None:
-    """Run `vllm`, `capped`, `sarathi`, `orca` or `gated` on to its end, or to the first decision instant that is
-    not before `until`; called again with a later `until`, it goes on from there."""
-    s, rules, slots = run.state[0], run.rules[0], run.slots
-    groups, rows, calendars, coef = run.groups, run.rows, run.calendars, run.coefficients
-    now = s.now
-    while True:
-        _join(run, now)
-        held = groups[0].held
-        for i in range(s.partials):
-            held += slots[slots[i].partial].done
-        if now >= s.until:
-            s.now = now
-            if now >= rules.horizon:
-                _close(run, now, held, AT_HORIZON)
-            return
-        if now >= s.sample_at:
-            _sample(run, held, now)
+def _continuous(rare: bool) -> Callable[[Run], None]:
+    """The loop, with or without what few runs need; numba drops branches on a constant before it compiles."""
 
-        # The decision.
-        preempted, wasted = s.preempted, s.wasted
-        held_back = s.since_prefill < rules.interval - 1 and s.queue_left == 0 and groups[0].decodes > 0
-        used, budget, walked = _serve(run, held_back, now)
-        evicting = s.preempted > preempted
-        held -= s.wasted - wasted
-        ended = _NO_ROOM_IN_BATCH
-        cleared = not rules.gated
-        while not (held_back or evicting):
-            _open_rows(run, now)
-            ended = _admit_waiting(run, used, budget, now)
-            if s.residents > 0 or cleared:
-                break
-            for j in range(rows.size):  # rule 18
-                rows[j].passed = rows[j].admissions
-            cleared = True
-        if not held_back:
-            s.queue_left = s.waiting + s.returned > 0
-
-        # Nobody in service: wait for an arrival or a timer.
-        if s.residents == 0:
-            if evicting:
-                continue
-            wake = math.inf
-            if s.arrived < run.arrival.size:
-                wake = run.arrival[s.arrived]
-            for j in range(rows.size):
-                if rules.gated and rows[j].threshold > 0:
-                    wake = min(wake, _next_hold(run, j, now))
-            wake = min(wake, s.until)
-            if wake == math.inf:
-                verdict = FINISHED if s.waiting == 0 else STUCK
-                _close(run, now, 0, verdict)
-                return
-            now = wake
-            continue
-
-        if walked:
-            _pause(run, now)
-        decodes = groups[0].decodes
-        reads = groups[0].held + decodes
-        if s.partials == 0 and not walked:
-            # Decodes only: as many iterations as nothing can change in.
-            k = _to_completion(groups, calendars, 0)
-            if rules.capacity < FAR:
-                k = _fit(run, rules.capacity - _units_held(groups, calendars, 0), k)
-            wake = s.sample_at
-            if evicting:
-                k = 1
-            elif held_back:
-                k = min(k, rules.interval - 1 - s.since_prefill)
-            elif ended == _NOBODY_MAY or (ended == _NO_MEMORY and s.returned == 0 and rows.size > 1):
-                if s.arrived < run.arrival.size:
-                    wake = min(wake, run.arrival[s.arrived])
-                if rules.gated:
-                    for j in range(rows.size):
-                        if rows[j].threshold > 0 and rows[j].head < rows[j].tail:
-                            wake = min(wake, _next_hold(run, j, now))
-                            if _in_window(run, j) == rows[j].threshold:
-                                size = rows[j].size
-                                oldest = run.recent[rows[j].first + rows[j].passed % size]
-                                k = min(k, oldest + rows[j].period - s.iterations)
-            elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < run.arrival.size:
-                wake = min(wake, run.arrival[s.arrived])  # whether anybody waits matters to rule 16
-            k, duration, area, first, last = _run_length(run, decodes, reads, reads, now, wake, k)
-            holds = reads + decodes * (k - 1)
-            prompts = 0
-            size = tokens = emitted = decodes
-        else:
-            # One iteration with prompts, or with residents that pause.
-            k = 1
-            prompts = 0
-            size = emitted = decodes
-            attention = 0.0
+    @_loop
+    def continuous(run: Run) -> None:
+        """Run any rule but `wait` on to its end, or to the first decision instant that is
+        not before `until`; called again with a later `until`, it goes on from there."""
+        s, rules, slots = run.state[0], run.rules[0], run.slots
+        groups, rows, calendars, coef = run.groups, run.rows, run.calendars, run.coefficients
+        now = s.now
+        while True:
+            _join(run, now)
+            held = groups[0].held
             for i in range(s.partials):
-                slot = slots[i].partial
-                chunk = slots[slot].chunk
-                if chunk > 0:
-                    size += 1
-                    prompts += chunk
-                    attention += chunk * (slots[slot].done + 0.5 * chunk)
-                    emitted += slots[slot].done + chunk == slots[slot].target
-            tokens = decodes + prompts
-            if tokens == 0:
+                held += slots[slots[i].partial].done
+            if now >= s.until:
+                s.now = now
+                if now >= rules.horizon:
+                    _close(run, now, held, AT_HORIZON)
+                return
+            if now >= s.sample_at:
+                _sample(run, held, now)
+
+            # The decision.
+            preempted, wasted = s.preempted, s.wasted
+            held_back = s.since_prefill < rules.interval - 1 and s.queue_left == 0 and groups[0].decodes > 0
+            ended = _NO_ROOM_IN_BATCH
+            resting = False
+            if rare and rules.prompts_alone:  # rule 19b
+                _open_rows(run, now)
+                ended = _admit_waiting(run, _units_held(groups, calendars, 0), rules.budget, now)
+                resting = s.partials > 0
+            used = budget = 0
+            walked = False
+            if not resting:
+                used, budget, walked = _serve(run, held_back, now)
+            evicting = s.preempted > preempted
+            held -= s.wasted - wasted
+            cleared = not rules.gated
+            closed = held_back or evicting or (rules.static and s.residents > 0)
+            if rare:
+                closed = closed or rules.prompts_alone
+            while not closed:
+                _open_rows(run, now)
+                ended = _admit_waiting(run, used, budget, now)
+                if s.residents > 0 or cleared:
+                    break
+                for j in range(rows.size):  # rule 18
+                    rows[j].passed = rows[j].admissions
+                cleared = True
+            if not held_back:
+                s.queue_left = s.waiting + s.returned > 0
+
+            # Nobody in service: wait for an arrival or a timer.
+            if s.residents == 0:
+                if evicting:
+                    continue
+                wake = math.inf
+                if s.arrived < run.arrival.size:
+                    wake = run.arrival[s.arrived]
+                for j in range(rows.size):
+                    if rules.gated and rows[j].threshold > 0:
+                        wake = min(wake, _next_hold(run, j, now))
+                wake = min(wake, s.until)
+                if wake == math.inf:
+                    verdict = FINISHED if s.waiting == 0 else STUCK
+                    _close(run, now, 0, verdict)
+                    return
+                now = wake
+                continue
+
+            if walked:
+                _pause(run, now)
+            decodes = 0 if resting else groups[0].decodes
+            reads = 0 if resting else groups[0].held + decodes
+            if s.partials == 0 and not walked:
+                # Decodes only: as many iterations as nothing can change in.
+                k = _to_completion(groups, calendars, 0)
+                if rules.capacity < FAR:
+                    k = _fit(run, rules.capacity - _units_held(groups, calendars, 0), k)
+                wake = s.sample_at
+                if evicting:
+                    k = 1
+                elif held_back:
+                    k = min(k, rules.interval - 1 - s.since_prefill)
+                elif ended == _NOBODY_MAY or (ended == _NO_MEMORY and s.returned == 0 and rows.size > 1):
+                    if s.arrived < run.arrival.size:
+                        wake = min(wake, run.arrival[s.arrived])
+                    if rules.gated:
+                        for j in range(rows.size):
+                            if rows[j].threshold > 0 and rows[j].head < rows[j].tail:
+                                wake = min(wake, _next_hold(run, j, now))
+                                if _in_window(run, j) == rows[j].threshold:
+                                    size = rows[j].size
+                                    oldest = run.recent[rows[j].first + rows[j].passed % size]
+                                    k = min(k, oldest + rows[j].period - s.iterations)
+                elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < run.arrival.size:
+                    wake = min(wake, run.arrival[s.arrived])  # whether anybody waits matters to rule 16
+                k, duration, area, first, last = _run_length(run, decodes, reads, reads, now, wake, k)
+                holds = reads + decodes * (k - 1)
+                prompts = 0
+                size = tokens = emitted = decodes
+            else:
+                # One iteration with prompts, or with residents that pause.
+                k = 1
+                prompts = 0
+                size = emitted = decodes
+                attention = 0.0
+                for i in range(s.partials):
+                    slot = slots[i].partial
+                    chunk = slots[slot].chunk
+                    if chunk > 0:
+                        size += 1
+                        prompts += chunk
+                        attention += chunk * (slots[slot].done + 0.5 * chunk)
+                        emitted += slots[slot].done + chunk == slots[slot].target
+                tokens = decodes + prompts
+                if tokens == 0:
+                    _resume(run)
+                    continue  # rule 12
+                duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
+                holds = held + tokens
+                area = duration * holds
+            if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
+                _close(run, rules.horizon, held, AT_HORIZON)
+                return
+            counted = now + duration > rules.warmup
+            if counted:
+                _count_gaps(run, decodes, reads, k, first, last, duration)
+            if rare and resting:
+                _rest(run, now)
+            elif s.stalls > 0:
+                _end_stalls(run, first, now, counted)
+            s.held_before = holds
+            s.residents_before = s.residents
+            now += duration
+            s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + k, FAR)
+            if not resting:
+                _tick(groups, calendars, 0, k)
+                _complete(run, 0, now)
+            if walked:
                 _resume(run)
-                continue  # rule 12
-            duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
-            holds = held + tokens
-            area = duration * holds
-        if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
-            _close(run, rules.horizon, held, AT_HORIZON)
-            return
-        counted = now + duration > rules.warmup
-        if counted:
-            _count_gaps(run, decodes, reads, k, first, last, duration)
-        if s.stalls > 0:
-            _end_stalls(run, first, now, counted)
-        s.held_before = holds
-        s.residents_before = s.residents
-        now += duration
-        s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + k, FAR)
-        _tick(groups, calendars, 0, k)
-        _complete(run, 0, now)
-        if walked:
-            _resume(run)
-        _prefill(run, now)
+            _prefill(run, now)
+
+    return continuous
+
+
+continuous = _continuous(rare=False)
+continuous_rare = _continuous(rare=True)
 
 
 # --------------------------------------------------------------------------- wait

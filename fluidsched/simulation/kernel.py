@@ -92,6 +92,8 @@ def run_kernel(
         compiled.wait(run)
     elif table.kind == "nested-wait":
         compiled.nested(run)
+    elif table.kind == "vllm_v0":
+        compiled.continuous_rare(run)
     else:
         compiled.continuous(run)
     return _engine_run(run, table, rejected, joins, points)
@@ -213,12 +215,14 @@ def _prepare(
 def _rules(server: Server, table: PolicyTable) -> NDArray[np.void]:
     limits = effective_limits(server, table)
     rules = np.zeros(1, dtype=compiled.RULES)
-    for name in ("capacity", "admission", "block", "slots", "budget", "chunk", "reserve"):
+    for name in ("capacity", "admission", "block", "slots", "budget", "chunk", "reserve", "whole_prompts"):
         rules[name] = getattr(limits, name)
     rules["interval"] = table.prefill_interval or 1
     rules["block_iterations"] = table.block_iterations or 1
     rules["whole_prompt"] = table.whole_prompt_admission
-    rules["decodes_first"] = table.kind in ("sarathi", "orca")
+    rules["decodes_first"] = table.kind in ("sarathi", "orca", "faster_transformer")
+    rules["prompts_alone"] = table.kind == "vllm_v0"
+    rules["static"] = table.kind == "faster_transformer"
     rules["gated"] = table.kind == "gated"
     rules["restart"] = table.preemption == "restart"
     rules["gap_shift"], rules["gap_first"] = histogram.SHIFT, histogram.FIRST

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched.errors import InputError
-from fluidsched.policy.table import PolicyTable
+from fluidsched.policy.table import RESERVING_KINDS, PolicyTable
 from fluidsched.server import Server
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ __all__ = ["UNLIMITED", "Limits", "check_run", "effective_limits", "never_fits"]
 UNLIMITED = 2**62
 """Stands for a limit that does not bind, in integer arithmetic."""
 
-KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait", "nested-wait")
+KINDS = ("vllm", "capped", "sarathi", "vllm_v0", "orca", "faster_transformer", "gated", "wait", "nested-wait")
+WHOLE_PROMPTS = ("vllm_v0", "orca", "faster_transformer")
+"""Kinds that run prompts whole within the token budget."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,16 @@ class Limits:
     block : int
         Tokens per unit.
     slots : int
-        Most residents; with `orca` also at most the token budget, so that every decode has its token.
+        Most residents; with kinds in `WHOLE_PROMPTS` also at most the token budget, so that every decode has
+        its token.
     budget : int
         Most tokens in an iteration.
     chunk : int
         Most prompt tokens of one request in an iteration.
     reserve : int
-        R of `orca`: output tokens set aside per request; 0 with other kinds.
+        R of `orca` and `faster_transformer`: output tokens set aside per request; 0 with other kinds.
+    whole_prompts : bool
+        Whether a prompt must fit whole into what is left of the budget.
     """
 
     capacity: int
@@ -62,6 +67,7 @@ class Limits:
     budget: int
     chunk: int
     reserve: int
+    whole_prompts: bool
 
     def units(self, tokens: int) -> int:
         """Memory that this many KV tokens of one request take."""
@@ -80,10 +86,13 @@ def effective_limits(server: Server, table: PolicyTable) -> Limits:
     budget = _smaller(table.token_budget, server.token_budget)
     slots = _smaller(table.max_in_service, server.max_batch_size)
     reserve = 0
-    if table.kind == "orca":
+    whole_prompts = table.kind in WHOLE_PROMPTS
+    if whole_prompts:
         slots = min(slots, budget)
+    if table.kind in RESERVING_KINDS:
         reserve = math.ceil(table.lookahead.headroom_tokens)
-    return Limits(capacity, admission, block, slots, budget, table.chunk_tokens or UNLIMITED, reserve)
+    chunk = table.chunk_tokens or UNLIMITED
+    return Limits(capacity, admission, block, slots, budget, chunk, reserve, whole_prompts)
 
 
 def _smaller(first: int | None, second: int | None) -> int:
@@ -94,16 +103,18 @@ def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray
     """Return which requests can never be served, shape (N,); the engines give them status `rejected`.
 
     A request never fits if its KV at its last token, prompt + output - 1 tokens, exceeds the capacity. `orca`
-    sets R output tokens aside and prefills prompts whole, so there prompt + R - 1 must fit, and the prompt
-    must be within the token budget.
+    and `faster_transformer` set R output tokens aside, so there prompt + R - 1 must fit. Where prompts run
+    whole they must be within the token budget; with `vllm_v0` so must prompt + output - 1, the longest that
+    a recompute can run as one prompt.
     """
     limits = effective_limits(server, table)
     prompt, output = path.prompt_tokens, path.output_tokens
-    if table.kind == "orca":
+    longest_prompt = prompt + output - 1 if table.kind == "vllm_v0" else prompt
+    if limits.reserve:
         output = np.full_like(output, limits.reserve)
     too_long = -(-(prompt + output - 1) // limits.block) > limits.capacity
-    if table.kind == "orca":
-        too_long |= prompt > limits.budget
+    if limits.whole_prompts:
+        too_long |= longest_prompt > limits.budget
     return np.asarray(too_long, dtype=np.bool_)
 
 
@@ -116,7 +127,7 @@ def check_run(
     ------
     InputError
         For a rule the engines do not have, a field the table's kind does not use, a request no row matches
-        or longer than `orca` reserves for, a `wait` or `nested-wait` cohort above the server's token budget,
+        or longer than the table reserves for, a `wait` or `nested-wait` cohort above the server's token budget,
         or either rule with restarts and no horizon: there the newest admitted may be all that runs, so
         requests that lose their tokens can displace each other for ever.
     """
@@ -129,7 +140,7 @@ def check_run(
             'Give a horizon, s, or a table with preemption "recompute".',
         )
     rows = table.classify(path)
-    if table.kind == "orca":
+    if table.kind in RESERVING_KINDS:
         _check_reserve(path, table)
     if table.freeze and server.token_budget is not None:
         _check_cohort(path, rows, server.token_budget, table)
@@ -149,12 +160,14 @@ def _check_table(table: PolicyTable) -> None:
         )
     if table.order != "fcfs":
         raise InputError(f"{place}order", table.order, "be 'fcfs'", "Other orders are not simulated.")
-    if table.kind != "orca" and table.lookahead.mode != "none":
+    if table.kind not in RESERVING_KINDS and table.lookahead.mode != "none":
         raise InputError(
-            f"{place}lookahead", table.lookahead.mode, "have mode 'none' unless the kind is 'orca'"
+            f"{place}lookahead",
+            table.lookahead.mode,
+            "have mode 'none' unless the kind is 'orca' or 'faster_transformer'",
         )
     unused: list[tuple[str, float | None]] = []
-    if table.kind == "orca" or table.freeze:
+    if table.kind in WHOLE_PROMPTS or table.freeze:
         unused += [("chunk_tokens", table.chunk_tokens), ("prefill_interval", table.prefill_interval)]
     if table.freeze:
         unused += [("kv_limit_tokens", table.kv_limit_tokens), ("watermark", table.watermark or None)]

@@ -75,6 +75,14 @@ Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
      units(prompt + R - 1) is at most the limit of rule 14, and its whole prompt fits in the budget left after
      the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
 
+`faster_transformer`
+ 19a. As `orca`, but the scan admits only if nobody is resident.
+
+`vllm_v0`
+ 19b. First the scan of rule 13, which here ends also at a request whose target is more than the budget left:
+     whoever enters prefills its whole target. If anybody entered, the newcomers are the batch; all other
+     residents pause. Otherwise every resident decodes, with rule 11 and nobody admitted.
+
 `wait`
  20. With no block running: J = the rows with threshold > 0 in which at least `gate` wait (preempted ones
      count), or in which the hold has expired (rule 23). The rows of J, by (priority, row), each admit
@@ -345,6 +353,8 @@ def _admit_waiting(system: _System, may_admit: list[int]) -> None:
         target = request.prompt + request.produced
         chunk = min(target, system.budget, limits.chunk)
         needed = target if system.table.whole_prompt_admission else chunk
+        if limits.whole_prompts and target > system.budget:
+            return
         if not _fits(system, request, system.used, limits.units(needed)):
             return
         if system.preempted:
@@ -418,14 +428,25 @@ def _allowances(system: _System) -> list[int]:
     return allowances
 
 
+def _decide_vllm_v0(system: _System) -> None:
+    """Rule 19b."""
+    system.budget = system.limits.budget
+    _admit_waiting(system, [UNLIMITED])
+    if not system.batch:
+        _serve_residents(system, list(system.residents), held=False)
+        system.batch = [request for request in system.batch if request.scheduled]
+
+
 def _decide_orca(system: _System) -> None:
-    """Rule 19."""
+    """Rules 19 and 19a."""
     limits = system.limits
     system.budget = limits.budget
     for request in system.residents:
         system.schedule(request, 1)
     reserved = sum(limits.units(request.prompt + limits.reserve - 1) for request in system.residents)
     (queue,) = system.queues
+    if system.table.kind == "faster_transformer" and system.residents:
+        return
     while queue and len(system.residents) < limits.slots:
         request = queue[0]
         needed = limits.units(request.prompt + limits.reserve - 1)
@@ -532,7 +553,9 @@ _RULES: dict[str, Callable[[_System], None]] = {
     "capped": _decide_engine,
     "sarathi": _decide_engine,
     "gated": _decide_gated,
+    "vllm_v0": _decide_vllm_v0,
     "orca": _decide_orca,
+    "faster_transformer": _decide_orca,
     "wait": _decide_wait,
     "nested-wait": _decide_nested,
 }

@@ -20,7 +20,9 @@ from fluidsched.simulation.records import EngineRun, IterationSummary
 from fluidsched.simulation.reference import run_reference
 from fluidsched.workload import ArrivalPath
 
-KINDS = ("vllm", "capped", "sarathi", "orca", "gated", "wait", "nested-wait")
+KINDS = (
+    "vllm", "capped", "sarathi", "vllm_v0", "orca", "faster_transformer", "gated", "wait", "nested-wait",
+)  # fmt: skip
 NEAR = 1e-9
 
 
@@ -119,7 +121,7 @@ def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output:
         shared["chunk_tokens"] = _maybe(draw, st.integers(1, 20))
         shared["prefill_interval"] = _maybe(draw, st.integers(1, 9))
         shared["whole_prompt_admission"] = draw(st.booleans())
-    if kind == "orca":
+    if kind in ("orca", "faster_transformer"):
         shared["lookahead"] = Lookahead("reserve", longest_output + draw(st.integers(0, 3)))
     if kind in ("wait", "nested-wait"):
         shared.update(freeze=True, block_iterations=draw(st.integers(1, 9)))

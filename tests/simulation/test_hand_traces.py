@@ -17,6 +17,7 @@ from simulation_cases import (
 )
 
 from fluidsched.errors import InputError, SimulationError
+from fluidsched.policy.table import Lookahead
 from fluidsched.server import IterationTime
 from fluidsched.simulation.reference import run_reference
 
@@ -192,6 +193,49 @@ class TestOrca:
             run_reference(
                 path_of((0.0, 3, 4)), server_of(), engine_table("orca", lookahead=_reserve(3)), horizon=None
             )
+
+
+class TestVllmV0:
+    def test_prompts_run_alone_and_first(self):
+        """T = 1 + n_pf/4 + n_dec/2: who decodes pauses while a newcomer's prompt runs."""
+        path = path_of((0.0, 4, 3), (0.5, 2, 2))
+        run, batches = run_checked(path, server_of(time=MIXED), engine_table("vllm_v0"))
+        assert [batch.prefill for batch in batches] == [((0, 4),), ((1, 2),), (), ()]
+        assert [batch.decode for batch in batches] == [(), (), (0, 1), (0,)]
+        assert_array_equal(run.first_token_s, [2.0, 3.5])
+        assert_array_equal(run.finish_s, [7.0, 5.5])
+
+    def test_preemption_happens_when_all_decode(self):
+        """C = 8: the later of two is recomputed as one prompt when the other has left."""
+        path = path_of((0.0, 3, 4), (0.0, 3, 3))
+        run, batches = run_checked(path, server_of(8, MIXED), engine_table("vllm_v0"))
+        assert [batch.preempted for batch in batches] == [(), (), (1,), (), ()]
+        assert batches[-1].prefill == ((1, 5),)
+        assert_array_equal(run.finish_s, [7.5, 9.75])
+
+    def test_prompts_are_not_cut(self):
+        """Budget 5: 4 and 3 tokens do not run together; 5 tokens and 2 outputs may need 6, which never fit."""
+        table = engine_table("vllm_v0", token_budget=5)
+        run, _ = run_checked(path_of((0.0, 4, 1), (0.0, 3, 1)), server_of(time=MIXED), table)
+        assert_array_equal(run.finish_s, [2.0, 3.75])
+        assert run_reference(path_of((0.0, 5, 2)), server_of(), table, horizon=None).count("rejected") == 1
+
+
+class TestFasterTransformer:
+    def test_a_batch_runs_to_its_end(self):
+        """Two who come during the first batch wait for its end, then enter together."""
+        path = path_of((0.0, 4, 3), (0.5, 2, 1), (0.5, 2, 2))
+        table = engine_table("faster_transformer", lookahead=Lookahead("reserve", 3))
+        run, _ = run_checked(path, server_of(time=MIXED), table)
+        assert_array_equal(run.admitted_s, [0.0, 5.0, 5.0])
+        assert_array_equal(run.finish_s, [5.0, 7.0, 8.5])
+
+    def test_memory_is_set_aside(self):
+        """C = 10 holds 4 + 2 and 2 + 2 tokens and not 2 + 2 more, although the outputs are short."""
+        path = path_of((0.0, 4, 1), (0.0, 2, 1), (0.0, 2, 1))
+        table = engine_table("faster_transformer", lookahead=Lookahead("reserve", 3))
+        run, _ = run_checked(path, server_of(10), table)
+        assert_array_equal(run.finish_s, [1.0, 1.0, 2.0])
 
 
 class TestWait:
@@ -461,6 +505,5 @@ class TestRefusals:
 
 
 def _reserve(tokens):
-    from fluidsched.policy.table import Lookahead
 
     return Lookahead("reserve", tokens)

@@ -55,15 +55,15 @@ def servers(draw: Any, unlimited: bool = False) -> Server:
 @st.composite
 def tables(
     draw: Any,
-    kinds: tuple[str, ...] = ("vllm", "sarathi", "orca", "gated", "wait"),
+    kinds: tuple[str, ...] = ("vllm", "sarathi", "vllm_v0", "orca", "faster_transformer", "gated", "wait"),
     horizon: float | None = None,
 ) -> PolicyTable:
     """A table of any kind with every knob its kind has; `wait` restarts only where a horizon ends it."""
     kind = draw(st.sampled_from(kinds))
     preemption = draw(st.sampled_from(["recompute", "restart"]))
-    if kind == "orca":
+    if kind in ("orca", "faster_transformer"):
         budget = draw(st.sampled_from([None, 9, 12]))
-        return engine_table("orca", lookahead=Lookahead("reserve", 7), token_budget=budget)
+        return engine_table(kind, lookahead=Lookahead("reserve", 7), token_budget=budget)
     shared = {
         "token_budget": draw(st.sampled_from([None, 1, 4, 9])),
         "chunk_tokens": draw(st.sampled_from([None, 2, 5])),
@@ -76,6 +76,10 @@ def tables(
     }
     if kind in ("vllm", "sarathi"):
         return engine_table(kind, **shared)
+    if kind == "vllm_v0":
+        own = ("max_in_service", "watermark", "kv_limit_tokens", "preemption")
+        budget = draw(st.sampled_from([None, 15, 30]))
+        return engine_table(kind, token_budget=budget, **{name: shared[name] for name in own})
     rows = {}
     for position, label in enumerate("AB"):
         threshold = draw(st.integers(1, 3))
@@ -119,7 +123,7 @@ def test_every_run_keeps_the_laws(path, server, timed_table, warmup):
     run_checked(path, server, table, horizon=horizon, warmup=warmup)
 
 
-@given(paths(), servers(), tables(("vllm", "sarathi", "orca")))
+@given(paths(), servers(), tables(("vllm", "sarathi", "vllm_v0", "orca", "faster_transformer")))
 def test_engine_rules_never_get_stuck(path, server, table):
     """Without gates everything that fits is served, in any memory."""
     run, _ = run_checked(path, server, table)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import gzip
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from simulation_cases import engine_table, server_of
 
+from fluidsched.policy import baselines
 from fluidsched.server import IterationTime
 from fluidsched.server.iteration import BatchSummary
+from fluidsched.simulation.booking import booking_limit
 from fluidsched.simulation.reference import run_reference
-from fluidsched.simulation.rules import Decision, UserRule
 from fluidsched.workload import ArrivalPath
 
 pytestmark = pytest.mark.data
@@ -96,18 +97,12 @@ def test_sarathi(published):
     assert batches == batches_of(published / "batches_test10_sarathi_200.csv.gz")
 
 
-def test_prefills_before_decodes(published):
-    """vLLM v0's rule as a rule of one's own: a prefill-only batch while anyone waits and slots last.
+def test_vllm_v0(published):
+    """Prompts before decodes, at most 200 in service: all 6 314 batches, in order.
 
-    All 6 314 batches, once the first iteration lasts 10.763 ms: the table's 10.851 ms, which belongs to other
-    iterations with the same key, would let in the arrival at 10.827 ms.
+    The first iteration must last 10.763 ms: the table's 10.851 ms, which belongs to other iterations with the
+    same key, would let in the arrival at 10.827 ms.
     """
-
-    def decide(view):
-        newcomers = view.waiting[: 200 - len(view.residents)]
-        served = newcomers or view.residents
-        return Decision({r.index: r.next_tokens for r in served}, admit=[r.index for r in newcomers])
-
     tabulated = tabulated_time(published / "iteration_times.csv").function
     assert tabulated is not None
     first = (20,)
@@ -116,40 +111,15 @@ def test_prefills_before_decodes(published):
             0.010763 if batch.prefill_chunks == first and not batch.decode_tokens else tabulated(batch)
         )
     )
-    run, batches = replay(published, UserRule("vllm v0", decide), time)
+    run, batches = replay(published, baselines.vllm_v0(max_in_service=200), time)
     assert run.verdict == "finished"
     assert len(batches) == 6314
     assert batches == batches_of(published / "batches_test10_vllm_v0_200.csv.gz")
 
 
 def test_booking_limit(published):
-    """The rule their code runs under the name WAIT: 6 003 batches, then 79 stay in service.
-
-    total = 200, L_j = total·λ_j(o_j + 1)/Σ λ_i(o_i + 1), n_j = max(1, ⌊L_j/(o_j + 1)⌋). If some type has
-    waiting_j ≥ min(n_j, ⌊L_j - in service_j⌋), everybody in service runs with that many newcomers of every
-    type; else nothing runs until the next arrival.
-    """
-    rates = {100: 2000.0, 200: 4000.0, 300: 6000.0}
-    weights = {o: rate * (o + 1) for o, rate in rates.items()}
-    booked = {o: 200 * weight / sum(weights.values()) for o, weight in weights.items()}
-    starts = {o: max(1, math.floor(limit / (o + 1))) for o, limit in booked.items()}
-
-    def decide(view):
-        in_service = Counter(r.output_tokens for r in view.residents)
-        limit = {o: min(starts[o], math.floor(booked[o] - in_service[o])) for o in rates}
-        waiting = {o: [] for o in rates}
-        for r in view.waiting:  # no more than a cohort of each type matters
-            if len(waiting[r.output_tokens]) < starts[r.output_tokens]:
-                waiting[r.output_tokens].append(r)
-            elif all(len(waiting[o]) == starts[o] for o in rates):
-                break
-        if all(len(waiting[o]) < limit[o] for o in rates):
-            return Decision({})
-        newcomers = [r for o in rates for r in waiting[o][: limit[o]]]
-        served = [*view.residents, *newcomers]
-        return Decision({r.index: r.next_tokens for r in served}, admit=[r.index for r in newcomers])
-
-    run, batches = replay(published, UserRule("booking limit", decide))
+    """The rule their code runs under the name WAIT: 6 003 batches, then 79 stay in service."""
+    run, batches = replay(published, booking_limit(200, {100: 2000.0, 200: 4000.0, 300: 6000.0}))
     assert len(batches) == 6003
     assert batches == batches_of(published / "batches_test10_booking_limit_200.csv.gz")
     assert (run.verdict, run.count("unfinished")) == ("stuck", 79)
