@@ -41,6 +41,7 @@ if (
     from fluidsched.fluid import stability_region as stability_region
     from fluidsched.planning import plan as plan
     from fluidsched.policy import PolicyTable as PolicyTable
+    from fluidsched.policy import adapt as adapt
     from fluidsched.policy import baselines as baselines
     from fluidsched.policy import compile_policy as compile_policy
     from fluidsched.reporting import show_versions as show_versions
@@ -88,6 +89,7 @@ _PUBLIC = {
     "plan_capacity": "fluidsched.fluid",
     "compile_policy": "fluidsched.policy",
     "PolicyTable": "fluidsched.policy",
+    "adapt": "fluidsched.policy",
     "baselines": "fluidsched.policy.baselines",
     "simulate": "fluidsched.simulation",
     "SimulationResult": "fluidsched.simulation",

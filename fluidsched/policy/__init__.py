@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from fluidsched.policy import baselines
+from fluidsched.policy.adaptation import Adaptation, adapt
 from fluidsched.policy.compiler import ReachCurve, compile_policy, largest_load, reach_curve
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.policy.wait import WaitCurve, wait_curve
 
 __all__ = [
+    "Adaptation",
     "Lookahead",
     "Match",
     "PolicyTable",
@@ -15,6 +17,7 @@ __all__ = [
     "Segment",
     "TableType",
     "WaitCurve",
+    "adapt",
     "baselines",
     "compile_policy",
     "largest_load",
