@@ -20,11 +20,12 @@ The queue keeps newcomers per row, so that a decision costs the rows and the adm
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -227,16 +228,22 @@ class Resident:
 
     Attributes
     ----------
+    request : hashable
+        Who it is; the same between decisions.
     row : int
         Its row of the table; J if the table does not know it.
-    position : int
-        Iterations since its last admission, those in flight included.
+    arrival_s : float
+        When it arrived, s.
+    tokens : int
+        Output tokens produced, those in flight included.
     can_run : bool
         Whether an iteration could still serve it; False once its last token is in flight.
     """
 
+    request: Hashable
     row: int
-    position: int
+    arrival_s: float
+    tokens: int
     can_run: bool
 
 
@@ -371,7 +378,93 @@ class Wait(Rule):
         self.left = self.left - 1 if anything else 0
 
 
-_RULES: dict[str, type[Rule]] = {"vllm": Continuous, "capped": Continuous, "gated": Gated, "wait": Wait}
+class NestedWait(Rule):
+    """`nested-wait` (rules 27 to 29): thresholds over the iterations done since admission, in blocks.
+
+    A resident first seen at a decision was admitted by the iteration before, so it stands at position 1; from
+    then on every token is one position. Whoever joins a block by recovering from a preemption runs with it.
+    """
+
+    def __init__(self, table: PolicyTable, max_hold_s: float | None):
+        super().__init__(table, max_hold_s)
+        self.first = [0, *(segment.boundary + 1 for segment in table.segments[:-1])]
+        self.left = 0
+        self.serving = False
+        self.paused: set[Hashable] = set()
+        self.tokens_before: dict[Hashable, int] = {}
+        self.served_s: dict[Hashable, float] = {}
+
+    def decide(self, now: float, queue: HeldQueue[T], residents: Residents) -> Decision:
+        present = residents()
+        known = self.tokens_before
+        self.tokens_before = {
+            resident.request: known.get(resident.request, resident.tokens - 1) for resident in present
+        }
+        self.served_s = {
+            resident.request: now
+            if self.serving and resident.request not in self.paused
+            else self.served_s.get(resident.request, now)
+            for resident in present
+        }
+        allowances: dict[int, int] = {}
+        running = self.left > 0 and any(
+            resident.can_run and resident.request not in self.paused for resident in present
+        )
+        if not running:
+            assert self.table.block_iterations is not None
+            self.left = self.table.block_iterations
+            selected, newcomers = self._start_segments(now, queue, present)
+            allowances[0] = newcomers
+            unknown = len(self.table.types)
+            self.paused = {
+                resident.request
+                for resident in present
+                if resident.row != unknown and resident.request not in selected
+            }
+        return Decision(allowances, [i for i, r in enumerate(present) if r.request in self.paused])
+
+    def _start_segments(
+        self, now: float, queue: HeldQueue[T], present: Sequence[Resident]
+    ) -> tuple[set[Hashable], int]:
+        """Rule 28: which residents run, and how many newcomers may enter."""
+        segments, first = self.table.segments, self.first
+        at: dict[int, list[Resident]] = {}
+        for resident in sorted(present, key=lambda resident: resident.arrival_s):
+            if resident.row < len(self.table.types) and resident.can_run:
+                position = resident.tokens - self.tokens_before[resident.request]
+                at.setdefault(position, []).append(resident)
+        waiting = queue.waiting(0) + len(queue.preempted)
+        last = 0
+        while last < len(segments):
+            count = len(at.get(first[last], ())) if last else waiting
+            if count < segments[last].threshold:
+                break
+            last += 1
+        if now >= queue.oldest_since(0) + self.holds_s[0]:
+            last = max(last, 1)
+        for position, group in at.items():
+            if any(now >= self.served_s[resident.request] + self.holds_s[0] for resident in group):
+                last = max(last, bisect.bisect_right(first, position))
+        selected: set[Hashable] = set()
+        for position, group in at.items():
+            k = bisect.bisect_right(first, position)
+            if k <= last:
+                selected.update(resident.request for resident in group[: segments[k - 1].threshold])
+        newcomers = segments[0].threshold - len(queue.preempted) if last else 0
+        return selected, max(newcomers, 0)
+
+    def ran(self, admitted: Mapping[int, int], anything: bool, now: float) -> None:
+        self.serving = anything
+        self.left = self.left - 1 if anything else 0
+
+
+_RULES: dict[str, type[Rule]] = {
+    "vllm": Continuous,
+    "capped": Continuous,
+    "gated": Gated,
+    "wait": Wait,
+    "nested-wait": NestedWait,
+}
 
 
 def rule_of(table: PolicyTable, max_hold_s: float | None) -> Rule:

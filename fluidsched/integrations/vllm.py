@@ -212,7 +212,9 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
     def _residents(self) -> list[Resident]:
         return [
             Resident(
+                request.request_id,
                 self._rows[request.request_id],
+                request.arrival_time,
                 request.num_output_tokens + request.num_output_placeholders,
                 not _has_all_tokens(request),
             )
@@ -322,7 +324,7 @@ def _check_scheduler(scheduler: Any, table: PolicyTable) -> None:
     stages = scheduler.parallel_config.pipeline_parallel_size
     _require(stages == 1, "--pipeline-parallel-size", stages, "be 1")
     _require(scheduler.connector is None, "--kv-transfer-config", "a connector", "not be given")
-    if table.kind != "wait":
+    if not table.freeze:
         return
     if "largest_cohort" in table.certificate:
         needed = int(table.certificate["largest_cohort"]["value"])

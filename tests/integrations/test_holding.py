@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fluidsched.errors import InputError
 from fluidsched.integrations.holding import HeldQueue, Resident, match_row, rule_of
 from fluidsched.policy import baselines
-from fluidsched.policy.table import Match, PolicyTable, TableType
+from fluidsched.policy.table import Match, PolicyTable, Segment, TableType
 
 PRIORITIES = (1.0, 0.0, math.inf)
 
@@ -105,7 +105,7 @@ def test_wait_freezes_until_its_gate_is_met_and_runs_blocks() -> None:
     queue.discard(1)
     rule.ran({0: 2}, True, 1.0)
     queue.join(2, 0, 1.5)
-    residents = [Resident(0, 1, True), Resident(0, 1, True)]
+    residents = [Resident(i, 0, 0.0, 1, True) for i in range(2)]
     decision = rule.decide(
         2.0, queue, lambda: residents
     )  # inside the block nobody enters and all selected run
@@ -127,7 +127,7 @@ def test_gated_counts_iterations_and_clears_its_window_when_idle() -> None:
     rule = rule_of(table, None)
     for i in range(3):
         queue.join(i, 0, 0.0)
-    busy = [Resident(0, 1, True)]
+    busy = [Resident(0, 0, 0.0, 1, True)]
     assert dict(rule.decide(0.0, queue, list).allowances) == {0: 1}
     rule.ran({0: 1}, True, 0.0)
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_gated_counts_iterations_and_clears_its_window_when_idle() -> None:
         rule.ran({}, True, 0.0)
     assert dict(rule.decide(0.0, queue, lambda: busy).allowances) == {0: 1}
     rule.ran({0: 1}, True, 0.0)
-    done = [Resident(0, 1, False)]  # its last token is in flight: nobody is left to run
+    done = [Resident(0, 0, 0.0, 1, False)]  # its last token is in flight: nobody is left to run
     assert dict(rule.decide(0.0, queue, lambda: done).allowances) == {0: 1}
 
 
@@ -157,3 +157,47 @@ def test_rows_are_found_by_prompt_output_and_label() -> None:
 def test_tables_an_engine_cannot_follow_are_refused(table: PolicyTable) -> None:
     with pytest.raises(InputError, match="kind"):
         rule_of(table, None)
+
+
+def nested(hold: float | None = None) -> PolicyTable:
+    segments = (Segment(1, 3), Segment(9, 2))
+    row = TableType("*", threshold=3, gate=3, max_hold_s=hold)
+    return PolicyTable("n", "nested-wait", (row,), segments=segments, block_iterations=1, freeze=True)
+
+
+def test_nested_wait_runs_a_later_segment_only_with_the_earlier_ones() -> None:
+    """Segment 2 begins at position 2 with threshold 2: two survivors run on only when three newcomers wait."""
+    queue: HeldQueue[int] = HeldQueue([math.inf])
+    rule = rule_of(nested(), None)
+    for i in range(3):
+        queue.join(i, 0, 0.0)
+    assert dict(rule.decide(0.0, queue, list).allowances) == {0: 3}
+    for i in range(3):
+        queue.discard(i)
+    rule.ran({0: 3}, True, 0.0)
+
+    def at(tokens: int, count: int = 3) -> list[Resident]:
+        return [Resident(i, 0, float(i), tokens, True) for i in range(count)]
+
+    decision = rule.decide(1.0, queue, lambda: at(1))  # nobody waits: K = 0
+    assert (dict(decision.allowances), list(decision.paused)) == ({0: 0}, [0, 1, 2])
+    rule.ran({}, False, 1.0)
+    for i in (3, 4, 5):
+        queue.join(i, 0, 2.0)
+    decision = rule.decide(2.0, queue, lambda: at(1))  # segment 1 runs: position 1 moves to position 2
+    assert (dict(decision.allowances), list(decision.paused)) == ({0: 3}, [])
+    rule.ran({0: 0}, True, 2.0)
+    decision = rule.decide(3.0, queue, lambda: at(2))  # K = 2: the two oldest of three survivors run
+    assert (dict(decision.allowances), list(decision.paused)) == ({0: 3}, [2])
+
+
+def test_nested_wait_lets_a_held_survivor_go() -> None:
+    """A lone survivor in segment 2 stands still until its hold ends, with nobody waiting."""
+    queue: HeldQueue[int] = HeldQueue([math.inf])
+    rule = rule_of(nested(hold=4.0), None)
+    survivor = [Resident(0, 0, 0.0, 1, True)]
+    rule.decide(0.0, queue, lambda: survivor)
+    rule.ran({}, False, 0.0)
+    assert list(rule.decide(3.9, queue, lambda: survivor).paused) == [0]
+    rule.ran({}, False, 3.9)
+    assert list(rule.decide(4.0, queue, lambda: survivor).paused) == []

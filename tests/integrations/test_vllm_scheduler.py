@@ -20,7 +20,7 @@ from vllm_engine import make_scheduler, serve
 import fluidsched as fs
 from fluidsched.errors import InputError
 from fluidsched.integrations.vllm import FluidScheduler
-from fluidsched.policy.table import Match, PolicyTable, TableType
+from fluidsched.policy.table import Match, PolicyTable, Segment, TableType
 from fluidsched.simulation.records import IterationSummary
 from fluidsched.simulation.reference import run_reference
 
@@ -46,6 +46,15 @@ def wait(block_iterations: int, **changes: Any) -> PolicyTable:
     ]
     rows = [dataclasses.replace(row, **changes) for row in rows]
     return PolicyTable("wait", "wait", tuple(rows), block_iterations=block_iterations, freeze=True)
+
+
+def nested_wait(block_iterations: int) -> PolicyTable:
+    """Segments of positions 0..5, 6..11, 12..; every last position + 1 a multiple of the block."""
+    segments = (Segment(5, 5), Segment(11, 4), Segment(59, 3))
+    row = TableType("*", threshold=5, gate=5)
+    return PolicyTable(
+        "nested", "nested-wait", (row,), segments=segments, block_iterations=block_iterations, freeze=True
+    )
 
 
 GATED = PolicyTable(
@@ -104,6 +113,17 @@ def test_wait_has_the_references_batches(tmp_path: Path, block_iterations: int, 
 
 
 @pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("block_iterations", [1, 3])
+def test_nested_wait_has_the_references_batches(tmp_path: Path, block_iterations: int, depth: int) -> None:
+    """Output lengths unknown to the engine: only iterations done are looked at."""
+    horizon = 3200.0 if block_iterations == 1 else 1100.0
+    summaries, _ = compare(
+        tmp_path, nested_wait(block_iterations), blocks=40_000, slots=1024, depth=depth, horizon=horizon
+    )
+    assert len(summaries) >= 1500
+
+
+@pytest.mark.parametrize("depth", [1, 2])
 def test_gated_has_the_references_batches(tmp_path: Path, depth: int) -> None:
     summaries, _ = compare(tmp_path, GATED, depth=depth)
     assert len(summaries) >= 1500
@@ -143,7 +163,11 @@ def test_prefill_interval_is_vllms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("table", [wait(1), wait(4), GATED, VLLM], ids=["wait", "blocks", "gated", "vllm"])
+@pytest.mark.parametrize(
+    "table",
+    [wait(1), wait(4), nested_wait(2), GATED, VLLM],
+    ids=["wait", "blocks", "nested", "gated", "vllm"],
+)
 def test_everybody_is_served_and_memory_drains(tmp_path: Path, table: PolicyTable, depth: int) -> None:
     """Tight memory, preemption, clients that leave while waiting or running: the rest get all their tokens."""
     server = fs.Server(150, TIME)
