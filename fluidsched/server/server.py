@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
-from fluidsched._checks import check_count, check_fields, check_real
+from fluidsched._checks import check_count, check_keys, check_real
 from fluidsched.errors import InputError
 from fluidsched.server.iteration import IterationTime
 
@@ -41,6 +41,9 @@ class Server:
         Most tokens (prefilled and decoded) in one iteration. None: unlimited.
     block_size : int, optional
         Tokens per KV block. None: KV is counted in single tokens.
+    swap_bandwidth : float, optional
+        KV tokens per second that move between the GPU's memory and the host's, either way; tables that
+        preempt by swapping need it. None: unknown.
     name, source : str, optional
         A label for reports, and where the numbers come from.
 
@@ -66,6 +69,7 @@ class Server:
     _: KW_ONLY
     name: str = "server"
     source: str = ""
+    swap_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -81,6 +85,8 @@ class Server:
             value = getattr(self, limit)
             if value is not None:
                 set_field(self, limit, check_count(limit, value, minimum=1))
+        if self.swap_bandwidth is not None:
+            set_field(self, "swap_bandwidth", check_real("swap_bandwidth", self.swap_bandwidth, above=0.0))
         if self.block_size is not None and self.kv_capacity < self.block_size:
             raise InputError(
                 "kv_capacity", self.kv_capacity, f"hold at least one block of {self.block_size:,} tokens"
@@ -211,7 +217,7 @@ class Server:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, schema first."""
-        return {
+        data = {
             "schema": SCHEMA,
             "name": self.name,
             "source": self.source,
@@ -221,6 +227,7 @@ class Server:
             "block_size": self.block_size,
             "iteration_time": self.iteration_time.to_dict(),
         }
+        return data if self.swap_bandwidth is None else data | {"swap_bandwidth": self.swap_bandwidth}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], argument: str = "server") -> Server:
@@ -234,7 +241,7 @@ class Server:
             "block_size",
             "iteration_time",
         )
-        values = dict(zip(names, check_fields(argument, data, SCHEMA, names), strict=True))
+        values = check_keys(argument, data, SCHEMA, names, ("swap_bandwidth",))
         if values["kv_capacity"] == "inf":
             values["kv_capacity"] = math.inf
         iteration_time = IterationTime.from_dict(values.pop("iteration_time"), f"{argument}.iteration_time")

@@ -258,8 +258,8 @@ def _record_type(integers: str, reals: str = "") -> np.dtype[np.void]:
 #: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, and the measured window.
 RULES = _record_type(
     "capacity admission block slots budget chunk reserve interval block_iterations whole_prompt decodes_first"
-    " whole_prompts prompts_alone static gated restart gap_shift gap_first gap_last",
-    "horizon warmup",
+    " whole_prompts prompts_alone static swap gated restart gap_shift gap_first gap_last",
+    "horizon warmup swap_bandwidth",
 )
 
 #: A row of the table (hold inf: none). rank: of its priority; turn: at place i the i-th row by (priority,
@@ -296,15 +296,16 @@ SEGMENT = _record_type("threshold positions head tail queued held units entered"
 
 #: A preempted request: the next one on its stack, output tokens kept, since when it waits, when last served
 #: (if it keeps tokens, with the last of them); the last also of those that stand still before a segment.
-RETURNED = _record_type("below produced", "since served")
+#: stored: its KV tokens in the host's memory.
+RETURNED = _record_type("below produced stored", "since served")
 
 #: Everything else. now: the next decision instant; until: no decision is taken at or after it (at most the
 #: horizon); left: iterations left of a block. held_before, residents_before: KV tokens and residents during
 #: the iteration that ended at `now`.
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
-    " iterations batch_sizes batch_tokens preempted wasted peak_kv samples verdict kv_end emitted stalls"
-    " gap_place gap_weight left held_before residents_before entered",
+    " iterations batch_sizes batch_tokens preempted wasted swapped stored moved peak_kv samples verdict kv_end"
+    " emitted stalls gap_place gap_weight left held_before residents_before entered",
     "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
@@ -669,7 +670,13 @@ def _return(run: Run, stack: int, slot: int, produced: int, held: int, served: f
     if rules.restart:
         produced = 0
         run.first_token[request] = math.nan
-    s.wasted += held
+    if rules.swap:
+        returned[request].stored = held
+        s.swapped += held
+        s.stored += held
+        s.moved += held
+    else:
+        s.wasted += held
     s.preempted += 1
     s.returned += 1
     run.preemptions[request] += 1
@@ -916,48 +923,82 @@ _PAUSED = 2
 _NOBODY_MAY, _NO_ROOM_IN_BATCH, _NO_MEMORY = range(3)
 
 
-@_inline
-def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
-    """Rules 13 to 15 and 19: admit while somebody may enter and fits; return why it ended."""
-    s, rules, slots = run.state[0], run.rules[0], run.slots
-    groups, rows, returned = run.groups, run.rows, run.returned
-    while budget > 0 and s.residents < rules.slots:
-        row = NOBODY
-        if s.returned > 0:
-            request = groups[0].top
-            target = run.prompt[request] + returned[request].produced
-        else:
-            request = NOBODY
-            for j in range(rows.size):
-                if rows[j].quota > 0 and rows[j].head < rows[j].tail:
-                    head = run.order[rows[j].head]
-                    if row == NOBODY or (rows[j].rank, head) < (rows[row].rank, request):
-                        row, request = j, head
-            if row == NOBODY:
-                return _NOBODY_MAY
-            target = run.prompt[request]
-        limit = rules.admission if s.residents > 0 else rules.capacity
-        chunk = min(target, budget, rules.chunk)
-        if rules.whole_prompts and target > budget:
-            return _NO_ROOM_IN_BATCH
-        if rules.reserve > 0:
-            reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
-            if s.reserved + reserved > limit:
+@_part
+def _bring_back(run: Run, slot: int) -> None:
+    """Rule 9a: the KV of the resident just admitted comes back from the host."""
+    s, slots, returned = run.state[0], run.slots, run.returned
+    request = slots[slot].request
+    stored = returned[request].stored
+    returned[request].stored = 0
+    s.stored -= stored
+    s.moved += stored
+    produced = slots[slot].resumed
+    if produced == 0:
+        slots[slot].done = stored
+        return
+    s.partials -= 1  # it was the last on the list
+    to_go = run.output[request] - produced
+    _start_decode(slots, run.groups, run.calendars, 0, slot, stored, to_go)
+    slots[slot].stalled = returned[request].served
+    s.stalls += 1
+
+
+def _admission(rare: bool) -> Callable[[Run, int, int, float], int]:
+    """The scan of the queue, with or without swapping."""
+
+    @_inline
+    def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
+        """Rules 13 to 15 and 19: admit while somebody may enter and fits; return why it ended."""
+        s, rules, slots = run.state[0], run.rules[0], run.slots
+        groups, rows, returned = run.groups, run.rows, run.returned
+        while budget > 0 and s.residents < rules.slots:
+            row = NOBODY
+            if s.returned > 0:
+                request = groups[0].top
+                target = run.prompt[request] + returned[request].produced
+            else:
+                request = NOBODY
+                for j in range(rows.size):
+                    if rows[j].quota > 0 and rows[j].head < rows[j].tail:
+                        head = run.order[rows[j].head]
+                        if row == NOBODY or (rows[j].rank, head) < (rows[row].rank, request):
+                            row, request = j, head
+                if row == NOBODY:
+                    return _NOBODY_MAY
+                target = run.prompt[request]
+            stored = 0
+            if rare and row == NOBODY:
+                stored = returned[request].stored
+            limit = rules.admission if s.residents > 0 else rules.capacity
+            chunk = min(target - stored, budget, rules.chunk)
+            if rules.whole_prompts and target > budget:
+                return _NO_ROOM_IN_BATCH
+            if rules.reserve > 0:
+                reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
+                if s.reserved + reserved > limit:
+                    return _NO_MEMORY
+                s.reserved += reserved
+            elif used + _units(rules, target if rules.whole_prompt else stored + chunk) > limit:
                 return _NO_MEMORY
-            s.reserved += reserved
-        elif used + _units(rules, target if rules.whole_prompt else chunk) > limit:
-            return _NO_MEMORY
-        slot = _admit(run, 0, max(row, 0), now)
-        slots[slot].chunk = chunk
-        used += _units(rules, chunk)
-        budget -= chunk
-        if row != NOBODY:
-            rows[row].quota -= 1
-            if rules.gated:
-                size = rows[row].size
-                run.recent[rows[row].first + rows[row].admissions % size] = s.iterations
-                rows[row].admissions += 1
-    return _NO_ROOM_IN_BATCH
+            slot = _admit(run, 0, max(row, 0), now)
+            slots[slot].chunk = chunk
+            used += _units(rules, stored + chunk)
+            budget -= chunk
+            if rare and stored > 0:
+                _bring_back(run, slot)
+            if row != NOBODY:
+                rows[row].quota -= 1
+                if rules.gated:
+                    size = rows[row].size
+                    run.recent[rows[row].first + rows[row].admissions % size] = s.iterations
+                    rows[row].admissions += 1
+        return _NO_ROOM_IN_BATCH
+
+    return _admit_waiting
+
+
+_admit_waiting = _admission(rare=False)
+_admit_waiting_rare = _admission(rare=True)
 
 
 @_inline
@@ -1106,32 +1147,35 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 _sample(run, held, now)
 
             # The decision.
-            preempted, wasted = s.preempted, s.wasted
+            preempted, dropped = s.preempted, s.wasted + s.stored
             held_back = s.since_prefill < rules.interval - 1 and s.queue_left == 0 and groups[0].decodes > 0
             ended = _NO_ROOM_IN_BATCH
             resting = False
             if rare and rules.prompts_alone:  # rule 19b
                 _open_rows(run, now)
-                ended = _admit_waiting(run, _units_held(groups, calendars, 0), rules.budget, now)
+                ended = _admit_waiting_rare(run, _units_held(groups, calendars, 0), rules.budget, now)
                 resting = s.partials > 0
             used = budget = 0
             walked = False
             if not resting:
                 used, budget, walked = _serve(run, held_back, now)
             evicting = s.preempted > preempted
-            held -= s.wasted - wasted
             cleared = not rules.gated
             closed = held_back or evicting or (rules.static and s.residents > 0)
             if rare:
                 closed = closed or rules.prompts_alone
             while not closed:
                 _open_rows(run, now)
-                ended = _admit_waiting(run, used, budget, now)
+                if rare:
+                    ended = _admit_waiting_rare(run, used, budget, now)
+                else:
+                    ended = _admit_waiting(run, used, budget, now)
                 if s.residents > 0 or cleared:
                     break
                 for j in range(rows.size):  # rule 18
                     rows[j].passed = rows[j].admissions
                 cleared = True
+            held -= s.wasted + s.stored - dropped
             if not held_back:
                 s.queue_left = s.waiting + s.returned > 0
 
@@ -1163,7 +1207,7 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 if rules.capacity < FAR:
                     k = _fit(run, rules.capacity - _units_held(groups, calendars, 0), k)
                 wake = s.sample_at
-                if evicting:
+                if evicting or (rare and s.moved > 0):
                     k = 1
                 elif held_back:
                     k = min(k, rules.interval - 1 - s.since_prefill)
@@ -1205,6 +1249,12 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
                 holds = held + tokens
                 area = duration * holds
+            if rare and s.moved > 0:  # rule 9a; k is 1
+                moving = s.moved / rules.swap_bandwidth
+                duration += moving
+                first += moving
+                last += moving
+                area = duration * holds
             if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
                 _close(run, rules.horizon, held, AT_HORIZON)
                 return
@@ -1215,6 +1265,8 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 _rest(run, now)
             elif s.stalls > 0:
                 _end_stalls(run, first, now, counted)
+            if rare:
+                s.moved = 0
             s.held_before = holds
             s.residents_before = s.residents
             now += duration

@@ -4,7 +4,7 @@ With [w, e] the measured window and, of request i, arrival A_i, admission D_i, f
 
 - *time order*: A ≤ D < F ≤ E ≤ e, F = E exactly when o = 1;
 - *requests are conserved*: each has one status, which its times agree with; a "finished" run leaves none;
-- *tokens are conserved*: Σ tokens of all batches = Σ_{finished} (p + o - 1) + wasted + held at the end;
+- *tokens are conserved*: Σ tokens of all batches = Σ_{finished} (p + o - 1) + wasted + held and stored at the end;
 - *gaps are conserved*: every token in the window that is not its request's first ends one gap; in a run
   measured to its empty end, Σ gaps = Σ_i (E_i - F_i) (neither is asked of restarts, which lose tokens);
 - *Little's law for requests*: ∫ (residents + waiting) dt = Σ_i |[A_i, E_i] ∩ [w, e]|, E_i = e if unfinished;
@@ -88,7 +88,7 @@ def check_laws(
         _hold("nothing happens after the end", not (times > run.end_s).any(), "a later time")
 
     processed = int((path.prompt_tokens + path.output_tokens - 1)[finished].sum())
-    accounted = processed + run.wasted_tokens + run.kv_end
+    accounted = processed + run.wasted_tokens + run.kv_end + run.stored_end
     _hold(
         "tokens are conserved", run.batch_token_sum == accounted, f"{run.batch_token_sum:,} and {accounted:,}"
     )
@@ -160,6 +160,7 @@ class Audit:
         self.horizon = math.inf if horizon is None else horizon
         self.warmup = warmup
         self.held: dict[int, int] = {}
+        self.stored: dict[int, int] | None = {} if table.preemption == "swap" else None
         self.kv_s = dict.fromkeys(range(len(path)), 0.0)
         self.last_s = 0.0
         self.final_kv = (path.prompt_tokens + path.output_tokens - 1).tolist()
@@ -170,9 +171,11 @@ class Audit:
         for i in {*batch.preempted, *batch.admitted}:
             times_in = (i in self.held) + batch.admitted.count(i) - batch.preempted.count(i)
             _hold("admissions and preemptions alternate", times_in in (0, 1), repr(batch))
-            self.held.pop(i, None)
+            held = self.held.pop(i, 0)
+            if self.stored is not None and i in batch.preempted:
+                self.stored[i] = held
             if times_in:
-                self.held[i] = 0
+                self.held[i] = self.stored.pop(i, 0) if self.stored else 0
         before = dict(self.held)
         for i, chunk in batch.prefill:
             self.held[i] += chunk

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["UNLIMITED", "Limits", "check_run", "effective_limits", "never_fits"]
 
+SWAPPING = ("vllm", "capped", "sarathi", "gated")
+"""Kinds that may preempt by swapping."""
+
 UNLIMITED = 2**62
 """Stands for a limit that does not bind, in integer arithmetic."""
 
@@ -132,6 +135,13 @@ def check_run(
         requests that lose their tokens can displace each other for ever.
     """
     _check_table(table)
+    if table.preemption == "swap" and server.swap_bandwidth is None:
+        raise InputError(
+            "server.swap_bandwidth",
+            "nothing",
+            f"be given, tokens/s: table {table.name!r} preempts by swapping",
+            'Give it, or use a table with preemption "recompute".',
+        )
     if table.freeze and table.preemption == "restart" and horizon is None:
         raise InputError(
             "horizon",
@@ -151,12 +161,12 @@ def _check_table(table: PolicyTable) -> None:
     place = f"table {table.name!r}: "
     if table.kind not in KINDS:
         raise InputError(f"{place}kind", table.kind, f"be one of {', '.join(KINDS)}, the rules simulated")
-    if table.preemption == "swap":
+    if table.preemption == "swap" and table.kind not in SWAPPING:
         raise InputError(
             f"{place}preemption",
             table.preemption,
-            "be 'recompute' or 'restart'",
-            "Swapping is not simulated.",
+            f"be 'recompute' or 'restart' in a table of kind {table.kind!r}",
+            f"Swapping is simulated for {', '.join(SWAPPING)}.",
         )
     if table.order != "fcfs":
         raise InputError(f"{place}order", table.order, "be 'fcfs'", "Other orders are not simulated.")

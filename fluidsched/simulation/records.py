@@ -78,10 +78,13 @@ class EngineRun:
         Largest KV held during an iteration, in tokens.
     kv_end : int
         KV tokens held at `end_s` (by what an iteration cut off by the horizon had found). Every token pushed
-        through the model is accounted for: batch_token_sum = Σ finished (p + o - 1) + wasted_tokens + kv_end.
+        through the model is accounted for: batch_token_sum = Σ finished (p + o - 1) + wasted_tokens + kv_end
+        + stored_end.
     occupancy : (K, 4) float array or None
         Columns time (s), KV tokens, residents, waiting: the state at decision instants (finishers gone,
         arrivals in, nothing decided yet), at the first one at or after each point of an even grid.
+    swapped_tokens, stored_end : int
+        KV tokens moved to the host's memory by preemptions, and those that are there at `end_s`.
     """
 
     admitted_s: NDArray[np.float64]
@@ -107,6 +110,8 @@ class EngineRun:
     peak_kv: int
     kv_end: int
     occupancy: NDArray[np.float64] | None = None
+    swapped_tokens: int = 0
+    stored_end: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):

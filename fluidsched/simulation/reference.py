@@ -35,9 +35,18 @@ Memory
   8. Preemption takes the most recently admitted resident: its memory is freed, its computed tokens are wasted
      (rule 4's computed before this iteration; tokens already scheduled for it in this decision are withdrawn
      and go back to the budget), and it waits. `recompute` keeps produced; `restart` sets it to 0 and forgets
-     the first-token time. A request may be preempted in the same decision that admitted it only under `wait`.
+     the first-token time. `swap` wastes nothing: produced is kept and the computed tokens move to the host's
+     memory, which has no limit. A request may be preempted in the same decision that admitted it only under `wait`.
   9. Preempted requests wait in one stack, last preempted first, ahead of all others and whatever their type;
      under `wait` at the front of their own type's queue.
+
+  9a. `swap`: a request that enters again holds the tokens it had when it was preempted, and they move back;
+     target is its prompt, so it goes on decoding, or prefilling, where it stopped. It takes 1 token, or a
+     chunk of what is missing of its prompt, as rule 13 says of min(target, …); and by rule 14 it fits if
+     units(prompt + produced), or without `whole_prompt_admission` units(tokens held + those it takes), do.
+     Moving takes the GPU's time, as no part of the batch is computed meanwhile: an iteration lasts T plus
+     (tokens moved out + tokens moved in since the one before)/swap_bandwidth, in which KV counts as it does
+     in the rest of the iteration.
 
 Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
  10. The budget of the iteration is min(table, server). Residents first, in order (rule 6); `sarathi`: all
@@ -160,12 +169,13 @@ Observer = Callable[[IterationSummary], Any]
 
 class _Request:
     """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23;
-    `position`: see rule 27; `token_s`: when it emitted its latest token."""
+    `position`: see rule 27; `token_s`: when it emitted its latest token;
+    `stored`: its KV tokens in the host's memory."""
 
     __slots__ = (
         "admitted_s", "arrival_s", "computed", "finish_s", "first_token_s", "index", "key", "output",
-        "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "target", "token_s",
-        "waiting_since",
+        "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "stored", "target",
+        "token_s", "waiting_since",
     )  # fmt: skip
 
     def __init__(self, index: int, row: int, priority: float, arrival_s: float, prompt: int, output: int):
@@ -176,6 +186,7 @@ class _Request:
         self.prompt = prompt
         self.output = output
         self.computed = self.produced = self.target = self.scheduled = self.preemptions = self.position = 0
+        self.stored = 0
         self.admitted_s = self.first_token_s = self.finish_s = self.token_s = math.nan
 
 
@@ -211,8 +222,10 @@ class _System:
         A user's rule: when to decide again at the latest while idle; infinite if it does not say.
     block_left, selected : int, set
         `wait`, `nested-wait`: iterations left in the block, 0 if none runs, and the requests it serves.
-    iterations, wasted_tokens, preemption_count : int
+    iterations, wasted_tokens, preemption_count, swapped_tokens : int
         Counters of the run.
+    stored, moved : int
+        KV tokens in the host's memory; tokens that moved there or back since the last iteration (rule 9a).
     """
 
     def __init__(self, server: Server, table: PolicyTable, warmup: float):
@@ -239,6 +252,7 @@ class _System:
         self.iterations = 0
         self.wasted_tokens = 0
         self.preemption_count = 0
+        self.swapped_tokens = self.stored = self.moved = 0
         self.waiting_s = 0.0
 
     def waiting_count(self) -> int:
@@ -259,11 +273,22 @@ class _System:
 
     def admit(self, request: _Request) -> None:
         request.target = request.prompt + request.produced
+        if request.stored:
+            self._bring_back(request)
         if math.isnan(request.admitted_s):
             request.admitted_s = self.now
         self.waiting_s += max(0.0, self.now - max(request.waiting_since, self.warmup))
         self.residents.append(request)
         self.admitted.append(request)
+
+    def _bring_back(self, request: _Request) -> None:
+        """Rule 9a: the KV of a request comes back from the host."""
+        request.target = request.prompt
+        request.computed, request.stored = request.stored, 0
+        self.used += self.limits.units(request.computed)
+        self.held += request.computed
+        self.stored -= request.computed
+        self.moved += request.computed
 
     def preempt(self, victim: _Request) -> None:
         """Rule 8: a resident loses its place; the caller puts it in its queue."""
@@ -274,7 +299,13 @@ class _System:
         self.used -= self.limits.units(victim.computed + victim.scheduled)
         self.held -= victim.computed
         self.budget += victim.scheduled
-        self.wasted_tokens += victim.computed
+        if self.table.preemption == "swap":
+            victim.stored = victim.computed
+            self.swapped_tokens += victim.computed
+            self.stored += victim.computed
+            self.moved += victim.computed
+        else:
+            self.wasted_tokens += victim.computed
         self.preemption_count += 1
         victim.computed = victim.scheduled = victim.target = victim.position = 0
         victim.preemptions += 1
@@ -351,8 +382,8 @@ def _admit_waiting(system: _System, may_admit: list[int]) -> None:
         if request is None:
             return
         target = request.prompt + request.produced
-        chunk = min(target, system.budget, limits.chunk)
-        needed = target if system.table.whole_prompt_admission else chunk
+        chunk = min(target - request.stored, system.budget, limits.chunk)
+        needed = target if system.table.whole_prompt_admission else request.stored + chunk
         if limits.whole_prompts and target > system.budget:
             return
         if not _fits(system, request, system.used, limits.units(needed)):
@@ -757,6 +788,7 @@ class _Clock:
             system.now = self.horizon
             return
         system.now = summary.end_s
+        system.moved = 0
         self.batch_size_sum += len(system.batch)
         self.batch_token_sum += summary.prefill_tokens + summary.decode_tokens
         self.peak_kv = max(self.peak_kv, summary.held_tokens)
@@ -788,6 +820,9 @@ class _Clock:
         duration = self._duration(
             BatchSummary(prefill_tokens, len(decode), kv_tokens, prefill_attention, chunks)
         )
+        if system.moved:
+            assert self.server.swap_bandwidth is not None
+            duration += system.moved / self.server.swap_bandwidth
         summary = IterationSummary(
             index=system.iterations,
             start_s=system.now,
@@ -958,5 +993,7 @@ def _records(
         wasted_tokens=system.wasted_tokens,
         peak_kv=clock.peak_kv,
         kv_end=system.held,
+        swapped_tokens=system.swapped_tokens,
+        stored_end=system.stored,
         occupancy=occupancy.array(),
     )

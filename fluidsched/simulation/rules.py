@@ -100,10 +100,14 @@ class RequestView:
 
     @property
     def missing(self) -> int:
-        """Tokens to prefill before the next output token (waiting: prompt + produced); 0 if it decodes."""
+        """Tokens to prefill before the next output token; 0 if it decodes.
+
+        Of a waiting request all but what is stored in the host's memory.
+        """
         request = self._request
-        target = request.target or request.prompt + request.produced
-        return max(target - request.computed, 0)
+        if request.target == 0:
+            return request.prompt + request.produced - request.stored
+        return max(request.target - request.computed, 0)
 
     @property
     def next_tokens(self) -> int:
@@ -198,7 +202,7 @@ class UserRule:
         View → Decision. Called once per decision instant, in order of time; a rule with memory must be
         made anew for every run, because runs share nothing: with several replications it sees them one
         after another.
-    preemption : {"recompute", "restart"}
+    preemption : {"recompute", "restart", "swap"}
         What a preempted request keeps.
     """
 

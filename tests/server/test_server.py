@@ -104,3 +104,14 @@ def test_capacity_from_a_model_config() -> None:
         Server.from_model_config(PAPER, **{**config, "parameters": 70e9})
     with pytest.raises(InputError, match="kv_heads"):
         Server.from_model_config(PAPER, **{**config, "kv_heads": 0})
+
+
+def test_swap_bandwidth_is_written_where_it_is_known() -> None:
+    """Files without it keep their form and their fingerprint; with it they come back equal."""
+    time = IterationTime.affine(0.01, 1e-5, 1e-4, 1e-7)
+    plain, swapping = Server(100, time), Server(100, time, swap_bandwidth=2e4)
+    assert "swap_bandwidth" not in plain.to_dict()
+    assert Server.from_dict(swapping.to_dict()) == swapping
+    assert plain.fingerprint != swapping.fingerprint
+    with pytest.raises(InputError, match="swap_bandwidth must be a finite number above 0"):
+        Server(100, time, swap_bandwidth=0.0)

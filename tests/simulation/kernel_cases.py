@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.server import IterationTime, Server
+from fluidsched.simulation.limits import SWAPPING
 from fluidsched.simulation.records import EngineRun, IterationSummary
 from fluidsched.simulation.reference import run_reference
 from fluidsched.workload import ArrivalPath
@@ -106,12 +107,15 @@ def servers(draw: st.DrawFn, kind: str, dyadic: bool, longest: int) -> Server:
         max_batch_size=_maybe(draw, st.integers(1, 12)),
         token_budget=_maybe(draw, st.integers(1, 60)) if kind not in ("wait", "nested-wait") else None,
         block_size=block,
+        swap_bandwidth=draw(st.sampled_from([0.5, 8.0, 64.0]))
+        * (1.0 if dyadic else IRRATIONAL["coefficient"]),
     )
 
 
 @st.composite
 def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output: int) -> PolicyTable:
-    restart = st.sampled_from(["recompute", "recompute", "restart"])
+    modes = ["recompute", "recompute", "restart", *(["swap"] if kind in SWAPPING else [])]
+    restart = st.sampled_from(modes)
     shared: dict[str, Any] = {"max_in_service": _maybe(draw, st.integers(1, 10)), "preemption": draw(restart)}
     if kind not in ("wait", "nested-wait"):
         shared["token_budget"] = _maybe(draw, st.integers(1, 60))
@@ -205,7 +209,8 @@ def assert_same_gaps(kernel: Any, reference: Any, *, exact: bool) -> None:
 def assert_same_run(kernel: EngineRun, reference: EngineRun, *, exact: bool = False) -> None:
     """Everything discrete equal; everything measured within 1e-9 relative; `exact`: gaps in equal buckets."""
     for name in ("verdict", "starved_types", "iterations", "batch_size_sum", "batch_token_sum",
-                 "emitted_tokens", "preempted", "wasted_tokens", "peak_kv", "kv_end"):  # fmt: skip
+                 "emitted_tokens", "preempted", "wasted_tokens", "swapped_tokens", "stored_end",
+                 "peak_kv", "kv_end"):  # fmt: skip
         assert getattr(kernel, name) == getattr(reference, name), name
     for name in ("preemptions", "status"):
         np.testing.assert_array_equal(getattr(kernel, name), getattr(reference, name), err_msg=name)

@@ -195,6 +195,55 @@ class TestOrca:
             )
 
 
+class TestSwap:
+    def test_a_decode_moves_out_and_back(self):
+        """C = 8, 2 tokens/s: 4 tokens moved out and back take 2 s each time, and nothing is recomputed."""
+        path = path_of((0.0, 3, 4), (0.0, 3, 3))
+        server = server_of(8, MIXED, swap_bandwidth=2.0)
+        run, batches = run_checked(path, server, engine_table(preemption="swap"))
+        assert [batch.end_s for batch in batches] == [2.5, 4.5, 8.0, 9.5, 13.0]
+        assert [batch.preempted for batch in batches] == [(), (), (1,), (), ()]
+        assert (batches[-1].prefill, batches[-1].decode, batches[-1].kv_tokens) == ((), (1,), 5)
+        assert_array_equal(run.finish_s, [9.5, 13.0])
+        assert (run.wasted_tokens, run.swapped_tokens, run.stored_end) == (0, 4, 0)
+        assert run.waiting_s == 9.5 - 4.5
+        assert run.gap_s == (4.5 - 2.5) * 2 + (8.0 - 4.5) + (9.5 - 8.0) + (13.0 - 4.5)
+
+    def test_a_prompt_goes_on_where_it_stopped(self):
+        """T = 1, 6 tokens/s: 6 of 8 prompt tokens move out at 2 s and back at 9 s, then 2 are computed."""
+        path = path_of((0.0, 2, 8), (0.0, 8, 1))
+        table = engine_table(preemption="swap", chunk_tokens=3, whole_prompt_admission=False)
+        run, batches = run_checked(path, server_of(10, swap_bandwidth=6.0), table)
+        assert [batch.prefill for batch in batches if batch.prefill] == [
+            ((0, 2), (1, 3)),
+            ((1, 3),),
+            ((1, 2),),
+        ]
+        assert_array_equal(run.finish_s, [9.0, 11.0])
+
+    def test_what_is_stored_at_the_horizon(self):
+        """Cut at 7 s, while the later request's 4 tokens are with the host."""
+        path = path_of((0.0, 3, 4), (0.0, 3, 3))
+        server = server_of(8, MIXED, swap_bandwidth=2.0)
+        run, _ = run_checked(path, server, engine_table(preemption="swap"), horizon=7.0)
+        assert (run.kv_end, run.stored_end) == (4, 4)
+
+    def test_refusals(self):
+        """No bandwidth; a rule that does not swap."""
+        path, table = path_of((0.0, 3, 4)), engine_table(preemption="swap")
+        with pytest.raises(InputError, match=r"server\.swap_bandwidth must be given"):
+            run_reference(path, server_of(8), table, horizon=None)
+        for kind in ("vllm_v0", "orca"):
+            fields = {"lookahead": Lookahead("reserve", 4)} if kind == "orca" else {}
+            with pytest.raises(InputError, match="preemption must be 'recompute' or 'restart'"):
+                run_reference(
+                    path,
+                    server_of(8, swap_bandwidth=1.0),
+                    engine_table(kind, preemption="swap", **fields),
+                    horizon=None,
+                )
+
+
 class TestVllmV0:
     def test_prompts_run_alone_and_first(self):
         """T = 1 + n_pf/4 + n_dec/2: who decodes pauses while a newcomer's prompt runs."""

@@ -16,6 +16,7 @@ from fluidsched.errors import SimulationError
 from fluidsched.policy.table import Lookahead, PolicyTable
 from fluidsched.server import IterationTime, Server
 from fluidsched.simulation.laws import check_laws
+from fluidsched.simulation.limits import SWAPPING
 from fluidsched.simulation.records import EngineRun
 from fluidsched.workload import ArrivalPath
 
@@ -43,12 +44,13 @@ def servers(draw: Any, unlimited: bool = False) -> Server:
         [(1.0, 0.125, 0.25, 0.0625, 0.0), (-1.0, draw(st.sampled_from([0.125, 0.5])), 0.5, 0.0625, 0.03125)]
     )
     if unlimited:
-        return server_of(time=time)
+        return server_of(time=time, swap_bandwidth=4.0)
     return server_of(
         draw(st.integers(15, 60)),
         time,
         max_batch_size=draw(st.sampled_from([None, 1, 3, 5])),
         block_size=draw(st.sampled_from([None, 2, 4])) if draw(st.booleans()) else None,
+        swap_bandwidth=4.0,
     )
 
 
@@ -60,7 +62,8 @@ def tables(
 ) -> PolicyTable:
     """A table of any kind with every knob its kind has; `wait` restarts only where a horizon ends it."""
     kind = draw(st.sampled_from(kinds))
-    preemption = draw(st.sampled_from(["recompute", "restart"]))
+    modes = ["recompute", "restart", *(["swap"] if kind in SWAPPING else [])]
+    preemption = draw(st.sampled_from(modes))
     if kind in ("orca", "faster_transformer"):
         budget = draw(st.sampled_from([None, 9, 12]))
         return engine_table(kind, lookahead=Lookahead("reserve", 7), token_budget=budget)
@@ -136,7 +139,9 @@ def test_scaling_time_scales_times(path, server, table):
     run, _ = run_checked(path, server, table)
     slow_path = dataclasses.replace(path, arrival_s=2.0 * path.arrival_s)
     slow_server = dataclasses.replace(
-        server, iteration_time=IterationTime.pieces((2.0 * server.iteration_time.coefficients).tolist())
+        server,
+        iteration_time=IterationTime.pieces((2.0 * server.iteration_time.coefficients).tolist()),
+        swap_bandwidth=2.0,
     )
     rows = tuple(
         row if row.max_hold_s is None else dataclasses.replace(row, max_hold_s=2.0 * row.max_hold_s)
