@@ -17,7 +17,15 @@ from fluidsched.errors import InfeasibleError
 SEED = 5
 LOADS = (0.8, 0.84, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 1.0, 1.02)
 RAMP = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8)
-DRAWN = ("vllm 2048", "vllm 2048, first chunk", "vllm 2048, watermark 5 %", "sarathi", "capped", "gated", "wait")
+DRAWN = (
+    "vllm 2048",
+    "vllm 2048, first chunk",
+    "vllm 2048, watermark 5 %",
+    "sarathi",
+    "capped",
+    "gated",
+    "wait",
+)
 
 
 def _vllm(budget: int, whole: bool = True, watermark: float = 0.0) -> Any:
@@ -67,7 +75,9 @@ def ramp_path(workload: fs.Workload, server: fs.Server, step: float, seed: int) 
     )
 
 
-def ramp(workload: fs.Workload, server: fs.Server, table: fs.PolicyTable, step: float, replications: int) -> Any:
+def ramp(
+    workload: fs.Workload, server: fs.Server, table: fs.PolicyTable, step: float, replications: int
+) -> Any:
     """Mean TTFT and preemptions of the requests that arrive in each step of the ramp, averaged over paths."""
     ttft, preempted = [], []
     for r in range(replications):
@@ -98,7 +108,9 @@ def measure(smoke: bool) -> Found:
                 continue
             horizon = requests / offered.total_arrival_rate
             points.append(
-                point(fs.simulate(offered, server, table, horizon=horizon, replications=replications, seed=SEED))
+                point(
+                    fs.simulate(offered, server, table, horizon=horizon, replications=replications, seed=SEED)
+                )
             )
         bracket = boundary(
             workload,
@@ -114,7 +126,11 @@ def measure(smoke: bool) -> Found:
         found[name] = {"points": points, "boundary": bracket}
         say(name, bracket_text(bracket))
     ramps = {}
-    for name in ("vllm 2048",) if smoke else ("vllm 2048", "vllm 2048, first chunk", "vllm 2048, watermark 5 %", "capped"):
+    for name in (
+        ("vllm 2048",)
+        if smoke
+        else ("vllm 2048", "vllm 2048, first chunk", "vllm 2048, watermark 5 %", "capped")
+    ):
         table = POLICIES[name](fs.solve_fluid(workload.at_load(0.8, server), server))
         ramps[name] = ramp(workload, server, table, 60.0 if smoke else 1200.0, 2 if smoke else 12)
     return {"seed": SEED, "loads": list(loads), "policies": found, "ramp_loads": list(RAMP), "ramps": ramps}
@@ -122,7 +138,10 @@ def measure(smoke: bool) -> Found:
 
 def draw(found: Found) -> Any:
     figure, axes = new_figure(2, rows=2)
-    panels = (("mean_e2e_s", "mean end-to-end latency (s)"), ("preemptions_per_request", "preemptions per request"))
+    panels = (
+        ("mean_e2e_s", "mean end-to-end latency (s)"),
+        ("preemptions_per_request", "preemptions per request"),
+    )
     for axis, (measure_name, label) in zip(axes, panels, strict=False):
         drawn = [name for name in DRAWN if name in found["policies"]]
         for position, name in enumerate(drawn):
@@ -139,11 +158,28 @@ def draw(found: Found) -> Any:
     axes[1].set_yscale("symlog", linthresh=1e-3)
     axes[1].set_ylim(bottom=0.0)
     top = found["ramp_loads"].index(max(found["ramp_loads"]))
-    for axis, key, label in ((axes[2], "ttft_s", "mean TTFT (s)"), (axes[3], "preemptions", "preemptions per request")):
+    for axis, key, label in (
+        (axes[2], "ttft_s", "mean TTFT (s)"),
+        (axes[3], "preemptions", "preemptions per request"),
+    ):
         for position, (name, entry) in enumerate(found["ramps"].items()):
             colour = look(position)["color"]
-            axis.plot(found["ramp_loads"][: top + 1], entry[key][: top + 1], color=colour, marker=">", markersize=4, label=name)
-            axis.plot(found["ramp_loads"][top:], entry[key][top:], color=colour, linestyle="--", marker="<", markersize=4)
+            axis.plot(
+                found["ramp_loads"][: top + 1],
+                entry[key][: top + 1],
+                color=colour,
+                marker=">",
+                markersize=4,
+                label=name,
+            )
+            axis.plot(
+                found["ramp_loads"][top:],
+                entry[key][top:],
+                color=colour,
+                linestyle="--",
+                marker="<",
+                markersize=4,
+            )
         axis.set(xlabel="load on the ramp (solid up, dashed down)", ylabel=label)
     axes[2].legend(fontsize=7)
     return figure
@@ -167,7 +203,10 @@ def text(found: Found) -> str:
         ]
         blocks.append(f"**{title}**\n\n{table_text(header, rows)}")
     top = found["ramp_loads"].index(max(found["ramp_loads"]))
-    up, down = found["ramp_loads"].index(0.9), len(found["ramp_loads"]) - 1 - found["ramp_loads"][::-1].index(0.9)
+    up, down = (
+        found["ramp_loads"].index(0.9),
+        len(found["ramp_loads"]) - 1 - found["ramp_loads"][::-1].index(0.9),
+    )
     ramp_rows = [
         [
             name,
@@ -180,7 +219,15 @@ def text(found: Found) -> str:
         ]
         for name, entry in found["ramps"].items()
     ]
-    ramp_header = ["policy", "TTFT 0.9 up", "at the top", "0.9 down", "0.8 at the end", "preemptions 0.9 up", "0.9 down"]
+    ramp_header = [
+        "policy",
+        "TTFT 0.9 up",
+        "at the top",
+        "0.9 down",
+        "0.8 at the end",
+        "preemptions 0.9 up",
+        "0.9 down",
+    ]
     return "\n\n".join(
         [
             "# Eviction collapse",

@@ -99,7 +99,13 @@ def say(*words: object) -> None:
 
 
 def is_stable(
-    workload: fs.Workload, server: fs.Server, table: fs.PolicyTable, *, requests: int, replications: int, seed: int
+    workload: fs.Workload,
+    server: fs.Server,
+    table: fs.PolicyTable,
+    *,
+    requests: int,
+    replications: int,
+    seed: int,
 ) -> tuple[bool, float]:
     """Whether the backlog keeps still, and its growth as a share of the arrivals.
 

@@ -75,7 +75,9 @@ def at_capacity(d1: float, horizon: float, replications: int) -> dict[str, Any]:
         replications=replications,
         seed=SEED,
     )
-    found = {f"engine, {name}": estimate(runs.measures(name)["request_throughput"] / 2.0) for name in runs.policies}
+    found = {
+        f"engine, {name}": estimate(runs.measures(name)["request_throughput"] / 2.0) for name in runs.policies
+    }
     short = min(horizon, 6000.0)
     for name, keep in (("restart", False), ("kept", True)):
         rates = [plain_rule(seed, short, short / 3, d1, keep) for seed in range(replications)]
@@ -100,7 +102,12 @@ def draw(found: Found) -> Any:
     figure, (left, right) = new_figure(2)
     for position, (policy, counts) in enumerate(found["cascade"].items()):
         done = np.cumsum(counts)
-        left.plot(np.arange(2, len(done) + 2), done / (4.0 * np.arange(1, len(done) + 1)), label=policy, **look(position))
+        left.plot(
+            np.arange(2, len(done) + 2),
+            done / (4.0 * np.arange(1, len(done) + 1)),
+            label=policy,
+            **look(position),
+        )
     left.set(xlabel="round", ylabel="completed / offered, cumulated", ylim=(0.0, 1.3))
     left.legend(title="the cascade, C = 12")
     for position, name in enumerate(found["at_capacity"][0]):
@@ -125,18 +132,20 @@ def text(found: Found) -> str:
         [f"{d1:g}", *(value(point[name]) for name in names)]
         for d1, point in zip(found["slopes"], found["at_capacity"], strict=True)
     ]
-    means = {name: np.mean(counts[3 : 3 + (len(counts) - 3) // 2 * 2]) for name, counts in found["cascade"].items()}
+    means = {
+        name: np.mean(counts[3 : 3 + (len(counts) - 3) // 2 * 2]) for name, counts in found["cascade"].items()
+    }
     first = " ".join(map(str, found["cascade"]["restart"][:8]))
     kept = " ".join(map(str, found["cascade"]["kept"][:8]))
     plain = found["at_capacity"][2]["plain, restart"]["of_type"]
     plain_kept = found["at_capacity"][2]["plain, kept"]["of_type"]
     return f"""# First come, first served at C = M*, and the cascade
 
-**The cascade** (4 requests arrive per round and fit). Restart completes {first} … ({means['restart']:.2f} of 4 per round for ever),
-tokens kept {kept} … ({means['kept']:.2f}), at most four admitted per round {means['spaced']:.2f}.
+**The cascade** (4 requests arrive per round and fit). Restart completes {first} … ({means["restart"]:.2f} of 4 per round for ever),
+tokens kept {kept} … ({means["kept"]:.2f}), at most four admitted per round {means["spaced"]:.2f}.
 
-**C = M*** (completions per second and type, offered 1; {found['replications']} runs, engine rule over {found['horizon_s']:,.0f} s, plain rule over
-6,000 s, first third left out, 95 % intervals, seed {found['seed']}):
+**C = M*** (completions per second and type, offered 1; {found["replications"]} runs, engine rule over {found["horizon_s"]:,.0f} s, plain rule over
+6,000 s, first third left out, 95 % intervals, seed {found["seed"]}):
 
 {table_text(["d1", *names], rows)}
 

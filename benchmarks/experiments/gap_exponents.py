@@ -103,7 +103,9 @@ def draw(found: Found) -> Any:
             low = np.array([point["low"] for point in case[key]])
             high = np.array([point["high"] for point in case[key]])
             exponent = case[f"{key}_exponent"]["estimate"]
-            axes.loglog(scales, means, marker="o", markersize=3, label=f"{name}: {exponent:+.2f}", **look(position))
+            axes.loglog(
+                scales, means, marker="o", markersize=3, label=f"{name}: {exponent:+.2f}", **look(position)
+            )
             axes.fill_between(scales, np.maximum(low, 1e-9), high, color=look(position)["color"], alpha=0.15)
     left.set(xlabel="horizon ζ", ylabel="throughput gap (output tokens/s)")
     right.set(xlabel="horizon ζ", ylabel="mean TTFT (s)")
@@ -129,11 +131,19 @@ def text(found: Found) -> str:
         ]
         for name, case in found["cases"].items()
     ]
-    header = ["case", "gap: theory", "three decades", "last decade", "TTFT: theory", "three decades", "last decade"]
+    header = [
+        "case",
+        "gap: theory",
+        "three decades",
+        "last decade",
+        "TTFT: theory",
+        "three decades",
+        "last decade",
+    ]
     return f"""# Exponents of gap and latency
 
 Backlog left at the end (output tokens of requests not finished, per second) and mean TTFT from an empty start, over
-horizons of {BASE_CYCLES} to {BASE_CYCLES * int(found['scales'][-1]):,} cycles, {found['replications']} replications, seed {found['seed']}. Exponents are
+horizons of {BASE_CYCLES} to {BASE_CYCLES * int(found["scales"][-1]):,} cycles, {found["replications"]} replications, seed {found["seed"]}. Exponents are
 slopes of the logarithms with 95 % intervals (replications resampled).
 
 {table_text(header, rows)}

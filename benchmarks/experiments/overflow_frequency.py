@@ -67,7 +67,12 @@ def draw(found: Found) -> Any:
             frequency = np.array([row["frequency"] for row in rows])
             seen = frequency > 0
             colour = look(position)["color"]
-            style = {"color": colour, "marker": marker, "markersize": 4, "fillstyle": "full" if filled else "none"}
+            style = {
+                "color": colour,
+                "marker": marker,
+                "markersize": 4,
+                "fillstyle": "full" if filled else "none",
+            }
             low = frequency - np.array([row["low"] for row in rows])
             high = np.array([row["high"] for row in rows]) - frequency
             left.errorbar(
@@ -107,15 +112,23 @@ def text(found: Found) -> str:
             )
     saved = [1 - float(row[4]) / float(row[2]) for row in rows]
     inside = sum(row["low"] <= row["probability"] <= row["high"] for row in found["rows"])
-    header = ["(n', n, p)", "δ", "Lundberg buffer", "frequency", "exact buffer", "frequency", "exact probability"]
+    header = [
+        "(n', n, p)",
+        "δ",
+        "Lundberg buffer",
+        "frequency",
+        "exact buffer",
+        "frequency",
+        "exact probability",
+    ]
     return f"""# Overflow frequency against δ
 
-{found['chains']:,} chains of {found['cycles']:,} cycles per queue, seed {found['seed']}; 95 % intervals (Clopper–Pearson).
+{found["chains"]:,} chains of {found["cycles"]:,} cycles per queue, seed {found["seed"]}; 95 % intervals (Clopper–Pearson).
 
 {table_text(header, rows)}
 
-Frequencies whose whole interval lies above δ: {beyond} of {len(found['rows'])}. The exact probability lies in
-{inside} of {len(found['rows'])} intervals (they share chains within a queue, so hits and misses come in groups). Both
+Frequencies whose whole interval lies above δ: {beyond} of {len(found["rows"])}. The exact probability lies in
+{inside} of {len(found["rows"])} intervals (they share chains within a queue, so hits and misses come in groups). Both
 buffers keep their promise. The exact ones are {min(saved):.0%} to {max(saved):.0%} smaller, and since buffers are whole requests
 their frequencies still lie up to a factor of two below δ; those of the exponential bound lie one to two orders below it.
 """

@@ -82,7 +82,13 @@ def draw(found: Found) -> Any:
             axes[0].barh(row, high - low, left=low, color=colour, height=0.8, alpha=0.3)
             ticks.append((row, policy))
             row -= 1.0
-        axes[0].text(1.06, row + len(entry["brackets"]) / 2 + 0.5, f"{name}\n1 = {entry['critical_rate']:.4g} req/s", va="center", fontsize=8)
+        axes[0].text(
+            1.06,
+            row + len(entry["brackets"]) / 2 + 0.5,
+            f"{name}\n1 = {entry['critical_rate']:.4g} req/s",
+            va="center",
+            fontsize=8,
+        )
         row -= 0.8
     axes[0].axvline(1.0, color="black", linewidth=1.0)
     axes[0].set_yticks([t for t, _ in ticks], [p for _, p in ticks], fontsize=7)
@@ -112,7 +118,7 @@ def text(found: Found) -> str:
     ]
     return f"""# Stability boundaries
 
-Largest stable load as a share of the fluid boundary: stable to – unstable from (seed {found['seed']}; a backlog that grows by less than
+Largest stable load as a share of the fluid boundary: stable to – unstable from (seed {found["seed"]}; a backlog that grows by less than
 1 % of the arrivals over runs of 20,000 to 80,000 requests, 8 replications, counts as stable, so a boundary can read up
 to 1 % high).
 
@@ -120,7 +126,7 @@ to 1 % high).
 
 {chr(10).join("- " + note for note in notes)}
 
-Stable beyond the boundary by more than that allowance: {', '.join(beyond) if beyond else 'none'}.
+Stable beyond the boundary by more than that allowance: {", ".join(beyond) if beyond else "none"}.
 
 - On the Azure mixes every rule but one comes within 8 % of the linear program; what the engines lack is lost to preemption
   (vllm) or to memory reserved for outputs that stay short (orca, where outputs vary). Sarathi's 512 tokens per iteration are

@@ -54,9 +54,7 @@ def measure(smoke: bool) -> Found:
             except InfeasibleError:
                 say(name, load, "no WAIT table")
             horizon = requests / offered.total_arrival_rate
-            runs = fs.simulate(
-                offered, server, tables, horizon=horizon, replications=replications, seed=SEED
-            )
+            runs = fs.simulate(offered, server, tables, horizon=horizon, replications=replications, seed=SEED)
             points.append(
                 {
                     table.name: {
@@ -75,7 +73,9 @@ def measure(smoke: bool) -> Found:
 def draw(found: Found) -> Any:
     figure, axes = new_figure(2, rows=len(found["servers"]))
     for row, (name, entry) in enumerate(found["servers"].items()):
-        for column, (measure_name, label) in enumerate((("mean_ttft", "mean TTFT (s)"), ("mean_e2e", "mean E2E (s)"))):
+        for column, (measure_name, label) in enumerate(
+            (("mean_ttft", "mean TTFT (s)"), ("mean_e2e", "mean E2E (s)"))
+        ):
             axis = axes[2 * row + column]
             for position, policy in enumerate([*(f"gate {g}" for g in GATES), "wait"]):
                 here = [
@@ -105,7 +105,10 @@ def text(found: Found) -> str:
                     mark = "" if point[policy]["verdict"] == "stable" else f" ({point[policy]['verdict']})"
                     cells.append(f"{1e3 * point[policy][measure_name]['estimate']:,.0f}{mark}")
                 rows.append([f"{load:g}", *cells])
-            blocks.append(f"**{name}** (boundary {entry['critical_rate']:.1f} req/s), {title}, ms\n\n" + table_text(["load", *policies], rows))
+            blocks.append(
+                f"**{name}** (boundary {entry['critical_rate']:.1f} req/s), {title}, ms\n\n"
+                + table_text(["load", *policies], rows)
+            )
         for load, point in zip(found["loads"], entry["points"], strict=True):
             never = point["gate 0"]["mean_e2e"]
             for policy in policies[1:]:
@@ -114,11 +117,11 @@ def text(found: Found) -> str:
     blocks_text = "\n\n".join(blocks)
     return f"""# What waiting buys and costs
 
-Threshold n = {THRESHOLD}, gates 0 to {THRESHOLD}, and WAIT in blocks as compiled; runs of 20,000 requests, 8 replications, seed {found['seed']}.
+Threshold n = {THRESHOLD}, gates 0 to {THRESHOLD}, and WAIT in blocks as compiled; runs of 20,000 requests, 8 replications, seed {found["seed"]}.
 
 {blocks_text}
 
-Cells where waiting has the smaller end-to-end latency, intervals apart: {'; '.join(crossings) if crossings else 'none'}.
+Cells where waiting has the smaller end-to-end latency, intervals apart: {"; ".join(crossings) if crossings else "none"}.
 
 **What was found.** A gate with everybody in service running on costs (g − 1)/2 arrivals' time before the first token, and
 the longer iteration in which g prompts are then prefilled together. It buys nothing: its cost fades with the load, since g

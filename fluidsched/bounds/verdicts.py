@@ -19,8 +19,9 @@ bound, never a lower one; there the floor is held against the requests that have
 
 **What the fluid optimum bounds**: the long-run reward of every policy, if prompts recompute for no less than the
 decodes they replace, and if no policy picks requests of one type by their length: at offered rates that fit, all are
-served and the picking does not matter; beyond, tables that order by length are not judged on types of random length.
-A stability condition bounds the rates at which a policy is stable: one that is not stable here is not judged by it.
+served and the picking does not matter; beyond, policies that may do so, or are not known, are not judged on types of
+random length. A stability condition bounds the rates at which a policy is stable: one that is not stable here is not
+judged by it.
 """
 
 from __future__ import annotations
@@ -291,10 +292,12 @@ def _optimum_row(case: _Case, fluid: FluidSolution) -> BoundRow:
     condition = "long-run rate at the offered rates" + (
         ", no choice by length within a type" if overload else ""
     )
-    if violated is None and overload and case.table is not None and _picks_by_length(case.table):
+    if violated is None and overload and _picks_by_length(case):
         random = [t.name for t in fluid.workload.types if not t.law.is_fixed]
         if random:
-            violated = f"the table may pick requests of type {random[0]!r} by their length, at a load that does not fit"
+            violated = (
+                f"beyond the boundary the policy may pick requests of type {random[0]!r} by their length"
+            )
     unit, formula = UNITS[measure], "max Σ_j r_j a_j"
     if violated is not None:
         bound = Bound.not_applicable(measure, unit, "upper", formula, _FLUID_SOURCE, violated)
@@ -303,9 +306,12 @@ def _optimum_row(case: _Case, fluid: FluidSolution) -> BoundRow:
     return case.row("fluid optimum", measure, bound, case.measured(measure))
 
 
-def _picks_by_length(table: PolicyTable) -> bool:
-    by_prediction = any(row.match.output is not None for row in table.types)
-    return table.order != "fcfs" or by_prediction or table.kind in ("mc_sf", "sorted_f", "a_min", "a_max")
+def _picks_by_length(case: _Case) -> bool:
+    """Whether the policy may prefer lengths within a type: by its table, or as a rule of the user's own."""
+    table = case.table
+    if table is None or (case.runs.engine == "reference" and not table.provenance):
+        return True  # nothing is known of it: rules of one's own come with a plain table
+    return table.order != "fcfs" or any(row.match.output is not None for row in table.types)
 
 
 def _critical_row(case: _Case, name: str, bound: Bound) -> BoundRow:
