@@ -206,8 +206,8 @@ def orca(max_output_tokens: int, name: str = "orca") -> PolicyTable:
 
     Examples
     --------
-    >>> orca(max_output_tokens=1000).lookahead
-    Lookahead(mode='reserve', headroom_tokens=1000.0)
+    >>> orca(max_output_tokens=1000).lookahead.headroom_tokens
+    1000.0
     """
     limit = check_count("max_output_tokens", max_output_tokens, minimum=1)
     return PolicyTable(

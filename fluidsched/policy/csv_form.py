@@ -25,12 +25,14 @@ SHARED_FIELDS = [
     "prefill_interval", "kv_limit_tokens", "watermark", "whole_prompt_admission", "order", "predictor",
     "preemption",
 ]  # fmt: skip
-SHARED_COLUMNS = ["schema", "policy", *SHARED_FIELDS, "lookahead_mode", "lookahead_headroom_tokens"]
+LOOKAHEAD_FIELDS = ["mode", "headroom_tokens", "lengths"]
+SHARED_COLUMNS = ["schema", "policy", *SHARED_FIELDS, *(f"lookahead_{name}" for name in LOOKAHEAD_FIELDS)]
 COLUMNS = ["row", "name", *MATCH_COLUMNS, *TYPE_FIELDS[1:], "boundary", "buffer", *SHARED_COLUMNS]
 FLAGS = {"freeze", "whole_prompt_admission"}
 TEXTS = {
     "row", "name", "label", "schema", "policy", "kind", "order", "predictor", "preemption", "lookahead_mode",
 }  # fmt: skip
+LISTS = {"lookahead_lengths"}
 
 
 def rows_to_csv(table: Mapping[str, Any]) -> str:
@@ -99,7 +101,7 @@ def csv_to_rows(argument: str, text: str) -> dict[str, Any]:
         "types": types,
         "segments": segments,
         **{name: shared[name] for name in SHARED_FIELDS},
-        "lookahead": {name: shared[f"lookahead_{name}"] for name in ("mode", "headroom_tokens")},
+        "lookahead": {name: shared[f"lookahead_{name}"] for name in LOOKAHEAD_FIELDS},
         "certificate": {},
         "provenance": {},
     }
@@ -110,17 +112,25 @@ def _to_cell(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(repr, value))
     return value if isinstance(value, str) else repr(value)
 
 
 def _from_cell(column: str, cell: str) -> Any:
     """Undo `_to_cell`; what is no number or flag is handed on as text, for the validation to name."""
+    if column in LISTS:
+        return [_number(word) for word in cell.split()]
     if cell == "":
         return None
     if column in FLAGS:
         return {"true": True, "false": False}.get(cell.lower(), cell)
     if column in TEXTS:
         return cell
+    return _number(cell)
+
+
+def _number(cell: str) -> Any:
     for convert in (int, float):
         try:
             return convert(cell)

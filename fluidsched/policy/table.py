@@ -62,12 +62,14 @@ Kind = Literal[
     "vllm", "capped", "sarathi", "vllm_v0", "orca", "faster_transformer", "wait", "gated", "nested-wait"
 ]
 LookaheadMode = Literal["none", "known", "law", "reserve"]
+Predictor = Literal["exact", "lower"]
 Order = Literal["fcfs", "shortest_first"]
 Preemption = Literal["recompute", "restart", "swap"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 ONE_ROW_KINDS = frozenset(KINDS) - {"wait", "gated"}
 RESERVING_KINDS = frozenset({"orca", "faster_transformer"})
+MOST_LENGTHS = 16  # of a law: shares are multiples of 1/lcm(1..m), which stays a small integer
 FREEZING_KINDS = frozenset({"wait", "nested-wait"})
 
 
@@ -248,10 +250,14 @@ class Lookahead:
     headroom_tokens : float
         "known", "law": tokens of the capacity kept free. "reserve": output tokens reserved per request, so
         that its KV counts as prompt + headroom_tokens − 1. 0 with "none".
+    lengths : sequence of int
+        "law" only: o_1 ≤ … ≤ o_m, m from 1 to 16, output tokens: a request's length is taken to be each of
+        them with probability 1/m, and, with s tokens produced, each of those above s equally likely.
     """
 
     mode: LookaheadMode = "none"
     headroom_tokens: float = 0.0
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(LookaheadMode))
@@ -259,6 +265,18 @@ class Lookahead:
         most = 0.0 if self.mode == "none" else math.inf
         headroom = check_real("headroom_tokens", self.headroom_tokens, minimum=least, maximum=most)
         object.__setattr__(self, "headroom_tokens", headroom)
+        if not isinstance(self.lengths, (tuple, list)):
+            raise InputError("lengths", self.lengths, "be a list of output lengths, tokens")
+        lengths: list[int] = []
+        for k, tokens in enumerate(self.lengths):
+            lengths.append(check_count(f"lengths[{k}]", tokens, minimum=max([1, *lengths[-1:]])))
+        if (len(lengths) > 0) != (self.mode == "law") or len(lengths) > MOST_LENGTHS:
+            raise InputError(
+                "lengths",
+                f"{len(lengths)} of them",
+                f'be 1 to {MOST_LENGTHS} with mode "law", none with another',
+            )
+        object.__setattr__(self, "lengths", tuple(lengths))
 
 
 @dataclass(frozen=True, repr=False)
@@ -298,9 +316,10 @@ class PolicyTable:
     lookahead : Lookahead
         Room that admission needs for the future of those in service.
     order : {"fcfs", "shortest_first"}
-        Order of the waiting requests within a priority.
-    predictor : {"exact", None}
-        "exact": output lengths are read from the path itself; None: from its predicted lengths.
+        Order of the waiting requests within a priority: by arrival, or by believed output length.
+    predictor : {"exact", "lower", None}
+        Which output lengths the table believes, where it looks at any: "exact": the path's true ones; None:
+        its predicted ones (the upper ends of predicted intervals); "lower": the intervals' lower ends.
     preemption : {"recompute", "restart", "swap"}
         What happens to a request whose KV no longer fits.
     certificate : mapping
@@ -367,7 +386,7 @@ class PolicyTable:
             raise InputError("lookahead", self.lookahead, "be a Lookahead")
         check_choice("order", self.order, get_args(Order))
         if self.predictor is not None:
-            check_choice("predictor", self.predictor, ("exact",))
+            check_choice("predictor", self.predictor, get_args(Predictor))
         check_choice("preemption", self.preemption, get_args(Preemption))
         for argument in ("certificate", "provenance"):
             value = getattr(self, argument)
@@ -471,6 +490,18 @@ class PolicyTable:
         """Return the same table under another name."""
         return dataclasses.replace(self, name=name)
 
+    def believed_output(self, path: ArrivalPath) -> NDArray[np.int64] | None:
+        """Return the output lengths the table believes, tokens, shape (N,); None if the path lacks them.
+
+        Which ones `predictor` says: the true ones, the predicted ones, or the lower ends of the predicted
+        intervals.
+        """
+        if self.predictor == "exact":
+            return path.output_tokens
+        if self.predictor == "lower":
+            return path.predicted_output_minimum
+        return path.predicted_output_tokens
+
     def classify(self, path: ArrivalPath) -> NDArray[np.int64]:
         """Return the row of every request of a path: the first whose match holds.
 
@@ -492,9 +523,7 @@ class PolicyTable:
         """
         count = len(path)
         rows = np.full(count, -1, dtype=np.int64)
-        output: NDArray[np.int64] | None = path.predicted_output_tokens
-        if self.predictor == "exact":
-            output = path.output_tokens
+        output = self.believed_output(path)
         open_requests = np.arange(count)
         for j, row in enumerate(self.types):
             if not open_requests.size:
@@ -664,6 +693,8 @@ class PolicyTable:
             parts.append(f"token budget {self.token_budget:,}")
         if self.lookahead.mode != "none":
             parts.append(f"look-ahead {self.lookahead.mode} {self.lookahead.headroom_tokens:,.0f} tokens")
+        if self.order != "fcfs":
+            parts.append(self.order.replace("_", " "))
         return f"PolicyTable {self.name!r}: {', '.join(parts)}"
 
     def __repr__(self) -> str:

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
-from fluidsched.policy.table import PolicyTable
+from fluidsched.errors import InputError
+from fluidsched.policy.table import RESERVING_KINDS, PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation import compiled, histogram
 from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
@@ -80,6 +81,7 @@ def run_kernel(
     ([2.0, 2.0], 11.0)
     """
     coefficients = server.iteration_time.require_coefficients("the kernel")
+    _check_kernel(table)
     classes = check_run(path, server, table, horizon)
     end = np.inf if horizon is None else check_real("horizon", horizon, above=0.0)
     warmup = check_real("warmup", warmup, minimum=0.0)
@@ -92,11 +94,20 @@ def run_kernel(
         compiled.wait(run)
     elif table.kind == "nested-wait":
         compiled.nested(run)
-    elif table.kind == "vllm_v0" or table.preemption == "swap":
+    elif table.kind == "vllm_v0":
         compiled.continuous_rare(run)
     else:
         compiled.continuous(run)
     return _engine_run(run, table, rejected, joins, points)
+
+
+def _check_kernel(table: PolicyTable) -> None:
+    """Refuse what only the reference engine does: orders by length, and look-ahead but that of kinds that reserve."""
+    place, remedy = f"table {table.name!r}: ", 'Use engine="reference".'
+    if table.order != "fcfs":
+        raise InputError(f"{place}order", table.order, "be 'fcfs' in the kernel", remedy)
+    if table.kind not in RESERVING_KINDS and table.lookahead.mode != "none":
+        raise InputError(f"{place}lookahead", table.lookahead.mode, "have mode 'none' in the kernel", remedy)
 
 
 def run_many(
@@ -222,8 +233,6 @@ def _rules(server: Server, table: PolicyTable) -> NDArray[np.void]:
     rules["whole_prompt"] = table.whole_prompt_admission
     rules["decodes_first"] = table.kind in ("sarathi", "orca", "faster_transformer")
     rules["prompts_alone"] = table.kind == "vllm_v0"
-    rules["swap"] = table.preemption == "swap"
-    rules["swap_bandwidth"] = server.swap_bandwidth or np.inf
     rules["static"] = table.kind == "faster_transformer"
     rules["gated"] = table.kind == "gated"
     rules["restart"] = table.preemption == "restart"
@@ -287,8 +296,6 @@ COUNTERS = {
     "wasted_tokens": "wasted",
     "peak_kv": "peak_kv",
     "kv_end": "kv_end",
-    "swapped_tokens": "swapped",
-    "stored_end": "stored",
 }
 
 

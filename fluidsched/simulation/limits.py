@@ -24,7 +24,7 @@ from fluidsched.server import Server
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["UNLIMITED", "Limits", "check_run", "effective_limits", "never_fits"]
+__all__ = ["UNLIMITED", "Limits", "beliefs", "check_run", "effective_limits", "never_fits"]
 
 SWAPPING = ("vllm", "capped", "sarathi", "gated")
 """Kinds that may preempt by swapping."""
@@ -35,6 +35,8 @@ UNLIMITED = 2**62
 KINDS = ("vllm", "capped", "sarathi", "vllm_v0", "orca", "faster_transformer", "gated", "wait", "nested-wait")
 WHOLE_PROMPTS = ("vllm_v0", "orca", "faster_transformer")
 """Kinds that run prompts whole within the token budget."""
+SCANNING_KINDS = ("vllm", "capped", "sarathi", "gated")
+"""Kinds that admit by the scan of rule 13: they know orders and look-ahead."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Limits:
         Memory, units.
     admission : int
         Memory that admission may fill while anybody is resident, units:
-        ⌊min(capacity - watermark·capacity, kv_limit)⌋, kv_limit counted in whole units.
+        ⌊min(capacity - watermark·capacity, kv_limit)⌋, kv_limit counted in whole units; less the headroom
+        of look-ahead "known" or "law", rounded up to whole units.
     block : int
         Tokens per unit.
     slots : int
@@ -58,9 +61,13 @@ class Limits:
     chunk : int
         Most prompt tokens of one request in an iteration.
     reserve : int
-        R of `orca` and `faster_transformer`: output tokens set aside per request; 0 with other kinds.
+        R of look-ahead "reserve" (of `orca` and `faster_transformer` always): output tokens set aside per
+        request; else 0.
     whole_prompts : bool
         Whether a prompt must fit whole into what is left of the budget.
+    shares : int
+        Look-ahead "known" or "law": shares of a request that forecasts count in, 1 or lcm(1..m) for a law of
+        m lengths; else 0.
     """
 
     capacity: int
@@ -71,6 +78,7 @@ class Limits:
     chunk: int
     reserve: int
     whole_prompts: bool
+    shares: int
 
     def units(self, tokens: int) -> int:
         """Memory that this many KV tokens of one request take."""
@@ -88,14 +96,17 @@ def effective_limits(server: Server, table: PolicyTable) -> Limits:
         admission = min(admission, math.floor(table.kv_limit_tokens) // block)
     budget = _smaller(table.token_budget, server.token_budget)
     slots = _smaller(table.max_in_service, server.max_batch_size)
-    reserve = 0
+    reserve = shares = 0
     whole_prompts = table.kind in WHOLE_PROMPTS
     if whole_prompts:
         slots = min(slots, budget)
-    if table.kind in RESERVING_KINDS:
+    if table.lookahead.mode == "reserve":
         reserve = math.ceil(table.lookahead.headroom_tokens)
+    elif table.lookahead.mode != "none" and admission < UNLIMITED:
+        admission -= -(-math.ceil(table.lookahead.headroom_tokens) // block)
+        shares = math.lcm(*range(1, len(table.lookahead.lengths) + 1))
     chunk = table.chunk_tokens or UNLIMITED
-    return Limits(capacity, admission, block, slots, budget, chunk, reserve, whole_prompts)
+    return Limits(capacity, admission, block, slots, budget, chunk, reserve, whole_prompts, shares)
 
 
 def _smaller(first: int | None, second: int | None) -> int:
@@ -129,10 +140,11 @@ def check_run(
     Raises
     ------
     InputError
-        For a rule the engines do not have, a field the table's kind does not use, a request no row matches
-        or longer than the table reserves for, a `wait` or `nested-wait` cohort above the server's token budget,
-        or either rule with restarts and no horizon: there the newest admitted may be all that runs, so
-        requests that lose their tokens can displace each other for ever.
+        For a rule the engines do not have, a field the table's kind does not use, a path without the output
+        lengths that an order or look-ahead believes, a request no row matches or longer than the table
+        reserves for, a `wait` or `nested-wait` cohort above the server's token budget, or either rule with
+        restarts and no horizon: there the newest admitted may be all that runs, so requests that lose their
+        tokens can displace each other for ever.
     """
     _check_table(table)
     if table.preemption == "swap" and server.swap_bandwidth is None:
@@ -150,6 +162,7 @@ def check_run(
             'Give a horizon, s, or a table with preemption "recompute".',
         )
     rows = table.classify(path)
+    beliefs(path, table)
     if table.kind in RESERVING_KINDS:
         _check_reserve(path, table)
     if table.freeze and server.token_budget is not None:
@@ -168,22 +181,49 @@ def _check_table(table: PolicyTable) -> None:
             f"be 'recompute' or 'restart' in a table of kind {table.kind!r}",
             f"Swapping is simulated for {', '.join(SWAPPING)}.",
         )
-    if table.order != "fcfs":
-        raise InputError(f"{place}order", table.order, "be 'fcfs'", "Other orders are not simulated.")
-    if table.kind not in RESERVING_KINDS and table.lookahead.mode != "none":
+    if table.preemption == "swap" and table.lookahead.mode in ("known", "law"):
         raise InputError(
-            f"{place}lookahead",
-            table.lookahead.mode,
-            "have mode 'none' unless the kind is 'orca' or 'faster_transformer'",
+            f"{place}preemption",
+            table.preemption,
+            f"not be 'swap' with look-ahead {table.lookahead.mode!r}: forecasts do not know what is swapped out",
+            "Use preemption 'recompute'.",
         )
-    unused: list[tuple[str, float | None]] = []
+    unused: list[tuple[str, float | str | None]] = []
+    if table.kind not in SCANNING_KINDS:
+        unused.append(("order", None if table.order == "fcfs" else table.order))
+        if table.kind not in RESERVING_KINDS or table.lookahead.mode != "reserve":
+            unused.append(("lookahead", None if table.lookahead.mode == "none" else table.lookahead.mode))
+    elif table.order != "fcfs":
+        unused += [(f"types[{j}].max_hold_s", row.max_hold_s) for j, row in enumerate(table.types)]
     if table.kind in WHOLE_PROMPTS or table.freeze:
         unused += [("chunk_tokens", table.chunk_tokens), ("prefill_interval", table.prefill_interval)]
     if table.freeze:
         unused += [("kv_limit_tokens", table.kv_limit_tokens), ("watermark", table.watermark or None)]
     for name, value in unused:
         if value is not None:
-            raise InputError(f"{place}{name}", value, f"not be set: a {table.kind!r} table does not use it")
+            what = table.kind if table.order == "fcfs" else f"{table.kind}, {table.order}"
+            raise InputError(f"{place}{name}", value, f"not be set: a {what!r} table does not use it")
+
+
+def beliefs(path: ArrivalPath, table: PolicyTable) -> NDArray[np.int64] | None:
+    """Return the output lengths that the table's order or look-ahead goes by, (N,); None if by none.
+
+    `InputError` if the path does not carry them.
+    """
+    by_length = table.order == "shortest_first"
+    if not by_length and table.lookahead.mode != "known":
+        return None
+    believed = table.believed_output(path)
+    if believed is None:
+        lower = table.predictor == "lower"
+        raise InputError(
+            "predicted_output_minimum" if lower else "predicted_output_tokens",
+            "a path without them",
+            f"be given: table {table.name!r} {'orders' if by_length else 'looks ahead'} by output length",
+            "Give the path predictions, e.g. path.with_predictions(fluidsched.predictions."
+            + ("interval(2), seed=1)." if lower else 'exact(), seed=1), or the table predictor="exact".'),
+        )
+    return believed
 
 
 def _check_reserve(path: ArrivalPath, table: PolicyTable) -> None:

@@ -78,6 +78,28 @@ Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
  18. If the batch would be empty, the windows of all rows are cleared and rule 13 is tried once more; if it is
      still empty the server idles.
 
+Orders and look-ahead, with every rule that scans the queue as rule 13 does
+ 31. Beliefs: the output length b of a request is what the table's predictor says (the path's true lengths,
+     predicted ones, or lower ends of predicted intervals). With order "shortest_first" the scan of rule 13
+     goes by (priority, b, arrival, index); preempted requests still come first.
+ 32. A request that fits by rule 14 must, while anybody is resident, also fit what is ahead. "reserve": Σ over
+     the residents and it of units(prompt + R - 1) is at most the limit of rule 14, R = ⌈headroom_tokens⌉.
+     "known", "law": the limit of rule 14 is lowered by units(⌈headroom_tokens⌉), and in every iteration after
+     this one the memory forecast for the residents and it is at most the lowered limit. Nobody resident: only
+     rule 14 is asked, so that a request believed too long is not kept out for ever.
+ 33. Forecast of one request with k tokens produced so far, whose length is o, u iterations after this one, as
+     far as it is known that o > k. If this iteration computes the last token of its target, or decodes: it
+     holds units(h + u) for 1 ≤ u ≤ o - k - 1, h what it holds after this iteration, and nothing later. If
+     its prompt is still incomplete after this iteration: units(target + o - k - 1), its peak, for all u ≥ 1,
+     because how long the rest of the prompt takes is not known. "known": o = b; once k ≥ b the belief is
+     refuted, and the request is taken to leave after the token it gets next. "law": the mean of the forecast
+     over those o of the law's lengths with o > k, equally likely; where none is left, as a refuted belief.
+     Memory forecast is a multiple of 1/shares (`limits`), so everything is compared in whole numbers.
+ 34. It follows that with b the true length, whole capacity in the limit and decodes that never pause for
+     budget, nobody is ever preempted: no forecast is later exceeded, and each admission kept its sum in the
+     limit. (A decode never pauses under `sarathi` with slots ≤ budget, nor under the others if chunk_tokens
+     is null as well.)
+
 `orca`
  19. Every resident decodes. The scan of rule 13 (preempted stack always empty) admits while the slots, at
      most min(max_in_service, max_batch_size, budget), last; a request fits if Σ over residents and it of
@@ -155,7 +177,7 @@ from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.server.iteration import BatchSummary
 from fluidsched.simulation.histogram import BUCKETS, bucket
-from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
+from fluidsched.simulation.limits import UNLIMITED, beliefs, check_run, effective_limits, never_fits
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Verdict
 from fluidsched.simulation.rules import UserRule, follow
 
@@ -173,18 +195,20 @@ class _Request:
     `stored`: its KV tokens in the host's memory."""
 
     __slots__ = (
-        "admitted_s", "arrival_s", "computed", "finish_s", "first_token_s", "index", "key", "output",
+        "admitted_s", "arrival_s", "believed", "computed", "finish_s", "first_token_s", "index", "key", "output",
         "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "stored", "target",
         "token_s", "waiting_since",
     )  # fmt: skip
 
-    def __init__(self, index: int, row: int, priority: float, arrival_s: float, prompt: int, output: int):
+    def __init__(
+        self, index: int, row: int, rank: tuple[float, ...], arrival_s: float, prompt: int, output: int
+    ):
         self.index = index
         self.row = row
-        self.key = (priority, arrival_s, index)
+        self.key = (*rank, arrival_s, index)
         self.arrival_s = self.served_s = self.waiting_since = arrival_s
         self.prompt = prompt
-        self.output = output
+        self.output = self.believed = output
         self.computed = self.produced = self.target = self.scheduled = self.preemptions = self.position = 0
         self.stored = 0
         self.admitted_s = self.first_token_s = self.finish_s = self.token_s = math.nan
@@ -388,6 +412,8 @@ def _admit_waiting(system: _System, may_admit: list[int]) -> None:
             return
         if not _fits(system, request, system.used, limits.units(needed)):
             return
+        if system.residents and not _fits_ahead(system, request, chunk):
+            return
         if system.preempted:
             system.preempted.pop()
         else:
@@ -395,6 +421,47 @@ def _admit_waiting(system: _System, may_admit: list[int]) -> None:
             may_admit[request.row] -= 1
         system.admit(request)
         system.schedule(request, chunk)
+
+
+def _fits_ahead(system: _System, newcomer: _Request, chunk: int) -> bool:
+    """Rule 32, somebody being resident."""
+    limits = system.limits
+    if limits.reserve:
+        everybody = [*system.residents, newcomer]
+        return (
+            sum(limits.units(request.prompt + limits.reserve - 1) for request in everybody)
+            <= limits.admission
+        )
+    return not limits.shares or _forecast(system, newcomer, chunk) <= limits.shares * limits.admission
+
+
+def _forecast(system: _System, newcomer: _Request, chunk: int) -> int:
+    """Rule 33: the largest memory forecast for an iteration after this one, in units / shares.
+
+    Between two ends what is held only grows, so that the iterations at which somebody ends are enough.
+    """
+    limits = system.limits
+    incomplete = 0
+    last, held, share = [], [], []
+    scheduled = [(request, request.scheduled) for request in system.residents]
+    for request, tokens in [*scheduled, (newcomer, chunk)]:
+        lengths = system.table.lookahead.lengths or (request.believed,)
+        ahead = [length - request.produced - 1 for length in lengths if length > request.produced]
+        weight = limits.shares // max(len(ahead), 1)
+        target = request.prompt + request.produced
+        after = request.computed + tokens
+        if after < target:
+            incomplete += sum(weight * limits.units(target + u) for u in ahead) or (
+                limits.shares * limits.units(target)
+            )
+            continue
+        last += ahead
+        held += [after] * len(ahead)
+        share += [weight] * len(ahead)
+    ends = np.array(last, dtype=np.int64)
+    at = np.unique(ends[ends >= 1])[:, None]
+    memory = -(-(np.array(held, dtype=np.int64) + at) // limits.block) * np.array(share, dtype=np.int64)
+    return incomplete + int((memory * (ends >= at)).sum(axis=1).max(initial=0))
 
 
 def _prefills_held(system: _System) -> bool:
@@ -688,8 +755,15 @@ class Engine:
         warmup = check_real("warmup", warmup, minimum=0.0)
         points = check_count("occupancy_points", occupancy_points)
         self.rejected = never_fits(path, server, table).tolist()
+        believed = beliefs(path, table)
+        self.by_length = table.order == "shortest_first"
+
+        def rank(i: int, j: int) -> tuple[float, ...]:
+            priority = _priority(table, j)
+            return (priority, int(believed[i])) if self.by_length and believed is not None else (priority,)
+
         self.requests = [
-            _Request(i, j, _priority(table, j), arrival_s, prompt, output)
+            _Request(i, j, rank(i, j), arrival_s, prompt, output)
             for i, (j, arrival_s, prompt, output) in enumerate(
                 zip(
                     rows.tolist(),
@@ -700,6 +774,9 @@ class Engine:
                 )
             )
         ]
+        if believed is not None:
+            for request, length in zip(self.requests, believed.tolist(), strict=True):
+                request.believed = length
         self.arrivals: deque[_Request] = deque()
         self.system = _System(server, table, warmup)
         self.horizon = math.inf if horizon is None else horizon
@@ -715,8 +792,15 @@ class Engine:
 
     def join(self, index: int) -> None:
         """The request of this index joins now; the engine must not be before its arrival."""
-        request = self.requests[index]
-        self.system.queues[request.row].append(request)
+        self._queue(self.requests[index])
+
+    def _queue(self, request: _Request) -> None:
+        """The request joins its row's queue: last, or in its place by length (rule 31)."""
+        queue = self.system.queues[request.row]
+        if self.by_length:
+            bisect.insort(queue, request, key=lambda waiting: waiting.key)
+        else:
+            queue.append(request)
 
     def advance(self, until: float) -> None:
         """Take every decision before `until`, or all to the end of the run.
@@ -727,8 +811,7 @@ class Engine:
         system = self.system
         while self.verdict is None:
             while self.arrivals and self.arrivals[0].arrival_s <= system.now:
-                request = self.arrivals.popleft()
-                system.queues[request.row].append(request)
+                self._queue(self.arrivals.popleft())
             if system.now >= self.horizon:
                 self.verdict = "horizon"
             elif system.now >= until:

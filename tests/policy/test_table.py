@@ -35,7 +35,7 @@ GATED = PolicyTable(
     [TableType("a", Match(label="a"), 1.5, 1.25, threshold=2, gate=1, period=7, priority=1)],
     token_budget=2048,
     watermark=0.01,
-    lookahead=Lookahead("law", 512.5),
+    lookahead=Lookahead("law", 512.5, (3, 8, 8, 40)),
 )
 NESTED = PolicyTable(
     'nested, "quoted"',
@@ -128,8 +128,11 @@ def broken(table, edit):
         ("watermark", lambda d: d.update(watermark=1.0)),
         ("kv_limit_tokens", lambda d: d.update(kv_limit_tokens=0)),
         ("lookahead.headroom_tokens", lambda d: d["lookahead"].update(headroom_tokens=3)),
-        ("lookahead", lambda d: d.update(lookahead={"mode": "known", "headroom_tokens": 3})),
-        ("lookahead.mode", lambda d: d.update(lookahead={"headroom_tokens": 3})),
+        (
+            "lookahead",
+            lambda d: d.update(lookahead={"mode": "known", "headroom_tokens": 3, "lengths": []}),
+        ),
+        ("lookahead.mode", lambda d: d.update(lookahead={"headroom_tokens": 3, "lengths": []})),
         ("order", lambda d: d.update(order="lifo")),
         ("predictor", lambda d: d.update(predictor="oracle")),
         ("preemption", lambda d: d.update(preemption="drop")),

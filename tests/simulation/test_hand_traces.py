@@ -24,6 +24,10 @@ from fluidsched.simulation.reference import run_reference
 nan = math.nan
 
 
+def _reserve(tokens):
+    return Lookahead("reserve", tokens)
+
+
 class TestVllm:
     def test_running_first_then_fcfs(self):
         """Three requests, T = 1 + n_pf/4 + n_dec/2: prefill and decode share iterations."""
@@ -542,7 +546,8 @@ class TestRefusals:
         ("table", "word"),
         [
             (engine_table(preemption="swap"), "preemption"),
-            (engine_table(order="shortest_first"), "order"),
+            (engine_table("orca", lookahead=_reserve(3), order="shortest_first"), "order"),
+            (typed_table("wait", {"A": {"threshold": 1, "gate": 1}}, order="shortest_first"), "order"),
             (typed_table("wait", {"A": {"threshold": 1, "gate": 1}}, watermark=0.1), "watermark"),
             (typed_table("wait", {"A": {"threshold": 1, "gate": 1}}, chunk_tokens=4), "chunk_tokens"),
             (nested_table([(3, 1)], kv_limit_tokens=9), "kv_limit_tokens"),
@@ -551,8 +556,3 @@ class TestRefusals:
     def test_what_the_engines_do_not_do_is_refused(self, table, word):
         with pytest.raises(InputError, match=word):
             run_reference(path_of((0.0, 1, 1, "A")), server_of(), table, horizon=None)
-
-
-def _reserve(tokens):
-
-    return Lookahead("reserve", tokens)
