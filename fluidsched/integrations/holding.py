@@ -490,6 +490,7 @@ def rule_of(table: PolicyTable, max_hold_s: float | None) -> Rule:
         "be 'recompute', which is what the engine does",
     )
     _require(table.order == "fcfs", f"{place}order", table.order, "be 'fcfs'")
+    _require(table.lookahead.mode == "none", f"{place}lookahead", table.lookahead.mode, "have mode 'none'")
     return _RULES[table.kind](table, max_hold_s)
 
 

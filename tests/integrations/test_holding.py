@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fluidsched.errors import InputError
 from fluidsched.integrations.holding import HeldQueue, Resident, match_row, rule_of
 from fluidsched.policy import baselines
-from fluidsched.policy.table import Match, PolicyTable, Segment, TableType
+from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 
 PRIORITIES = (1.0, 0.0, math.inf)
 
@@ -156,6 +156,13 @@ def test_rows_are_found_by_prompt_output_and_label() -> None:
 @pytest.mark.parametrize("table", [baselines.sarathi(), baselines.orca(100)])
 def test_tables_an_engine_cannot_follow_are_refused(table: PolicyTable) -> None:
     with pytest.raises(InputError, match="kind"):
+        rule_of(table, None)
+
+
+def test_look_ahead_is_refused_by_an_engine() -> None:
+    """The plug-in asks only what fits now: a table that looks ahead is not followed in part."""
+    table = PolicyTable("t", "vllm", (TableType("*"),), lookahead=Lookahead("known"), predictor="exact")
+    with pytest.raises(InputError, match="lookahead"):
         rule_of(table, None)
 
 
