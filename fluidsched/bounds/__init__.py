@@ -24,6 +24,7 @@ from fluidsched.queues import (
     fixed_cycle_ttft,
     lundberg_buffer,
     lundberg_exponent,
+    lundberg_exponents,
     slack_queue_bound,
     throughput_gap_bound,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "hindsight_optimum",
     "lundberg_buffer",
     "lundberg_exponent",
+    "lundberg_exponents",
     "nested_wait_overflow",
     "no_wait_floor",
     "slack_queue_bound",

@@ -14,7 +14,7 @@ from fluidsched.errors import InputError
 
 def compile_(
     solution: Annotated[Path, typer.Argument(help="A solution written by `solve --out`.")],
-    kind: Annotated[str, typer.Option(help="wait, gated or capped.")] = "capped",
+    kind: Annotated[str, typer.Option(help="wait, nested-wait, gated or capped.")] = "capped",
     slack: Annotated[str, typer.Option(help="auto, or a number: the margin ε of the conditions.")] = "auto",
     overflow_probability: Annotated[float, typer.Option(help="δ of the memory condition.")] = 0.01,
     block_iterations: Annotated[int | None, typer.Option(help="Block length k (default: chosen).")] = None,
@@ -24,6 +24,17 @@ def compile_(
             help="Merge the request types into this many first (`plan` keeps the best of 1, 3, 12)."
         ),
     ] = None,
+    horizon: Annotated[
+        float | None, typer.Option(help="Seconds: nested-wait, how long memory has to hold (default 3600).")
+    ] = None,
+    segments: Annotated[
+        str | None,
+        typer.Option(help='nested-wait: "optimal", "quantiles", or boundaries in iterations, as 99,399.'),
+    ] = None,
+    segment_count: Annotated[
+        int | None, typer.Option(help="nested-wait: number of segments (default: the best).")
+    ] = None,
+    buffer: Annotated[str | None, typer.Option(help="nested-wait: exact (default) or lundberg.")] = None,
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -52,8 +63,24 @@ def compile_(
         slack=margin,  # type: ignore[arg-type]  # any other word is refused by compile_policy itself
         overflow_probability=overflow_probability,
         block_iterations=block_iterations,
+        horizon=horizon,
+        segments=_boundaries(segments),
+        segment_count=segment_count,
+        buffer=buffer,
     )
     text = table.to_json()
     if out is not None:
         write_new(out, table.to_csv() if out.suffix.lower() == ".csv" else text, force)
     emit(text if as_json else repr(table))
+
+
+def _boundaries(text: str | None) -> list[int] | str | None:
+    """What --segments says: a word, or numbers with commas between."""
+    if text is None or text.replace("-", "").isalpha():
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            "--segments", text, 'be "optimal", "quantiles" or whole numbers, as 99,399'
+        ) from None

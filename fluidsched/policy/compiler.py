@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
-from fluidsched.policy import capped, gated, wait
+from fluidsched.policy import capped, gated, nested_wait, wait
 from fluidsched.policy.problem import (
     SHARE_TOLERANCE,
     Problem,
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ReachCurve", "compile_policy", "largest_load", "reach_curve"]
 
-COMPILED_KINDS = ("capped", "wait", "gated")
+TYPED_KINDS = ("capped", "wait", "gated")  # those whose reach against the number of types is of interest
+COMPILED_KINDS = (*TYPED_KINDS, "nested-wait")
 TOKEN_BUDGET = 2048  # tokens per iteration of capped and gated tables, as vLLM's default
 
 
@@ -63,6 +64,9 @@ def compile_policy(
     kv_reserve: float = 0.0,
     rate_error: float | Sequence[float] = 0.0,
     error_budget: float | None = None,
+    segments: Sequence[int] | str | None = None,
+    segment_count: int | None = None,
+    buffer: str | None = None,
 ) -> PolicyTable:
     """Compile a fluid solution into a policy table of the given kind.
 
@@ -70,9 +74,10 @@ def compile_policy(
     ----------
     fluid : FluidSolution
         What to admit, and the workload and server it was solved for.
-    kind : {"capped", "wait", "gated"}
+    kind : {"capped", "wait", "gated", "nested-wait"}
         "capped": a cap on the requests in service, no types. "wait": WAIT in blocks of iterations.
-        "gated": at most n_j requests of type j in any k_j consecutive iterations.
+        "gated": at most n_j requests of type j in any k_j consecutive iterations. "nested-wait": WAIT over
+        segments of iterations done, which looks neither at types nor at output lengths.
     slack : "auto" or float
         ε: the table keeps up with 1 + ε times the admitted rates. "auto": the largest ε at which a table
         exists, for each block length (to within 1e-6 of 1 + ε, by bisection: a table that exists at one ε
@@ -80,11 +85,13 @@ def compile_policy(
         admitted rates.
     overflow_probability : float
         δ in [0, 1/2]: memory holds with probability 1 − δ at each iteration where lengths are random. 0:
-        every request is taken as long as its type allows, and memory holds with certainty.
+        every request is taken as long as its type allows, and memory holds with certainty. "nested-wait":
+        positive, the probability that memory overflows at any time within the horizon.
     block_iterations : int, optional
-        Iterations per block of "wait", window of "gated". None: chosen by the compiler.
+        Iterations per block of "wait" and "nested-wait", window of "gated". None: chosen by the compiler.
     horizon : float, optional
-        Seconds; "wait" then also states its throughput over that time from an empty start.
+        Seconds; "wait" then also states its throughput over that time from an empty start; "nested-wait": how
+        long memory has to hold, by default an hour.
     kv_reserve : float
         Tokens of the KV capacity the table leaves free, for what the model does not know: a drifting mix,
         lengths correlated in time. Memory bounds are then those of the rest.
@@ -94,6 +101,13 @@ def compile_policy(
         line states the price: the share of the largest certified load that is given up for it.
     error_budget : float, optional
         Γ: only so many types are off by as much at once, Σ |e_j| / d_j ≤ Γ. None: any number.
+    segments : sequence of int, "optimal" or "quantiles", optional
+        "nested-wait" only: the boundaries r_1 < … < r_L in iterations done, the last one at least the longest
+        output's o − 1; or cuts of least memory (default); or cuts that equal shares of the requests end between.
+    segment_count : int, optional
+        "nested-wait" only: L. None with "optimal": the number that needs least memory.
+    buffer : {"exact", "lundberg"}, optional
+        "nested-wait" only: exact first-passage buffers (default) or the exponential bound.
 
     Returns
     -------
@@ -129,6 +143,9 @@ def compile_policy(
             "Rules of engines are in fluidsched.baselines.",
         )
     slack = check_slack(slack)
+    for name, value in (("segments", segments), ("segment_count", segment_count), ("buffer", buffer)):
+        if kind != "nested-wait" and value is not None:
+            raise InputError(name, value, f"be left out: tables of kind {kind!r} have no segments")
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
     _check_solution(fluid)
@@ -143,6 +160,22 @@ def compile_policy(
         return _capped(fluid, problem, slack)
     if kind == "wait":
         return _wait(fluid, problem, slack, block_iterations, horizon)
+    if kind == "nested-wait":
+        if problem.rate_error is not None:
+            raise InputError(
+                "rate_error",
+                rate_error,
+                'be 0 with "nested-wait", whose certificate states the slack of every segment instead',
+            )
+        options = nested_wait.NestedOptions(
+            slack,
+            block_iterations,
+            nested_wait.HORIZON if horizon is None else horizon,
+            "optimal" if segments is None else segments,
+            segment_count,
+            "exact" if buffer is None else buffer,
+        )
+        return _nested(fluid, problem, options)
     return _gated(fluid, problem, slack, block_iterations)
 
 
@@ -180,7 +213,8 @@ def largest_load(
     Returns
     -------
     float
-        In [0, 1], to within 0.001 for "wait" and "gated"; 0 where no table exists at any load.
+        In [0, 1], to within 0.001 but for "capped"; 0 where no table exists at any load. "nested-wait" with cuts
+        of least memory and memory holding for an hour.
 
     Examples
     --------
@@ -213,6 +247,15 @@ def _reach(
         return (
             largest_share(fluid, problem, lambda offered: wait.wait_exists(offered, slack, lengths)),
             lambda offered: wait.why_not(offered, slack, lengths),
+        )
+    if kind == "nested-wait":
+        options = nested_wait.NestedOptions(
+            slack, block_iterations, nested_wait.HORIZON, "optimal", None, "lundberg"
+        )
+        nested_wait.check_bounded(problem)
+        return (
+            largest_share(fluid, problem, lambda offered: nested_wait.nested_exists(offered, options)),
+            lambda offered: nested_wait.why_not(offered, options),
         )
     return (
         largest_share(
@@ -265,7 +308,7 @@ def reach_curve(
     workload: Workload | Sequence[Workload],
     server: Server,
     *,
-    kinds: Sequence[str] = COMPILED_KINDS,
+    kinds: Sequence[str] = TYPED_KINDS,
     slack: float = 0.0,
     overflow_probability: float = 0.01,
     kv_reserve: float = 0.0,
@@ -300,7 +343,7 @@ def reach_curve(
     from fluidsched.fluid import solve_fluid
 
     for i, kind in enumerate(kinds):
-        check_choice(f"kinds[{i}]", kind, COMPILED_KINDS)
+        check_choice(f"kinds[{i}]", kind, TYPED_KINDS)
     slack = check_real("slack", slack, minimum=0.0)
     if isinstance(workload, Workload):
         workloads = [workload.merged(types) for types in workload.merge_sizes]
@@ -397,6 +440,29 @@ def _wait(
             **wait.wait_certificate(problem, plan, horizon),
             **_price(fluid, problem, "wait", slack, plan.block_iterations),
         },
+        provenance=provenance_of(fluid),
+    )
+
+
+def _nested(fluid: FluidSolution, problem: Problem, options: nested_wait.NestedOptions) -> PolicyTable:
+    plan = nested_wait.plan_nested(problem, fluid, options)
+    offered = float(np.sum(fluid.workload.arrival_rate))
+    first = int(plan.threshold[0])
+    row = TableType(
+        "*",
+        arrival_rate=offered,
+        admitted_rate=min(float(problem.rate.sum()), offered),
+        threshold=first,
+        gate=first,
+    )
+    return PolicyTable(
+        "nested-wait",
+        "nested-wait",
+        (row,),
+        plan.segments,
+        block_iterations=plan.block_iterations,
+        freeze=True,
+        certificate=nested_wait.nested_certificate(problem, plan, options),
         provenance=provenance_of(fluid),
     )
 

@@ -20,7 +20,7 @@ from fluidsched.queues.guarantees import (
     slack_queue_bound,
     throughput_gap_bound,
 )
-from fluidsched.queues.lundberg import lundberg_buffer, lundberg_exponent
+from fluidsched.queues.lundberg import lundberg_buffer, lundberg_exponent, lundberg_exponents
 
 __all__ = [
     "QueueMoments",
@@ -35,6 +35,7 @@ __all__ = [
     "fixed_cycle_ttft",
     "lundberg_buffer",
     "lundberg_exponent",
+    "lundberg_exponents",
     "slack_queue_bound",
     "throughput_gap_bound",
 ]

@@ -368,7 +368,7 @@ def test_bad_arguments():
         with pytest.raises(InputError, match=said):
             compile_policy(fluid, "wait", **arguments)
     with pytest.raises(InputError, match="'capped', 'wait', 'gated'"):
-        compile_policy(fluid, "nested-wait")
+        compile_policy(fluid, "orca")
     with pytest.raises(InputError, match="fluid must be a FluidSolution"):
         compile_policy(fluid.workload, "wait")
     with pytest.raises(InputError, match="no largest slack"):

@@ -1,0 +1,857 @@
+r"""Compiling Nested WAIT: segments, thresholds, buffers and block length when output lengths are not known.
+
+**Rule** (Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320, Algorithm 2, with decisions every ℓ iterations). All
+requests are one stream; only how many iterations one has been served is looked at. Blocks b = 0, 1, … of ℓ
+iterations are cut at b_1 = 0 < b_2 < … < b_L into segments; segment k ends at position r_k = b_{k+1}ℓ − 1. A
+run of the segments 1..K takes n_k requests from each of their blocks, K the largest number such that the
+entries of all k ≤ K hold n_k.
+
+**Law.** With Λ the admitted rate and S(s) = P(o > s), segment k is reached at rate Λ_k = Λ S(b_k ℓ), by a share
+p_k = Λ_k/Λ_{k−1} of those in segment k − 1. Nothing else of the outputs is used, and of the prompts their mean,
+square and maximum given o > s.
+
+**Time.** A run of all segments, each full when it begins, lasts in the mean
+
+    T(n) = Σ_{r<ℓ} max_i ( c0_i + Σ_b n_{k(b)} S(bℓ + r)/S(b_k ℓ) · (work of an iteration at position bℓ + r) ),
+
+later segments run more rarely still. The table keeps up with margin ε iff (1 + ε) Λ T(n) ≤ n_1, and every
+boundary queue is stable iff p_k n_{k−1} < n_k; n_k < n_{k−1} is what a segment is for. With S = 1 inside the
+segments this T(n) is the theorem's, which `cycle_time` states as the longest.
+
+**Memory.** Places of block b hold at most p + (b + 1)ℓ − 1 tokens and a queue before segment k at most
+p + r_{k−1} a request, so with buffers x_k the residents hold at most
+
+    M(n) + Σ_{k≥2} (p + r_{k−1}) x_k,        M(n) = Σ_b n_{k(b)} (p + (b + 1)ℓ − 1).
+
+Queue k exceeds x_k = n_k + ln(L(1 + H/(ℓ c0))/δ)/θ_k within H seconds with probability at most δ/L (`lundberg`);
+the smallest such x_k is computed exactly (`first_passage`). If every length ends at some r_k and ℓ = 1, n_k = βΛ_k
+gives M(n) = β Σ_j λ_j W_j.
+
+**Prompts that differ.** p is the largest prompt of those that get that far: certain, and wasteful where few
+prompts are long. Who stands where when the c-th cohort enters is decided by output lengths alone, so given
+that, prompts are independent with their laws given o > s; taking every place as filled, Bernstein's inequality
+bounds what all prompts hold by
+
+    μ + Mλ/3 + √((Mλ/3)² + 2Vλ),        λ = ln(L(1 + H/(ℓ c0))/δ),
+
+but for probability δ/L over the horizon (μ, V: means and variances added up, M: largest excess over a mean):
+the share of δ that L segments with L − 1 queues leave over. The smaller of the two is taken and named.
+
+**Choosing thresholds.** n(b) = ⌈n_1 S + s √n_1 (√S − S)⌉, S = S(bℓ): proportional to the flow, with a reserve of s
+standard deviations that grows from segment to segment, since p_k falls short of n_k/n_{k−1} by
+s √(n_1 S)(1 − √p_k)/n_{k−1}. Several s are tried.
+
+**Choosing boundaries.** With thresholds that depend on the cut alone, memory is a sum over consecutive cuts
+
+    cost(i → j) = n(i) Σ_{i≤b<j} held(b) + (p + jℓ − 1)( n(j) + c/θ(n(i), p_ij, n(j)) ),      c = ln(L(1 + H/(ℓ c0))/δ),
+
+and the best cuts are a shortest path. c depends on the number L of segments: the path for c at L̂ is a bound for
+all L ≥ L̂ and a solution for L ≤ L̂, so L̂ = 1, 2, … is raised until the bound meets the best solution. A
+solution on a coarse grid first bounds the cost, and cuts that would waste more in base memory alone are never
+looked at; with every better solution edges through which no path is better still are dropped.
+
+**Choosing ℓ and n_1.** For each ℓ the smallest n_1 that keeps up with margin ε, or with ``slack="auto"`` the largest
+that memory holds; of all ℓ the one with the smallest mean time spent waiting at the entry and at boundaries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluidsched._checks import check_choice, check_count
+from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.policy.problem import Problem, Slack, entry, no_table, queue_estimate
+from fluidsched.policy.profiles import FloatArray
+from fluidsched.policy.table import Segment
+from fluidsched.policy.wait import block_lengths
+from fluidsched.queues import embedded_queue_mean, exact_buffer, lundberg_buffer, lundberg_exponents
+
+if TYPE_CHECKING:
+    from fluidsched.fluid import FluidSolution
+
+__all__ = [
+    "NestedOptions",
+    "NestedPlan",
+    "Stream",
+    "check_bounded",
+    "nested_certificate",
+    "nested_exists",
+    "plan_nested",
+    "shortest_cuts",
+    "why_not",
+]
+
+IntArray = NDArray[np.int64]
+Segments = Sequence[int] | str
+
+HORIZON = 3600.0
+"""Default horizon of the overflow probability, s."""
+
+RESERVES = (0.25, 0.5, 1.0, 2.0, 4.0)  # s of the thresholds
+MOST_CUTS = 4096
+COARSE_CUTS = 128
+RELAXATIONS = 3
+MOST_UNSTABLE = 64  # first thresholds tried in a row that no whole thresholds after them make stable
+BUFFERS = ("exact", "lundberg")
+CHOICES = ("optimal", "quantiles")
+
+
+@dataclass(frozen=True)
+class NestedOptions:
+    """How a Nested WAIT table is to be compiled; arguments of `compile_policy`.
+
+    Attributes
+    ----------
+    slack : "auto" or float
+    block_iterations : int or None
+    horizon : float
+        H, s.
+    segments : sequence of int, "optimal" or "quantiles"
+        Boundaries r_k, or how they are chosen.
+    segment_count : int or None
+        L; None: with "optimal" the best.
+    buffer : {"exact", "lundberg"}
+    """
+
+    slack: Slack
+    block_iterations: int | None
+    horizon: float
+    segments: Segments
+    segment_count: int | None
+    buffer: str
+
+    def __post_init__(self) -> None:
+        check_choice("buffer", self.buffer, BUFFERS)
+        if isinstance(self.segments, str):
+            check_choice("segments", self.segments, CHOICES, "Or give the boundaries, e.g. [99, 399].")
+            if self.segment_count is not None:
+                check_count("segment_count", self.segment_count, minimum=1)
+            elif self.segments == "quantiles":
+                raise InputError("segment_count", None, 'be given with segments="quantiles"')
+        elif self.segment_count is not None:
+            raise InputError(
+                "segment_count", self.segment_count, "be left out where the boundaries are given"
+            )
+
+
+@dataclass(frozen=True)
+class NestedPlan:
+    """Segments for one block length.
+
+    Attributes
+    ----------
+    block_iterations : int
+        ℓ.
+    first : int64[L]
+        First block b_k of each segment.
+    threshold : int64[L]
+        n_k, requests.
+    buffer : float64[L]
+        x_k, requests; 0 for the first.
+    share : float64[L]
+        p_k; 1 for the first.
+    exponent : float64[L]
+        θ_k, per request; infinite for the first.
+    blocks : int
+        B, blocks of the longest output.
+    base, memory, certain_memory : float
+        M(n); what residents hold at most as certified, and with the longest prompts everywhere. Tokens.
+    prompts : str
+        "longest" or "law": which bound of the prompts `memory` takes.
+    in_service : float
+        Places and buffers, requests.
+    cycle_time, longest_cycle, first_iteration : float
+        T(n) in the mean and with every place full and the longest prompts; its first iteration in the mean. s.
+    slack : float
+        n_1/(Λ T(n)) − 1.
+    wait : float
+        Estimate of the mean time a request spends waiting at the entry and at boundaries, s; picks ℓ.
+    """
+
+    block_iterations: int
+    blocks: int
+    first: IntArray
+    threshold: IntArray
+    buffer: FloatArray
+    share: FloatArray
+    exponent: FloatArray
+    base: float
+    memory: float
+    certain_memory: float
+    prompts: str
+    in_service: float
+    cycle_time: float
+    longest_cycle: float
+    first_iteration: float
+    slack: float
+    wait: float
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """As a table states them."""
+        ends = [*self.first[1:].tolist(), self.blocks]
+        return tuple(
+            Segment(end * self.block_iterations - 1, threshold, buffer)
+            for end, threshold, buffer in zip(
+                ends, self.threshold.tolist(), self.buffer.tolist(), strict=True
+            )
+        )
+
+    def largest_cohort(self, problem: Problem) -> float:
+        """Tokens of the first iteration of a run of all segments, all full, with the longest prompts."""
+        sizes = np.diff([*self.first.tolist(), self.blocks])
+        decodes = float(self.threshold @ sizes - self.threshold[0])
+        return float(self.threshold[0]) * float(problem.workload.max_prompt_tokens.max()) + decodes
+
+
+class Stream:
+    """All requests of a problem as one stream, in blocks of ℓ iterations; B blocks, ℓB stages.
+
+    Attributes
+    ----------
+    rate : float
+        Λ, requests/s.
+    share : float64[B]
+        P(o > bℓ).
+    held : float64[B]
+        Tokens a place of the block holds at most, with the mean prompt (of those that get there).
+    entry_held : float64[B]
+        The same of one that waits before the block.
+    excess : float64[B]
+        Largest prompt of those that get there less the mean.
+    variance : float64[B]
+        Of the prompt.
+    """
+
+    def __init__(self, problem: Problem, block: int) -> None:
+        self.problem = problem
+        self.block = block
+        profile = problem.mean_profile
+        self.rate = float(problem.rate.sum())
+        weight = problem.rate / self.rate
+        stages = -(-profile.stages // block) * block
+
+        def pooled(values: FloatArray) -> FloatArray:
+            mixed = np.zeros(stages)
+            mixed[: profile.stages] = weight @ values
+            return mixed
+
+        self._present, self._prompt = pooled(profile.present), pooled(profile.prompt)
+        square = pooled(profile.prompt_square)
+        alive = self._present[::block]
+        longest = np.array(
+            [
+                problem.workload.max_prompt_tokens[problem.workload.max_output_tokens > s].max()
+                for s in range(0, stages, block)
+            ]
+        )
+        mean = self._prompt[::block] / alive
+        end = np.arange(1, len(alive) + 1) * block - 1.0 + problem.padding
+        self.share = alive
+        self.held = mean + end
+        self.entry_held = mean + end - block
+        self.excess = np.maximum(longest - mean, 0.0)
+        self.variance = np.maximum(square[::block] / alive - mean * mean, 0.0)
+        self.below = np.append(0.0, np.cumsum(self.held))
+
+    @property
+    def blocks(self) -> int:
+        """B."""
+        return len(self.share)
+
+    def thresholds(self, first: float, reserve: float, whole: bool = True) -> FloatArray:
+        """n(b) of the module's text for every block; not whole: without rounding up."""
+        root = np.sqrt(self.share)
+        amount = first * self.share + reserve * math.sqrt(first) * (root - self.share)
+        return np.ceil(amount * (1 - 1e-12)) if whole else amount
+
+    def times(self, first: IntArray, threshold: FloatArray) -> FloatArray:
+        """Mean durations of the ℓ iterations of a run of all segments, full when it begins; s."""
+        sizes = np.diff([*first.tolist(), self.blocks]) * self.block
+        per_request = np.repeat(threshold / self.share[first], sizes)
+        decodes, reads = per_request * self._present, per_request * self._prompt
+        reads += np.arange(len(reads)) * decodes
+        decodes[0] = reads[0] = 0.0
+        return self._under_pieces(decodes, reads, threshold[0], *self._mean_prompt)
+
+    def longest_times(self, first: IntArray, threshold: FloatArray) -> FloatArray:
+        """The same with every place full and every prompt the longest that gets there."""
+        sizes = np.diff([*first.tolist(), self.blocks]) * self.block
+        decodes = np.repeat(threshold, sizes)
+        prompts = np.repeat(self.held + self.excess, self.block)
+        within = np.tile(np.arange(self.block), self.blocks)
+        reads = decodes * (prompts - (self.block - 1) + within - self.problem.padding)
+        decodes[0] = reads[0] = 0.0
+        largest = float(self.problem.workload.max_prompt_tokens.max())
+        return self._under_pieces(decodes, reads, threshold[0], largest, largest**2 / 2.0)
+
+    def _under_pieces(
+        self, decodes: FloatArray, reads: FloatArray, entering: float, prompt: float, attention: float
+    ) -> FloatArray:
+        base, per_prefill, per_decode, per_kv, per_attention = self.problem.coefficients.T
+        by_iteration = [x.reshape(-1, self.block).sum(axis=0) for x in (decodes, reads)]
+        work = np.outer(per_decode, by_iteration[0]) + np.outer(per_kv, by_iteration[1]) + base[:, None]
+        work[:, 0] += entering * (per_prefill * prompt + per_attention * attention)
+        return np.asarray(work.max(axis=0))
+
+    @cached_property
+    def _mean_prompt(self) -> tuple[float, float]:
+        """E[p] and E[p²/2]."""
+        weight = self.problem.rate / self.rate
+        workload = self.problem.workload
+        return float(weight @ workload.mean_prompt_tokens), float(weight @ workload.prefill_attention)
+
+    def memory(self, first: IntArray, threshold: FloatArray, buffer: FloatArray, log: float) -> _Memory:
+        """What residents hold at most: base, certain, and by Bernstein's inequality with exponent `log`."""
+        sizes = np.diff([*first.tolist(), self.blocks])
+        places = np.repeat(threshold, sizes)
+        base = float(places @ self.held)
+        mean = base + float(buffer @ self.entry_held[first])
+        excess = float(places @ self.excess + buffer @ self.excess[first])
+        variance = float(places @ self.variance + buffer @ self.variance[first])
+        third = float(self.excess.max()) * log / 3.0
+        random = third + math.sqrt(third * third + 2.0 * variance * log)
+        by_law = random < excess
+        return _Memory(
+            base, mean + (random if by_law else excess), mean + excess, "law" if by_law else "longest"
+        )
+
+
+@dataclass(frozen=True)
+class _Memory:
+    base: float
+    needed: float
+    certain: float
+    prompts: str
+
+
+def shortest_cuts(
+    stream: Stream, threshold: FloatArray, cuts: IntArray, log: float, count: int | None = None
+) -> tuple[float, IntArray]:
+    """Least memory and the first blocks of the segments that need it; infinite where no cuts are stable.
+
+    Parameters
+    ----------
+    stream : Stream
+    threshold : float64[B]
+        n(b), should a segment begin at block b.
+    cuts : int64[Q]
+        Blocks at which a segment may begin; the first is 0.
+    log : float
+        ln((1 + H/(ℓ c0))/δ), to which ln L is added.
+    count : int, optional
+        Exactly so many segments; None: as many as is best.
+
+    Returns
+    -------
+    memory : float
+        Tokens, with mean prompts and Lundberg buffers.
+    first : int64[L]
+    """
+    limit = math.inf
+    if len(cuts) > 2 * COARSE_CUTS:
+        thinned = np.unique(np.linspace(0, len(cuts) - 1, len(cuts) // 4).astype(np.int64))
+        limit, _ = shortest_cuts(stream, threshold, cuts[thinned], log, count)
+    graph = _Graph(stream, threshold, cuts, limit * (1 + 1e-9))
+    if count is not None:
+        value, path = graph.path_of_length(log + math.log(count), count)
+        return value, cuts[path]
+    best, chosen = math.inf, np.zeros(1, dtype=np.int64)
+    for assumed in range(1, len(cuts) + 1):
+        bound, path = graph.shortest_path(log + math.log(assumed))
+        if bound >= best or math.isinf(bound):
+            break
+        value = graph.cost_of(path, log + math.log(len(path)))
+        if value < best:
+            best, chosen = value, path
+            graph.prune(log + math.log(assumed), best)
+    return best, cuts[chosen]
+
+
+class _Graph:
+    """Segments as edges i → j between cuts; Q cuts and the end, columns j hold the edges into cut j."""
+
+    def __init__(self, stream: Stream, threshold: FloatArray, cuts: IntArray, limit: float) -> None:
+        self.size = len(cuts)
+        n, share = threshold[cuts], stream.share[cuts]
+        below = np.append(stream.below[cuts], stream.below[-1])
+        queue = stream.entry_held[cuts]
+        # Least base memory of the blocks from each cut on, had every block its own threshold.
+        least = np.append(np.cumsum((np.minimum.accumulate(threshold) * stream.held)[::-1])[::-1], 0.0)
+        rest = least[np.append(cuts, stream.blocks)]
+        self.base: list[FloatArray] = []
+        self.per_log: list[FloatArray] = []
+        self.source: list[IntArray] = []
+        for j in range(1, self.size + 1):
+            base = n[:j] * (below[j] - below[:j])
+            if j == self.size:
+                self._add(np.arange(j), base, np.zeros(j))
+                continue
+            base = base + queue[j] * n[j]
+            p = share[j] / share[:j]
+            stable = (n[:j] > n[j]) & (p * n[:j] < n[j]) & (p < 1.0)
+            at = np.flatnonzero(stable & (rest[0] - rest[:j] + base + rest[j] <= limit))
+            self._add(at, base[at], queue[j] / lundberg_exponents(p[at], n[j] / n[at]))
+
+    def _add(self, source: IntArray, base: FloatArray, per_log: FloatArray) -> None:
+        self.source.append(source)
+        self.base.append(base)
+        self.per_log.append(per_log)
+
+    def shortest_path(self, log: float) -> tuple[float, IntArray]:
+        """Least cost of any number of segments and their cuts."""
+        value = np.full(self.size + 1, math.inf)
+        before = np.zeros(self.size + 1, dtype=np.int64)
+        value[0] = 0.0
+        for j in range(1, self.size + 1):
+            self._relax(j, value, value, before, log)
+        return float(value[-1]), self._trace([before] * self.size)
+
+    def prune(self, log: float, limit: float) -> None:
+        """Drop edges on no path that costs at most `limit`, at `log` or more."""
+        there = np.full(self.size + 1, math.inf)
+        there[0] = 0.0
+        before = np.zeros(self.size + 1, dtype=np.int64)
+        for j in range(1, self.size + 1):
+            self._relax(j, there, there, before, log)
+        back = np.full(self.size + 1, math.inf)
+        back[-1] = 0.0
+        for j in range(self.size, 0, -1):
+            source, cost = self.source[j - 1], self.base[j - 1] + log * self.per_log[j - 1]
+            back[source] = np.minimum(back[source], cost + back[j])
+            kept = there[source] + cost + back[j] <= limit * (1 + 1e-9)
+            self.source[j - 1] = source[kept]
+            self.base[j - 1] = self.base[j - 1][kept]
+            self.per_log[j - 1] = self.per_log[j - 1][kept]
+
+    def path_of_length(self, log: float, count: int) -> tuple[float, IntArray]:
+        """Least cost of exactly `count` segments and their cuts."""
+        value = np.full(self.size + 1, math.inf)
+        value[0] = 0.0
+        layers = []
+        for _ in range(count):
+            following = np.full(self.size + 1, math.inf)
+            before = np.zeros(self.size + 1, dtype=np.int64)
+            for j in range(1, self.size + 1):
+                self._relax(j, value, following, before, log)
+            value = following
+            layers.append(before)
+        if math.isinf(value[-1]):
+            return math.inf, np.zeros(1, dtype=np.int64)
+        return float(value[-1]), self._trace(layers[::-1])
+
+    def _relax(self, j: int, value: FloatArray, into: FloatArray, before: IntArray, log: float) -> None:
+        source = self.source[j - 1]
+        if source.size:
+            reached = value[source] + self.base[j - 1] + log * self.per_log[j - 1]
+            i = int(reached.argmin())
+            into[j], before[j] = reached[i], source[i]
+
+    def _trace(self, layers: Sequence[IntArray]) -> IntArray:
+        path = []
+        j = self.size
+        for before in layers:
+            j = int(before[j])
+            path.append(j)
+            if j == 0:
+                break
+        return np.array(path[::-1], dtype=np.int64)
+
+    def cost_of(self, path: IntArray, log: float) -> float:
+        """Cost of given cuts; infinite if one of its edges is not there."""
+        total = 0.0
+        for i, j in zip(path.tolist(), [*path[1:].tolist(), self.size], strict=True):
+            at = np.flatnonzero(self.source[j - 1] == i)
+            if not at.size:
+                return math.inf
+            total += float(self.base[j - 1][at[0]] + log * self.per_log[j - 1][at[0]])
+        return total
+
+
+# ------------------------------------------------------------------ plans
+
+
+class _Planner:
+    """Everything about one block length."""
+
+    def __init__(self, problem: Problem, options: NestedOptions, block: int) -> None:
+        self.stream = Stream(problem, block)
+        self.options = options
+        self.cycles = 1 + math.floor(options.horizon / (block * problem.server.iteration_time.empty))
+        self.log = math.log(self.cycles / problem.overflow_probability)
+        self.fixed = self._given_cuts()
+        share = self.stream.share
+        cuts = np.append(0, 1 + np.flatnonzero(np.diff(share) < 0.0))
+        if len(cuts) > MOST_CUTS:
+            cuts = cuts[np.unique(np.linspace(0, len(cuts) - 1, MOST_CUTS).astype(np.int64))]
+        self.cuts = cuts
+
+    def _given_cuts(self) -> IntArray | None:
+        """First blocks where boundaries are given or quantiles; checked."""
+        options, stream, block = self.options, self.stream, self.stream.block
+        if options.segments == "optimal":
+            return None
+        if isinstance(options.segments, str):
+            count = options.segment_count or 1
+            levels = 1.0 - np.arange(1, count) / count
+            cuts = [int(np.argmax(stream.share <= level)) for level in levels]
+            return np.unique([0, *(cut for cut in cuts if cut > 0)]).astype(np.int64)
+        first = [0]
+        for i, given in enumerate(options.segments):
+            boundary = check_count(f"segments[{i}]", given)
+            if (boundary + 1) % block:
+                raise InputError(
+                    f"segments[{i}]", boundary, f"be one less than a multiple of block_iterations, {block}"
+                )
+            first.append((boundary + 1) // block)
+        longest = self.stream.problem.mean_profile.stages - 1
+        if not options.segments or options.segments[-1] < longest:
+            last = options.segments[-1] if options.segments else "nothing"
+            raise InputError(
+                "segments", last, f"end at {longest:,} at least, the last iteration of the longest output"
+            )
+        for i, cut in enumerate(first[1:-1], start=1):
+            if cut <= first[i - 1]:
+                raise InputError(f"segments[{i - 1}]", options.segments[i - 1], "be above the one before")
+            if cut >= stream.blocks:
+                raise InputError(
+                    f"segments[{i}]",
+                    options.segments[i],
+                    f"be reached: nobody is served more than {longest + 1:,} times, and segment {i + 1} begins there",
+                    f"Leave out what is above {longest:,}.",
+                )
+            if stream.share[cut] == stream.share[first[i - 1]]:
+                raise InputError(
+                    f"segments[{i - 1}]",
+                    options.segments[i - 1],
+                    "be passed by fewer requests than enter the segment: nobody finishes in it",
+                    "Merge it with the next one.",
+                )
+        return np.array(first[:-1], dtype=np.int64)
+
+    def choose(self, n: float, whole: bool = True) -> tuple[IntArray, FloatArray] | None:
+        """First blocks and thresholds for n_1 = n, of least memory over the reserves; None if none is stable."""
+        best: tuple[float, IntArray, FloatArray] | None = None
+        for reserve in RESERVES:
+            threshold = self.stream.thresholds(n, reserve, whole)
+            if self.fixed is None:
+                coarse = self.cuts
+                if len(coarse) > 4 * COARSE_CUTS:
+                    coarse = coarse[np.unique(np.linspace(0, len(coarse) - 1, COARSE_CUTS).astype(np.int64))]
+                value, first = shortest_cuts(
+                    self.stream, threshold, coarse, self.log, self.options.segment_count
+                )
+            else:
+                first = self.fixed
+                value = self._cost(first, threshold)
+            if math.isfinite(value) and (best is None or value < best[0]):
+                best = (value, first, threshold)
+        if best is None:
+            return None
+        value, first, threshold = best
+        if self.fixed is None and len(self.cuts) > 4 * COARSE_CUTS:
+            finer, cuts = shortest_cuts(
+                self.stream, threshold, self.cuts, self.log, self.options.segment_count
+            )
+            first = cuts if finer <= value else first
+        return first, threshold[first]
+
+    def _cost(self, first: IntArray, threshold: FloatArray) -> float:
+        graph = _Graph(self.stream, threshold, first, math.inf)
+        return graph.cost_of(np.arange(len(first)), self.log + math.log(len(first)))
+
+    def plan(self, n: int) -> NestedPlan | None:
+        """The plan for n_1 = n; None if no cuts are stable."""
+        chosen = self.choose(n)
+        if chosen is None:
+            return None
+        stream, problem = self.stream, self.stream.problem
+        first, threshold = chosen
+        count = len(first)
+        share = np.append(1.0, stream.share[first[1:]] / stream.share[first[:-1]])
+        sizes = threshold.astype(np.int64)
+        exponent = np.append(math.inf, lundberg_exponents(share[1:], threshold[1:] / threshold[:-1]))
+        buffer = np.zeros(count)
+        delta = problem.overflow_probability / count
+        bound = exact_buffer if self.options.buffer == "exact" else lundberg_buffer
+        waiting = [0.0] * count
+        for k in range(1, count):
+            trials, size = int(sizes[k - 1]), int(sizes[k])
+            buffer[k] = bound(trials, float(share[k]), size, self.cycles, delta)
+            waiting[k] = embedded_queue_mean(size, trials * float(share[k]), trials)
+        memory = stream.memory(first, threshold, buffer, self.log + math.log(count))
+        times = stream.times(first, threshold)
+        cycle = float(times.sum())
+        arrivals = stream.rate * cycle
+        queue = (n - 1) / 2.0
+        if arrivals < n:
+            queue += float(queue_estimate(np.array([float(n)]), np.array([arrivals]))[0])
+        else:
+            queue = math.inf
+        return NestedPlan(
+            stream.block, stream.blocks, first, sizes, buffer, share, exponent,
+            memory.base, memory.needed, memory.certain, memory.prompts,
+            float(np.repeat(threshold, np.diff([*first.tolist(), stream.blocks])).sum() + buffer.sum()),
+            cycle, float(stream.longest_times(first, threshold).sum()), float(times[0]),
+            n / arrivals - 1.0, (queue + sum(waiting)) / stream.rate + cycle / 2.0,
+        )  # fmt: skip
+
+    def exceeded(self, plan: NestedPlan) -> str | None:
+        """The first of the server's limits that the plan breaks."""
+        problem = self.stream.problem
+        if plan.memory > problem.capacity * (1 + 1e-12):
+            return "memory"
+        if plan.in_service > problem.slots:
+            return "batch"
+        budget = problem.server.token_budget
+        if budget is not None and plan.largest_cohort(problem) > budget:
+            return "tokens"
+        return None
+
+    def solve(self) -> NestedPlan | str:
+        """The plan with the slack asked for, or why there is none."""
+        problem, stream = self.stream.problem, self.stream
+        margin = 0.0 if self.options.slack == "auto" else self.options.slack
+        low, high = problem.equilibrium(1.0 + margin, stream.block)
+        if low > high:
+            return "time"
+        n = max(1, math.ceil(stream.rate * low * (1 - 1e-12)))
+        if n * float(np.minimum(stream.share, 1.0) @ (stream.held - stream.block)) > 4.0 * problem.capacity:
+            return "memory"
+        unstable = 0
+        while True:  # boundaries decide how long a run takes, not buffers: those are for the last n alone
+            chosen = self.choose(n)
+            if chosen is None:
+                unstable += 1
+                if unstable > MOST_UNSTABLE:
+                    return "rounding"
+                n += 1
+                continue
+            cycle = float(stream.times(*chosen).sum())
+            needed = math.ceil((1.0 + margin) * stream.rate * cycle * (1 - 1e-12))
+            if needed <= n and stream.rate * cycle < n:
+                break
+            base = stream.memory(*chosen, np.zeros(len(chosen[0])), self.log).base
+            if base > problem.capacity:
+                return self._relaxed(margin, low)
+            n = max(needed, n + 1)
+            if stream.rate * high < n:
+                return "time"
+        plan = self.plan(n)
+        assert plan is not None
+        broken = self.exceeded(plan)
+        if broken is not None:
+            return self._relaxed(margin, low) if broken == "memory" else broken
+        return plan if self.options.slack != "auto" else self._largest(plan)
+
+    def _relaxed(self, margin: float, low: float) -> str:
+        """Whether memory forbids even thresholds that need not be whole, or only rounding does.
+
+        From n_1 = Λ low, which is too small, towards the least n_1 that keeps up.
+        """
+        n = self.stream.rate * low
+        for _ in range(RELAXATIONS):
+            chosen = self.choose(n, whole=False)
+            if chosen is None:
+                return "rounding"
+            first, threshold = chosen
+            n = (1.0 + margin) * self.stream.rate * float(self.stream.times(first, threshold).sum())
+        exponent = lundberg_exponents(
+            self.stream.share[first[1:]] / self.stream.share[first[:-1]], threshold[1:] / threshold[:-1]
+        )
+        log = self.log + math.log(len(first))
+        buffer = np.append(0.0, threshold[1:] + log / exponent)
+        needed = self.stream.memory(first, threshold, buffer, log).needed
+        return "memory" if needed > self.stream.problem.capacity else "rounding"
+
+    def _largest(self, plan: NestedPlan) -> NestedPlan:
+        """The plan of the largest slack that the server's limits allow, from one that they do."""
+
+        def at(n: int) -> NestedPlan | None:
+            found = self.plan(n)
+            return found if found is not None and self.exceeded(found) is None else None
+
+        low = int(plan.threshold[0])
+        high = 2 * low
+        while (found := at(high)) is not None and found.slack > plan.slack:
+            plan, low, high = found, high, 2 * high
+        while high - low > max(1, low // 64):
+            middle = (low + high) // 2
+            found = at(middle)
+            if found is None:
+                high = middle
+            else:
+                low = middle
+                plan = found if found.slack > plan.slack else plan
+        return plan
+
+
+def _lengths(problem: Problem, options: NestedOptions) -> list[int]:
+    lengths = block_lengths(problem.mean_profile.stages, options.block_iterations)
+    if not isinstance(options.segments, str):
+        if options.block_iterations is None:
+            divides = math.gcd(*(int(boundary) + 1 for boundary in options.segments)) or 1
+            lengths = [k for k in lengths if divides % k == 0]
+        return lengths
+    return lengths if len(lengths) < 40 else [*lengths[:4], *lengths[4:24:4], *lengths[24::3]]
+
+
+def _plans(problem: Problem, options: NestedOptions) -> Iterator[NestedPlan | str]:
+    for block in _lengths(problem, options):
+        yield _Planner(problem, options, block).solve()
+
+
+def check_bounded(problem: Problem) -> None:
+    """Refuse what no certificate can stand behind: lengths without a bound, and certainty with a queue."""
+    if not problem.is_bounded:
+        name = next(t.name for t in problem.workload.types if not t.law.is_bounded)
+        raise InputError(
+            "fluid.workload",
+            f"type {name!r} with lengths that have no upper bound",
+            "have bounded lengths: the last segment has to end",
+            "Give its length law a maximum.",
+        )
+    if problem.overflow_probability == 0.0:
+        raise InputError(
+            "overflow_probability", 0, "be positive: boundary queues have no upper bound", "Give e.g. 1e-6."
+        )
+    if problem.server.iteration_time.empty <= 0.0:
+        raise InputError(
+            "fluid.server.iteration_time",
+            "0 s for an empty batch",
+            "be positive: the number of cycles within the horizon is counted with it",
+        )
+
+
+def plan_nested(problem: Problem, fluid: FluidSolution, options: NestedOptions) -> NestedPlan:
+    """The best plan over the block lengths, or `InfeasibleError` with the reason and the largest load."""
+    check_bounded(problem)
+    if options.slack == "auto" and math.isinf(problem.capacity):
+        raise InputError(
+            "slack",
+            "auto",
+            "be a number where KV memory is not limited: there is no largest slack",
+            "Give 0.1.",
+        )
+    best: NestedPlan | None = None
+    reasons = []
+    for found in _plans(problem, options):
+        if isinstance(found, str):
+            reasons.append(found)
+        elif best is None or found.wait < best.wait:
+            best = found
+    if best is not None:
+        return best
+    margin = 0.0 if options.slack == "auto" else options.slack
+    if not reasons:
+        raise InfeasibleError("no block length divides all the boundaries given", "rounding")
+    raise no_table(
+        "Nested WAIT table", problem, fluid, margin, reasons, lambda offered: nested_exists(offered, options)
+    )
+
+
+def _least(options: NestedOptions) -> NestedOptions:
+    """The same without looking for more slack than has to be."""
+    return dataclasses.replace(options, slack=0.0) if options.slack == "auto" else options
+
+
+def nested_exists(problem: Problem, options: NestedOptions) -> bool:
+    """Whether a table with this slack exists for any block length."""
+    return any(not isinstance(plan, str) for plan in _plans(problem, _least(options)))
+
+
+def why_not(problem: Problem, options: NestedOptions) -> list[str]:
+    """What forbids a table, per block length."""
+    return [plan for plan in _plans(problem, _least(options)) if isinstance(plan, str)]
+
+
+def nested_certificate(problem: Problem, plan: NestedPlan, options: NestedOptions) -> dict[str, Any]:
+    """What a compiled Nested WAIT table guarantees; entries as in `fluidsched.policy.problem.entry`."""
+    rate = float(problem.rate.sum())
+    n, cycle = plan.threshold, plan.cycle_time
+    arrivals = rate * cycle
+    entry_queue = embedded_queue_mean(int(n[0]), arrivals) if arrivals < n[0] else math.inf
+    queues = [
+        embedded_queue_mean(int(n[k]), float(n[k - 1] * plan.share[k]), int(n[k - 1]))
+        for k in range(1, len(n))
+    ]
+    count = len(n)
+    places = "max over prompts" if plan.prompts == "longest" else "Bernstein bound on all prompts"
+    named = {"exact": "smallest x with P(queue > x within b cycles) ≤ δ/L", "lundberg": "n_k + ln(L b/δ)/θ_k"}
+    return {
+        "memory": entry(
+            plan.memory,
+            "tokens",
+            f"M(n) + Σ_k (p + r_(k-1)) x_k, {places}; M(n) = Σ_b n_k(b) (p + (b + 1)ℓ − 1)",
+            "probability" if count > 1 or plan.prompts == "law" else "certain",
+            capacity=problem.capacity,
+            base=plan.base,
+            prompts=plan.prompts,
+            longest_prompts=plan.certain_memory,
+        ),
+        "overflow_probability": entry(
+            problem.overflow_probability,
+            "within the horizon",
+            "Σ_k P(queue k exceeds x_k within b = 1 + H/(ℓ c0) cycles) ≤ (L − 1)δ/L"
+            + (", and δ/L for the prompts" if plan.prompts == "law" else ""),
+            "probability",
+            horizon_s=options.horizon,
+            holds_for="independent requests of the admitted mix, from an empty start, without max_hold_s",
+        ),
+        "buffer": entry(
+            plan.buffer, "requests", f"x_k: {named[options.buffer]}", "probability", method=options.buffer
+        ),
+        "boundary_queue": entry(
+            [0.0, *queues],
+            "requests",
+            "E[V_k], V' = V + Y − n_k·1{V + Y ≥ n_k}, Y ~ Binomial(n_(k-1), p_k)",
+            "expectation",
+            share=plan.share,
+            exponent=plan.exponent,
+            slack=[math.inf, *(n[1:] / (plan.share[1:] * n[:-1]) - 1.0).tolist()],
+        ),
+        "in_service": entry(
+            plan.in_service,
+            "requests",
+            "Σ_b n_k(b) + Σ_k x_k",
+            "probability",
+            limit=problem.server.max_batch_size,
+        ),
+        "cycle_time": entry(
+            cycle,
+            "s",
+            "T(n), segments full when a run begins, mean prompts and outputs",
+            "expectation",
+            longest=plan.longest_cycle,
+            longest_formula="T(n) with every place full and the longest prompts",
+        ),
+        "slack": entry(plan.slack, "", "n_1 / (Λ T(n)) − 1", "expectation"),
+        "largest_cohort": entry(
+            plan.largest_cohort(problem), "tokens", "n_1 p_max + Σ_(b ≥ 1) n_k(b)", "certain"
+        ),
+        "throughput": entry(
+            rate, "requests/s", "Λ = Σ_j a_j in the long run, iff the slack is positive", "expectation"
+        ),
+        "queue": entry(
+            entry_queue + arrivals / 2.0,
+            "requests",
+            "E[W] + Λ T / 2, W' = W + X − n_1·1{W + X ≥ n_1}, X ~ Poisson(Λ T)",
+            "expectation",
+            holds_for="Poisson arrivals at the admitted rates",
+        ),
+        "ttft": entry(
+            entry_queue / rate + cycle / 2.0 + plan.first_iteration,
+            "s",
+            "E[W] / Λ + T / 2 + first iteration of a full block",
+            "expectation",
+            holds_for="Poisson arrivals at the admitted rates",
+        ),
+    }

@@ -1,0 +1,254 @@
+"""Compiled Nested WAIT tables: identities, cuts against brute force, errors, and overflow observed in simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+import fluidsched as fs
+from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.policy.nested_wait import Stream, shortest_cuts
+from fluidsched.policy.problem import Problem
+from fluidsched.queues import exact_buffer, lundberg_buffer, lundberg_exponent, lundberg_exponents
+
+TIME = fs.IterationTime.affine(0.05, 1e-4, 1e-4, 1e-6)
+
+
+def solved(workload: fs.Workload, capacity: float = 40_000, **limits: object) -> fs.FluidSolution:
+    return fs.solve_fluid(workload, fs.Server(capacity, TIME, **limits))
+
+
+def mix(rate: float = 100.0, outputs: tuple[int, ...] = (4, 10, 30)) -> fs.Workload:
+    law = fs.lengths.empirical(list(outputs), [0.6, 0.3, 0.1][: len(outputs)])
+    return fs.Workload([fs.RequestType("mix", rate, 7, law)])
+
+
+def test_base_memory_is_the_flow_times_the_work_where_lengths_end_at_boundaries() -> None:
+    """M(n) = β Σ λ_j W_j for n_k = βΛ_k and ℓ = 1."""
+    types = [fs.RequestType(str(o), rate, 11, o) for o, rate in ((3, 5.0), (8, 2.0), (20, 1.0))]
+    workload = fs.Workload(types)
+    stream = Stream(Problem.of(solved(workload), 0.01), 1)
+    first = np.array([0, 3, 8])
+    beta = 1.7
+    threshold = beta * np.array([8.0, 3.0, 1.0])
+    memory = stream.memory(first, threshold, np.zeros(3), 1.0)
+    assert memory.base == pytest.approx(beta * float(workload.arrival_rate @ workload.kv_work), rel=1e-12)
+    assert memory.needed == memory.certain == memory.base
+
+
+def test_cycle_time_is_the_theorem_s_where_lengths_end_at_boundaries() -> None:
+    """T(n) = c0 + n_1 (c_pf p) + c_dec (n_1 r_1 + Σ n_k δ_k) + c_kv (M(n) − n_1 p)."""
+    stream = Stream(Problem.of(solved(mix()), 0.01), 1)
+    first, n = np.array([0, 4, 10]), np.array([50.0, 21.0, 6.0])
+    base = stream.memory(first, n, np.zeros(3), 1.0).base
+    assert base == 50 * sum(7 + s for s in range(4)) + 21 * sum(7 + s for s in range(4, 10)) + 6 * sum(
+        7 + s for s in range(10, 30)
+    )
+    expected = 0.05 + 50 * 1e-4 * 7 + 1e-4 * (50 * 3 + 21 * 6 + 6 * 20) + 1e-6 * (base - 50 * 7)
+    assert stream.times(first, n).sum() == pytest.approx(expected, rel=1e-12)
+    assert stream.longest_times(first, n).sum() == pytest.approx(expected, rel=1e-12)
+
+
+def test_blocks_hold_what_their_last_iteration_holds() -> None:
+    stream = Stream(Problem.of(solved(mix(outputs=(4, 12))), 0.01), 4)
+    assert stream.blocks == 3
+    base = stream.memory(np.array([0, 1]), np.array([9.0, 4.0]), np.zeros(2), 1.0).base
+    assert base == 9 * (7 + 3) + 4 * (7 + 7) + 4 * (7 + 11)
+
+
+@pytest.mark.parametrize(
+    ("trials", "threshold", "p", "value"),
+    [
+        (10, 4, 0.3, 0.871061),
+        (21, 9, 0.3, 1.104776),
+        (100, 35, 0.3, 0.451427),
+        (66, 43, 0.619, 0.282819),
+        (20, 19, 0.5, 13.8629),
+    ],
+)
+def test_exponents_of_many_are_the_published(trials: int, threshold: int, p: float, value: float) -> None:
+    assert float(lundberg_exponents(p, threshold / trials)) == pytest.approx(value, rel=3e-6)
+
+
+def test_exponents_of_many_are_those_of_one() -> None:
+    """Random queues, from nearly unstable to nearly never full."""
+    rng = np.random.default_rng(5)
+    trials = rng.integers(2, 3000, 400)
+    threshold = rng.integers(1, trials)
+    p = threshold / trials * rng.uniform(1e-4, 0.9999, 400)
+    many = lundberg_exponents(p, threshold / trials)
+    one = [lundberg_exponent(int(n), float(q), int(k)) for n, q, k in zip(trials, p, threshold, strict=True)]
+    np.testing.assert_allclose(many, one, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cuts_are_the_best_of_all_subsets(seed: int) -> None:
+    """Dynamic programming against all 2^8 sets of cuts, for each number of segments and for any."""
+    rng = np.random.default_rng(seed)
+    outputs = np.arange(1, 10)
+    law = fs.lengths.empirical(outputs, rng.dirichlet(np.ones(9)))
+    workload = fs.Workload([fs.RequestType("a", 50.0, 20, law)])
+    stream = Stream(Problem.of(solved(workload), 0.01), 1)
+    threshold = stream.thresholds(40, 1.0)
+    best = dict.fromkeys(range(1, 10), math.inf)
+    for count in best:
+        for chosen in itertools.combinations(range(1, 9), count - 1):
+            first = [0, *chosen]
+            total = 0.0
+            for i, j in zip(first, [*chosen, 9], strict=True):
+                total += threshold[i] * stream.held[i:j].sum()
+                if j < 9:
+                    p = stream.share[j] / stream.share[i]
+                    if not (p * threshold[i] < threshold[j] < threshold[i]):
+                        total = math.inf
+                        break
+                    theta = lundberg_exponent(int(threshold[i]), float(p), int(threshold[j]))
+                    total += stream.entry_held[j] * (threshold[j] + (5.0 + math.log(count)) / theta)
+            best[count] = min(best[count], total)
+    cuts = np.arange(9)
+    for count, value in best.items():
+        assert shortest_cuts(stream, threshold, cuts, 5.0, count)[0] == pytest.approx(value, rel=1e-9)
+    value, first = shortest_cuts(stream, threshold, cuts, 5.0)
+    assert value == pytest.approx(min(best.values()), rel=1e-9)
+    assert best[len(first)] == pytest.approx(value, rel=1e-9)
+
+
+def test_pruned_search_finds_what_the_whole_search_finds() -> None:
+    """More cuts than are searched at once: the same value as over all edges."""
+    law = fs.lengths.geometric(mean=150, maximum=600)
+    stream = Stream(Problem.of(solved(fs.Workload([fs.RequestType("a", 5.0, 100, law)]), 1e9), 0.01), 1)
+    threshold = stream.thresholds(60, 1.0)
+    cuts = np.arange(600)
+    value, first = shortest_cuts(stream, threshold, cuts, 12.0)
+    counts = range(max(1, len(first) - 1), len(first) + 2)
+    exact = [shortest_cuts(stream, threshold, cuts, 12.0, count)[0] for count in counts]
+    assert value == pytest.approx(min(exact), rel=1e-9)
+
+
+def test_a_compiled_table_keeps_its_conditions_and_survives_files(tmp_path: object) -> None:
+    table = fs.compile_policy(solved(mix(200.0)), "nested-wait", slack=0.2, block_iterations=1)
+    assert fs.PolicyTable.from_dict(table.to_dict()) == table
+    table.to_json(tmp_path / "t.json")  # type: ignore[operator]
+    assert fs.PolicyTable.from_json(tmp_path / "t.json") == table  # type: ignore[operator]
+    table.to_csv(tmp_path / "t.csv")  # type: ignore[operator]
+    assert fs.PolicyTable.from_csv(tmp_path / "t.csv").segments == table.segments  # type: ignore[operator]
+    certificate = table.certificate
+    assert len(table.segments) > 1
+    assert table.segments[-1].boundary == 29
+    assert certificate["slack"]["value"] >= 0.2
+    assert certificate["memory"]["value"] <= 40_000
+    queue = certificate["boundary_queue"]
+    cycles = 1 + math.floor(3600 / 0.05)
+    for before, segment, p in zip(table.segments, table.segments[1:], queue["share"][1:], strict=False):
+        assert p * before.threshold < segment.threshold < before.threshold
+        delta = 0.01 / len(table.segments)
+        args = (before.threshold, float(p), segment.threshold, cycles, delta)
+        assert segment.buffer == exact_buffer(*args) <= lundberg_buffer(*args)
+    assert "freezing" in " ".join(table.to_vllm_args().lost)
+
+
+def test_the_largest_slack_fills_memory_and_a_larger_server_gives_more() -> None:
+    small, large = (
+        fs.compile_policy(solved(mix(200.0), capacity), "nested-wait", block_iterations=1)
+        for capacity in (5_000, 20_000)
+    )
+    assert small.certificate["memory"]["value"] <= 5_000
+    assert large.certificate["slack"]["value"] > small.certificate["slack"]["value"]
+
+
+def test_observed_overflow_is_at_most_delta_and_some_happens_without_buffers() -> None:
+    """100 runs of 400 s with exactly the certified memory, saturated; null: P(overflow) ≤ δ = 0.2, error 1e-4.
+
+    With the base memory alone most runs overflow, so that the test can fail.
+    """
+    from scipy.stats import binomtest
+
+    workload, horizon, delta = mix(150.0), 400.0, 0.2
+    options = {"slack": 0.05, "block_iterations": 1, "horizon": horizon, "overflow_probability": delta}
+    table = fs.compile_policy(solved(workload), "nested-wait", **options)
+    assert len(table.segments) > 1
+    overflowed = {}
+    for capacity in (table.certificate["memory"]["value"], table.certificate["memory"]["base"]):
+        server = fs.Server(capacity, TIME)
+        runs = fs.simulate(workload, server, [table], horizon=horizon, warmup=0.0, replications=100, seed=4)
+        overflowed[capacity] = int((runs.measures(table.name)["preemptions"] > 0).sum())
+    enough, base = overflowed.values()
+    assert binomtest(enough, 100, delta, alternative="greater").pvalue > 1e-4
+    assert base > 2 * delta * 100
+
+
+def test_one_segment_is_certain() -> None:
+    """No boundary queue: nothing is ever preempted in exactly the certified memory."""
+    workload = mix(100.0)
+    table = fs.compile_policy(
+        solved(workload),
+        "nested-wait",
+        slack=0.1,
+        block_iterations=2,
+        segments=[29],
+        overflow_probability=0.2,
+    )
+    assert table.certificate["memory"]["guarantee"] == "certain"
+    server = fs.Server(table.certificate["memory"]["value"], TIME)
+    runs = fs.simulate(workload, server, [table], horizon=200.0, replications=4, seed=1)
+    assert (runs.measures(table.name)["preemptions"] == 0).all()
+
+
+def test_prompts_that_differ_are_bounded_by_their_law_or_their_maximum() -> None:
+    """Few long prompts: the law's bound is smaller; the longest stands beside it. With one prompt they agree."""
+    prompts = fs.lengths.empirical([100, 4000], [0.95, 0.05])
+    workload = fs.Workload([fs.RequestType("a", 20.0, prompts, fs.lengths.uniform(1, 40))])
+    server = fs.Server(2_000_000, fs.IterationTime.affine(0.05, 1e-5, 1e-4, 1e-8))
+    table = fs.compile_policy(fs.solve_fluid(workload, server), "nested-wait", slack=0.1, block_iterations=10)
+    memory = table.certificate["memory"]
+    assert memory["prompts"] == "law"
+    assert memory["value"] < memory["longest_prompts"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments": [3, 29, 39]}, "segment 3 begins there"),
+        ({"segments": [3, 9]}, "end at 29 at least"),
+        ({"segments": [0, 29]}, "nobody finishes in it"),
+        ({"segments": [9, 3, 29]}, "above the one before"),
+        ({"segments": [3, 29], "block_iterations": 3}, "one less than a multiple"),
+        ({"segments": [29], "segment_count": 2}, "segment_count"),
+        ({"segments": "best"}, "optimal"),
+        ({"segments": "quantiles"}, "segment_count"),
+        ({"buffer": "none"}, "buffer"),
+        ({"overflow_probability": 0.0}, "boundary queues have no upper bound"),
+        ({"rate_error": 0.1}, "slack of every segment"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fs.compile_policy(solved(mix()), "nested-wait", **{"slack": 0.1, **options})  # type: ignore[arg-type]
+
+
+def test_segments_are_for_nested_tables_and_lengths_need_a_bound() -> None:
+    with pytest.raises(InputError, match="have no segments"):
+        fs.compile_policy(solved(mix()), "wait", segments=[29])
+    unbounded = fs.Workload([fs.RequestType("a", 1.0, 5, fs.lengths.geometric(mean=3.0))])
+    with pytest.raises(InputError, match="no upper bound"):
+        fs.compile_policy(solved(unbounded), "nested-wait", slack=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fluid", "options", "reason"),
+    [
+        (solved(mix(400.0), 3_000), {"slack": 0.1, "block_iterations": 1}, "memory"),
+        (solved(mix(200.0)), {"slack": 10_000.0}, "time"),
+        (solved(mix(30.0), max_batch_size=20), {"slack": 0.1, "block_iterations": 1}, "batch"),
+        (solved(mix(1.0), 500), {"slack": 0.1, "segments": [3, 9, 29], "block_iterations": 1}, "rounding"),
+    ],
+)
+def test_without_a_table_the_reason_is_named(
+    fluid: fs.FluidSolution, options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        fs.compile_policy(fluid, "nested-wait", **options)  # type: ignore[arg-type]
+    assert caught.value.reason == reason
