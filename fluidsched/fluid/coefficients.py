@@ -27,18 +27,16 @@ chunks, and only there, more cached tokens can take a little more memory.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched.server import IterationTime
+from fluidsched.server.pool import Stage
 from fluidsched.workload import Workload
 from fluidsched.workload.lengths import IndependentLengths, JointLaw, LengthLaw
 
 __all__ = ["Stage", "block_kv_work", "busy_work", "chunk_overhead"]
-
-Stage = Literal["whole", "prefill", "decode"]
 
 
 def busy_work(

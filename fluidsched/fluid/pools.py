@@ -23,19 +23,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
-from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid._assembly import ASSEMBLY_TOLERANCE, Assembly
 from fluidsched.fluid.certificate import Certificate
 from fluidsched.fluid.coefficients import Stage
 from fluidsched.fluid.model import FluidModel, Objective, build_model
-from fluidsched.server import Server
+from fluidsched.server import Pool
 from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
@@ -54,39 +53,6 @@ __all__ = [
 
 
 SCHEMA = "fluidsched.pools-solution/1"
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Replicas of one server.
-
-    Parameters
-    ----------
-    server : Server
-        One replica, with a piecewise-affine iteration time.
-    replicas : float
-        How many; fractions of one are allowed.
-    stage : {"whole", "prefill", "decode"}
-        What it does of a request.
-    max_iteration_time : float, optional
-        Upper limit on its mean iteration time, s.
-    name : str, optional
-        Default: the server's name.
-    """
-
-    server: Server
-    replicas: float = 1.0
-    stage: Stage = "whole"
-    max_iteration_time: float | None = None
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.server, Server):
-            raise InputError("server", self.server, "be a Server")
-        object.__setattr__(self, "replicas", check_real("replicas", self.replicas, minimum=0.0))
-        check_choice("stage", self.stage, get_args(Stage))
-        if not self.name:
-            object.__setattr__(self, "name", self.server.name)
 
 
 @dataclass(frozen=True, eq=False)

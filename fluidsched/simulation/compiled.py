@@ -301,11 +301,12 @@ RETURNED = _record_type("below produced stored", "since served")
 
 #: Everything else. now: the next decision instant; until: no decision is taken at or after it (at most the
 #: horizon); left: iterations left of a block. held_before, residents_before: KV tokens and residents during
-#: the iteration that ended at `now`.
+#: the iteration that ended at `now`; queued: KV tokens that those waiting need at admission, counted from
+#: where the run began and so right for requests that join through `route` only.
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
     " iterations batch_sizes batch_tokens preempted wasted swapped stored moved peak_kv samples verdict kv_end"
-    " emitted stalls gap_place gap_weight left held_before residents_before entered",
+    " emitted stalls gap_place gap_weight left held_before residents_before entered queued",
     "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
@@ -677,6 +678,7 @@ def _return(run: Run, stack: int, slot: int, produced: int, held: int, served: f
         s.moved += held
     else:
         s.wasted += held
+    s.queued += run.prompt[request] + produced
     s.preempted += 1
     s.returned += 1
     run.preemptions[request] += 1
@@ -713,6 +715,7 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
     slot = _enter(s, slots, request)
     slots[slot].resumed = produced
     slots[slot].target = run.prompt[request] + produced
+    s.queued -= run.prompt[request] + produced
     slots[slot].done = 0
     slots[slot].decodes = 0
     slots[s.partials].partial = slot
@@ -828,7 +831,7 @@ def _close(run: Run, now: float, held: int, verdict: int) -> None:
     s.verdict = verdict
     run.gaps[s.gap_place] += s.gap_weight
     s.kv_end = held
-    s.end = now
+    s.end = s.now = now
     for stack in range(groups.size):
         request = groups[stack].top
         while request != NOBODY:
@@ -1255,6 +1258,8 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 first += moving
                 last += moving
                 area = duration * holds
+            s.held_before = holds
+            s.residents_before = s.residents
             if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
                 _close(run, rules.horizon, held, AT_HORIZON)
                 return
@@ -1267,8 +1272,6 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 _end_stalls(run, first, now, counted)
             if rare:
                 s.moved = 0
-            s.held_before = holds
-            s.residents_before = s.residents
             now += duration
             s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + k, FAR)
             if not resting:
@@ -1443,6 +1446,8 @@ def wait(run: Run) -> None:
             holds = held + tokens
             duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
             area = duration * holds
+        s.held_before = holds
+        s.residents_before = s.residents
         if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
             _close(run, rules.horizon, held, AT_HORIZON)
             return
@@ -1451,8 +1456,6 @@ def wait(run: Run) -> None:
             for j in range(groups.size):
                 if groups[j].chosen == 1 and groups[j].decodes > 0 and groups[j].last < now:
                     _lengthen_gaps(run, groups[j].decodes, first, now - groups[j].last)
-        s.held_before = holds
-        s.residents_before = s.residents
         now += duration
         left -= k
         for j in range(groups.size):
@@ -1791,6 +1794,8 @@ def nested(run: Run) -> None:
             holds = held + tokens
             duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
             area = duration * holds
+        s.held_before = holds
+        s.residents_before = s.residents
         if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
             _close(run, rules.horizon, held, AT_HORIZON)
             return
@@ -1800,8 +1805,6 @@ def nested(run: Run) -> None:
         for i in range(groups.size):
             segments[i].entered = 0
         s.entered = 0
-        s.held_before = holds
-        s.residents_before = s.residents
         now += duration
         left -= k
         for i in range(groups.size):
@@ -1810,3 +1813,119 @@ def nested(run: Run) -> None:
                 _tick(groups, calendars, i, k)
                 _complete_segment(run, i, now)
         _prefill_nested(run, now)
+
+
+# --------------------------------------------------------------------------- several replicas behind a router
+
+SHORTEST_QUEUE, LEAST_KV, TWO_CHOICES = range(3)
+
+#: Where the slots of a replica lie, and its calendars' `phase`, which is as wide as its blocks.
+REPLICA = _record_type("first_slot last_slot first_phase block")
+
+
+@_inline
+def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
+    """Replica p of P: its share of arrays that hold one replica after the other; the path is shared by all."""
+    count = layout.size
+    pieces = runs.coefficients.shape[0] // count
+    rows = runs.rows.size // count
+    groups = runs.groups.size // count
+    rings = runs.recent.size // count
+    places = runs.order.size // count
+    days = runs.calendars.days
+    words = groups * (days // 64)
+    at = layout[p]
+    first = at.first_phase
+    return Run(
+        rules=runs.rules[p : p + 1],
+        state=runs.state[p : p + 1],
+        coefficients=runs.coefficients[p * pieces : (p + 1) * pieces],
+        arrival=runs.arrival,
+        prompt=runs.prompt,
+        output=runs.output,
+        row=runs.row,
+        order=runs.order[p * places : (p + 1) * places],
+        rows=runs.rows[p * rows : (p + 1) * rows],
+        recent=runs.recent[p * rings : (p + 1) * rings],
+        slots=runs.slots[at.first_slot : at.last_slot],
+        groups=runs.groups[p * groups : (p + 1) * groups],
+        segments=runs.segments,
+        calendars=Calendars(
+            days=days,
+            heads=runs.calendars.heads[p * groups * days : (p + 1) * groups * days],
+            bits=runs.calendars.bits[p * words : (p + 1) * words],
+            phase=phase[first : first + groups * at.block].reshape((groups, at.block)),
+        ),
+        returned=runs.returned,
+        admitted=runs.admitted,
+        first_token=runs.first_token,
+        finish=runs.finish,
+        preemptions=runs.preemptions,
+        gaps=runs.gaps,
+        occupancy=runs.occupancy,
+    )
+
+
+@_inline
+def _seen(runs: Run, count: int, p: int, instant: float, rule: int) -> int:
+    """What the router sees of replica p at an instant: requests in the system, or KV held and asked for."""
+    s = runs.state[p]
+    running = s.now > instant
+    if rule != LEAST_KV:
+        return s.waiting + s.returned + (s.residents_before if running else s.residents)
+    held = s.held_before
+    if not running:
+        held = 0
+        groups = runs.groups.size // count
+        for j in range(p * groups, (p + 1) * groups):
+            held += runs.groups[j].held
+    return held + s.queued
+
+
+@_loop
+def route(
+    runs: Run, phase: Ints, layout: Records, blocks: bool, rule: int, fits: Ints, draws: Floats, chosen: Ints
+) -> None:
+    """Choose a replica for every request, in order of arrival; rules of `fluidsched.simulation.cluster`.
+
+    `fits` (N, P): whether the replica's server can hold the request at all; `draws` (N, 2): uniform numbers;
+    `blocks`: the table's kind is `wait`. Fills `chosen` (N,), `NOBODY` where the request fits nowhere.
+    """
+    count = layout.size
+    rows = runs.rows.size // count
+    places = runs.order.size // count
+    for i in range(runs.arrival.size):
+        now = runs.arrival[i]
+        able = 0
+        for p in range(count):
+            able += fits[i, p]
+        first, second = 0, count
+        if rule == TWO_CHOICES and able > 1:
+            first = int(draws[i, 0] * able)
+            second = int(draws[i, 1] * (able - 1))
+            second += second >= first
+        best, least, place = NOBODY, 0, -1
+        for p in range(count):
+            place += fits[i, p]
+            if fits[i, p] == 0 or (rule == TWO_CHOICES and able > 1 and place != first and place != second):
+                continue
+            if runs.state[p].now < now:
+                runs.state[p].until = min(now, runs.rules[p].horizon)
+                if blocks:
+                    wait(_replica(runs, phase, layout, p))
+                else:
+                    continuous(_replica(runs, phase, layout, p))
+            seen = _seen(runs, count, p, now, rule)
+            if rule == LEAST_KV and runs.state[p].now <= now:
+                slots = runs.slots[layout[p].first_slot : layout[p].last_slot]
+                for k in range(runs.state[p].partials):
+                    seen += slots[slots[k].partial].done
+            if best == NOBODY or seen < least:
+                best, least = p, seen
+        chosen[i] = best
+        if best != NOBODY:
+            row = best * rows + runs.row[i]
+            runs.order[best * places + runs.rows[row].tail] = i
+            runs.rows[row].tail += 1
+            runs.state[best].waiting += 1
+            runs.state[best].queued += runs.prompt[i]

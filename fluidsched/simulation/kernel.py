@@ -32,7 +32,7 @@ from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["run_kernel", "run_many"]
+__all__ = ["choose_replicas", "run_kernel", "run_many"]
 
 
 def run_kernel(
@@ -152,6 +152,82 @@ def run_many(
         return [future.result() for future in [pool.submit(run, path) for path in paths]]
     finally:  # an interrupt ends the run after the replications in progress
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def choose_replicas(
+    path: ArrivalPath,
+    servers: Sequence[Server],
+    table: PolicyTable,
+    *,
+    horizon: float | None,
+    rule: int,
+    fits: NDArray[np.bool_],
+    draws: NDArray[np.float64],
+) -> NDArray[np.int64]:
+    """Follow a router that looks at the replicas: stop each at the arrivals it may be chosen for.
+
+    Parameters
+    ----------
+    path : ArrivalPath
+        N requests.
+    servers : sequence of Server
+        P replicas, each with affine pieces and checked by `limits.check_run`.
+    table : PolicyTable
+        The rule all replicas follow; any kind but "nested-wait".
+    horizon : float or None
+        End of the run, s.
+    rule : int
+        `compiled.SHORTEST_QUEUE`, `LEAST_KV` or `TWO_CHOICES`.
+    fits : (N, P) bool array
+        Which requests each replica could ever serve.
+    draws : (N, 2) float array
+        Uniform numbers of two choices.
+
+    Returns
+    -------
+    (N,) int64 array
+        The replica of each request; -1 where it fits nowhere.
+    """
+    end = np.inf if horizon is None else horizon
+    classes = table.classify(path)
+    parts = {}
+    for server in servers:
+        if id(server) not in parts:
+            coefficients = server.iteration_time.require_coefficients("the kernel")
+            parts[id(server)] = _prepare(path, classes, slice(None), server, table, coefficients, end, 0.0, 0)
+    runs = [parts[id(server)] for server in servers]
+    pieces = max(len(run.coefficients) for run in runs)
+
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(run, name) for run in runs])
+
+    calendars = runs[0].calendars._replace(
+        heads=np.concatenate([run.calendars.heads for run in runs]),
+        bits=np.concatenate([run.calendars.bits for run in runs]),
+    )
+    names = ("rules", "state", "order", "rows", "recent", "slots", "groups")
+    stacked = runs[
+        0
+    ]._replace(
+        calendars=calendars,
+        coefficients=np.concatenate(  # the first piece again, where another server has more: it changes nothing
+            [
+                run.coefficients[np.maximum(np.arange(pieces) - (pieces - len(run.coefficients)), 0)]
+                for run in runs
+            ]
+        ),
+        **{name: joined(name) for name in names},
+    )
+    stacked.state["arrived"] = len(path)  # nobody comes by itself
+    slots = np.cumsum([0] + [len(run.slots) for run in runs])
+    phases = np.cumsum([0] + [run.calendars.phase.size for run in runs])
+    layout = np.zeros(len(runs), dtype=compiled.REPLICA)
+    layout["first_slot"], layout["last_slot"], layout["first_phase"] = slots[:-1], slots[1:], phases[:-1]
+    layout["block"] = [run.calendars.phase.shape[1] for run in runs]
+    phase = np.concatenate([run.calendars.phase.ravel() for run in runs])
+    chosen = np.empty(len(path), dtype=np.int64)
+    compiled.route(stacked, phase, layout, table.kind == "wait", rule, fits.astype(np.int64), draws, chosen)
+    return chosen
 
 
 # ------------------------------------------------------------------ flat arrays for the loops, and back

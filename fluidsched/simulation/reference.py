@@ -827,15 +827,18 @@ class Engine:
                     self.verdict = "stuck" if waiting else "finished"
 
     def seen(self, instant: float) -> tuple[int, int]:
-        """Requests in the system and KV tokens held at an instant to which `advance` has led.
+        """Return what a router sees at an instant to which `advance` has led: two numbers.
 
-        During an iteration that is what it holds, with those who will leave at its end.
+        Requests in the system; KV tokens held, and needed at admission by those that wait. During an
+        iteration it is what that holds, with those who will leave at its end.
         """
         system = self.system
         residents, held = len(system.residents), system.held
         if system.now > instant:
             residents, held = self.clock.residents_before, self.clock.held_before
-        return system.waiting_count() + residents, held
+        waiting = [*system.preempted, *(request for queue in system.queues for request in queue)]
+        needed = sum(request.prompt + request.produced for request in waiting)
+        return len(waiting) + residents, held + needed
 
     def record(self) -> EngineRun:
         """What the run, which has ended, leaves behind."""
@@ -866,6 +869,7 @@ class _Clock:
     def run_iteration(self, system: _System) -> None:
         """One iteration with the batch decided, and its effects unless the horizon cuts it (rules 2 to 5)."""
         summary = self._summarise(system)
+        self.residents_before, self.held_before = summary.residents, summary.held_tokens
         self._pass_time(system, summary.end_s, summary.held_tokens, busy=True)
         if summary.end_s > self.horizon:
             system.now = self.horizon
@@ -878,7 +882,6 @@ class _Clock:
         system.iterations += 1
         system.since_prefill = 0 if summary.prefill else system.since_prefill + 1
         emitted, gaps = _take_effect(system)
-        self.residents_before, self.held_before = summary.residents, summary.held_tokens
         if system.now > self.warmup:
             self.emitted_tokens += emitted
             for gap in gaps:
