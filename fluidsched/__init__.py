@@ -33,7 +33,6 @@ if (
     from fluidsched.fleets import verify_capacity as verify_capacity
     from fluidsched.fluid import FluidProgram as FluidProgram
     from fluidsched.fluid import FluidSolution as FluidSolution
-    from fluidsched.fluid import Pool as Pool
     from fluidsched.fluid import plan_capacity as plan_capacity
     from fluidsched.fluid import solve_fair as solve_fair
     from fluidsched.fluid import solve_fluid as solve_fluid
@@ -46,12 +45,15 @@ if (
     from fluidsched.policy import compile_policy as compile_policy
     from fluidsched.reporting import show_versions as show_versions
     from fluidsched.server import IterationTime as IterationTime
+    from fluidsched.server import Pool as Pool
     from fluidsched.server import Server as Server
     from fluidsched.server import calibrate as calibrate
     from fluidsched.server import catalog as catalog
     from fluidsched.simulation import SimulationResult as SimulationResult
     from fluidsched.simulation import fluid_trajectory as fluid_trajectory
+    from fluidsched.simulation import routers as routers
     from fluidsched.simulation import simulate as simulate
+    from fluidsched.simulation.cluster import simulate_cluster as simulate_cluster
     from fluidsched.sweeps import sweep as sweep
     from fluidsched.workload import ArrivalPath as ArrivalPath
     from fluidsched.workload import RequestType as RequestType
@@ -83,7 +85,7 @@ _PUBLIC = {
     "FluidSolution": "fluidsched.fluid",
     "FluidProgram": "fluidsched.fluid",
     "solve_transient": "fluidsched.fluid",
-    "Pool": "fluidsched.fluid",
+    "Pool": "fluidsched.server",
     "solve_fair": "fluidsched.fluid",
     "stability_region": "fluidsched.fluid",
     "plan_capacity": "fluidsched.fluid",
@@ -93,6 +95,8 @@ _PUBLIC = {
     "baselines": "fluidsched.policy.baselines",
     "simulate": "fluidsched.simulation",
     "SimulationResult": "fluidsched.simulation",
+    "simulate_cluster": "fluidsched.simulation.cluster",
+    "routers": "fluidsched.simulation.routers",
     "fluid_trajectory": "fluidsched.simulation",
     "bounds": "fluidsched.bounds",
     "compare": "fluidsched.comparison",

@@ -173,7 +173,7 @@ def choose_replicas(
     servers : sequence of Server
         P replicas, each with affine pieces and checked by `limits.check_run`.
     table : PolicyTable
-        The rule all replicas follow; any kind but "nested-wait".
+        The rule all replicas follow, one of those that `compiled.continuous` and `compiled.wait` run.
     horizon : float or None
         End of the run, s.
     rule : int
@@ -218,6 +218,7 @@ def choose_replicas(
         ),
         **{name: joined(name) for name in names},
     )
+    stacked.coefficients.flags.writeable = False  # as a server's own: see `column` in `_prepare`
     stacked.state["arrived"] = len(path)  # nobody comes by itself
     slots = np.cumsum([0] + [len(run.slots) for run in runs])
     phases = np.cumsum([0] + [run.calendars.phase.size for run in runs])

@@ -29,7 +29,7 @@ from fluidsched.simulation.rules import UserRule
 from fluidsched.workload import ArrivalPath, Workload
 from fluidsched.workload.path import Seed, seed_sequence
 
-__all__ = ["simulate"]
+__all__ = ["ENGINES", "OCCUPANCY_POINTS", "common_paths", "simulate"]
 
 Policy = PolicyTable | UserRule
 Progress = Callable[[str, int, int], None]
@@ -120,14 +120,7 @@ def simulate(
         raise InputError("server", server, "be a Server")
     if engine == "kernel":
         server.iteration_time.require_coefficients('engine="kernel"')
-    if isinstance(workload, ArrivalPath):
-        paths, horizon = _replayed(workload, horizon, replications)
-    elif isinstance(workload, Workload):
-        workload.require_no_cached_prefixes("the simulator")
-        paths, horizon = _sampled(workload, horizon, replications, seed)
-    else:
-        raise InputError("workload", workload, "be a Workload or an ArrivalPath")
-    warmup = _check_warmup(warmup, horizon, paths)
+    paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
     for table in tables:
         for path in paths:
             check_run(path, server, table, horizon)
@@ -162,6 +155,24 @@ def simulate(
         workload=workload.name,
         server=server,
     )
+
+
+def common_paths(
+    workload: Workload | ArrivalPath,
+    horizon: float | None,
+    warmup: float | None,
+    replications: int | None,
+    seed: Seed,
+) -> tuple[list[ArrivalPath], float | None, float]:
+    """Return the R paths of a simulation, its horizon and its warm-up; arguments as for `simulate`."""
+    if isinstance(workload, ArrivalPath):
+        paths, horizon = _replayed(workload, horizon, replications)
+    elif isinstance(workload, Workload):
+        workload.require_no_cached_prefixes("the simulator")
+        paths, horizon = _sampled(workload, horizon, replications, seed)
+    else:
+        raise InputError("workload", workload, "be a Workload or an ArrivalPath")
+    return paths, horizon, _check_warmup(warmup, horizon, paths)
 
 
 class _Settings(NamedTuple):
