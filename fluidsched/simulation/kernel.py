@@ -188,6 +188,7 @@ def choose_replicas(
     (N,) int64 array
         The replica of each request; -1 where it fits nowhere.
     """
+    _check_kernel(table)
     end = np.inf if horizon is None else horizon
     classes = table.classify(path)
     parts = {}
