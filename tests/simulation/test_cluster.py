@@ -226,6 +226,33 @@ def test_looking_routers_wait_less() -> None:
     assert waits[0].mean() > 0.9 * erlang * 10.0 / (c - load) * 0.95
 
 
+def test_the_programs_split_carries_what_the_program_says() -> None:
+    """Two unlike pools at the rates the linear program routes: stable below its critical rate, not above.
+
+    Backlog growth over 8 replications; 99.9 % one-sided (t_7 = 4.79) of growth above 0 for the overloaded one,
+    below 5 % of the arrivals for the other.
+    """
+    small = Server(6_000, IterationTime.affine(0.01, 2e-5, 1e-4, 1e-6), name="small")
+    large = Server(20_000, IterationTime.affine(0.012, 1e-5, 5e-5, 4e-7), name="large")
+    pools = [Pool(small, 2), Pool(large, 1)]
+    workload = fs.Workload([fs.RequestType("chat", 1.0, 100, 40), fs.RequestType("long", 0.25, 800, 40)])
+    critical = fs.fluid.solve_pools(workload, pools).critical_rate / workload.total_arrival_rate
+    for load, stable in ((0.8, True), (1.25, False)):
+        offered = workload.scaled(load * critical)
+        # the split of what fits: shares of the largest stable multiple of the mix, for both loads
+        routed = fs.fluid.solve_pools(workload.scaled(0.99 * critical), pools).routed_rate
+        runs = simulate_cluster(
+            offered, pools, fs.baselines.vllm(token_budget=None), fs.routers.split(routed),
+            horizon=120.0, warmup=40.0, replications=8, seed=4,
+        )  # fmt: skip
+        growth = runs.measures("vllm, split")["backlog_growth"]
+        error = 4.79 * growth.std(ddof=1) / math.sqrt(8)
+        if stable:
+            assert growth.mean() + error < 0.05 * offered.total_arrival_rate
+        else:
+            assert growth.mean() - error > 0.0
+
+
 SWAP = dataclasses.replace(fs.baselines.vllm(), preemption="swap")
 
 
