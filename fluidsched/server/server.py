@@ -44,6 +44,10 @@ class Server:
     swap_bandwidth : float, optional
         KV tokens per second that move between the GPU's memory and the host's, either way; tables that
         preempt by swapping need it. None: unknown.
+    max_model_len : int, optional
+        Most tokens of one request, prompt and output together. The simulator cuts outputs that would be
+        longer, as vLLM does, and turns away prompts that leave no room for a token; the fluid program takes
+        lengths as the workload states them. None: no limit.
     name, source : str, optional
         A label for reports, and where the numbers come from.
 
@@ -70,6 +74,7 @@ class Server:
     name: str = "server"
     source: str = ""
     swap_bandwidth: float | None = None
+    max_model_len: int | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -85,6 +90,8 @@ class Server:
             value = getattr(self, limit)
             if value is not None:
                 set_field(self, limit, check_count(limit, value, minimum=1))
+        if self.max_model_len is not None:
+            set_field(self, "max_model_len", check_count("max_model_len", self.max_model_len, minimum=2))
         if self.swap_bandwidth is not None:
             set_field(self, "swap_bandwidth", check_real("swap_bandwidth", self.swap_bandwidth, above=0.0))
         if self.block_size is not None and self.kv_capacity < self.block_size:
@@ -227,7 +234,8 @@ class Server:
             "block_size": self.block_size,
             "iteration_time": self.iteration_time.to_dict(),
         }
-        return data if self.swap_bandwidth is None else data | {"swap_bandwidth": self.swap_bandwidth}
+        optional = {name: getattr(self, name) for name in ("swap_bandwidth", "max_model_len")}
+        return data | {name: value for name, value in optional.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], argument: str = "server") -> Server:
@@ -241,7 +249,7 @@ class Server:
             "block_size",
             "iteration_time",
         )
-        values = check_keys(argument, data, SCHEMA, names, ("swap_bandwidth",))
+        values = check_keys(argument, data, SCHEMA, names, ("swap_bandwidth", "max_model_len"))
         if values["kv_capacity"] == "inf":
             values["kv_capacity"] = math.inf
         iteration_time = IterationTime.from_dict(values.pop("iteration_time"), f"{argument}.iteration_time")

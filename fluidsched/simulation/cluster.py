@@ -222,6 +222,14 @@ def simulate_cluster(
     for pool in pools:
         if engine == "kernel":
             pool.server.iteration_time.require_coefficients('engine="kernel"')
+    for pool in pools:
+        if pool.server.max_model_len is not None:
+            raise InputError(
+                f"server.max_model_len of pool {pool.name!r}",
+                pool.server.max_model_len,
+                "be None in a cluster: a request's output must not depend on the replica that serves it",
+                "Cut the outputs of the path instead.",
+            )
     for table in tables:
         slow = table.kind in ("nested-wait", "vllm_v0") or table.preemption == "swap"
         if engine == "kernel" and slow and any(router.looks for router in ways):

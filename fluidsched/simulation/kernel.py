@@ -26,7 +26,13 @@ from fluidsched.errors import InputError
 from fluidsched.policy.table import RESERVING_KINDS, PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation import compiled, histogram
-from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
+from fluidsched.simulation.limits import (
+    UNLIMITED,
+    check_run,
+    effective_limits,
+    never_fits,
+    within_model_length,
+)
 from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
 
 if TYPE_CHECKING:
@@ -82,6 +88,7 @@ def run_kernel(
     """
     coefficients = server.iteration_time.require_coefficients("the kernel")
     _check_kernel(table)
+    path = within_model_length(path, server)
     classes = check_run(path, server, table, horizon)
     end = np.inf if horizon is None else check_real("horizon", horizon, above=0.0)
     warmup = check_real("warmup", warmup, minimum=0.0)

@@ -10,6 +10,7 @@ Both engines take their limits and their checks from here.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,15 @@ from fluidsched.server import Server
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["UNLIMITED", "Limits", "beliefs", "check_run", "effective_limits", "never_fits"]
+__all__ = [
+    "UNLIMITED",
+    "Limits",
+    "beliefs",
+    "check_run",
+    "effective_limits",
+    "never_fits",
+    "within_model_length",
+]
 
 SWAPPING = ("vllm", "capped", "sarathi", "gated")
 """Kinds that may preempt by swapping."""
@@ -113,13 +122,37 @@ def _smaller(first: int | None, second: int | None) -> int:
     return min(UNLIMITED if first is None else first, UNLIMITED if second is None else second)
 
 
+def within_model_length(path: ArrivalPath, server: Server) -> ArrivalPath:
+    """Return the path as the server answers it: outputs end at `max_model_len` tokens, prompt included.
+
+    A prompt of `max_model_len` tokens or more leaves no room for a token; it never fits, and stays as it is.
+    Rules and measures know the shorter outputs only.
+
+    Examples
+    --------
+    >>> from fluidsched import ArrivalPath, IterationTime, Server
+    >>> path = ArrivalPath.from_arrays([0.0, 0.0, 0.0], [4, 9, 12], [3, 3, 3])
+    >>> server = Server(100, IterationTime.affine(1.0, 0.0, 0.0, 0.0), max_model_len=10)
+    >>> within_model_length(path, server).output_tokens
+    array([3, 1, 3])
+    """
+    longest = server.max_model_len
+    if longest is None:
+        return path
+    room = longest - path.prompt_tokens
+    cut = (room >= 1) & (path.output_tokens > room)
+    if not cut.any():
+        return path
+    return dataclasses.replace(path, output_tokens=np.where(cut, room, path.output_tokens))
+
+
 def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray[np.bool_]:
     """Return which requests can never be served, shape (N,); the engines give them status `rejected`.
 
-    A request never fits if its KV at its last token, prompt + output - 1 tokens, exceeds the capacity. `orca`
-    and `faster_transformer` set R output tokens aside, so there prompt + R - 1 must fit. Where prompts run
-    whole they must be within the token budget; with `vllm_v0` so must prompt + output - 1, the longest that
-    a recompute can run as one prompt.
+    A request never fits if its prompt has the server's `max_model_len` tokens or more, or if its KV at its
+    last token, prompt + output - 1 tokens, exceeds the capacity. `orca` and `faster_transformer` set R output
+    tokens aside, so there prompt + R - 1 must fit. Where prompts run whole they must be within the token
+    budget; with `vllm_v0` so must prompt + output - 1, the longest that a recompute can run as one prompt.
     """
     limits = effective_limits(server, table)
     prompt, output = path.prompt_tokens, path.output_tokens
@@ -129,6 +162,8 @@ def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray
     too_long = -(-(prompt + output - 1) // limits.block) > limits.capacity
     if limits.whole_prompts:
         too_long |= longest_prompt > limits.budget
+    if server.max_model_len is not None:
+        too_long |= prompt >= server.max_model_len
     return np.asarray(too_long, dtype=np.bool_)
 
 

@@ -11,7 +11,8 @@ request. What follows numbers every rule; where a choice was open it is made her
 Time
   1. Decision instants: the end of an iteration; while idle, an arrival or a timer (rule 23). Arrivals up to
      and at the instant have joined the queue. Requests that never fit (`limits.never_fits`) are `rejected`
-     and never join it.
+     and never join it. With a server's `max_model_len` m, a request's output below means
+     min(output, m - prompt); prompts of m tokens or more never fit.
   2. A run with a horizon H takes no decision at or after H. An iteration that would end after H is cut:
      nothing of it takes effect, but its decision (admissions, preemptions) stands and time integrals count it
      up to H. One that ends at H takes effect. An idle server waits for H, so the verdict is always "horizon".
@@ -177,7 +178,14 @@ from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.server.iteration import BatchSummary
 from fluidsched.simulation.histogram import BUCKETS, bucket
-from fluidsched.simulation.limits import UNLIMITED, beliefs, check_run, effective_limits, never_fits
+from fluidsched.simulation.limits import (
+    UNLIMITED,
+    beliefs,
+    check_run,
+    effective_limits,
+    never_fits,
+    within_model_length,
+)
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Verdict
 from fluidsched.simulation.rules import UserRule, follow
 
@@ -749,6 +757,7 @@ class Engine:
         on_iteration: Observer | None = None,
     ):
         rule, table = (table, table.table) if isinstance(table, UserRule) else (None, table)
+        path = within_model_length(path, server)
         rows = check_run(path, server, table, horizon)
         if horizon is not None:
             horizon = check_real("horizon", horizon, above=0.0)

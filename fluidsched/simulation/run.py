@@ -21,7 +21,7 @@ from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation.laws import Audit, check_agreement, check_laws
-from fluidsched.simulation.limits import check_run, never_fits
+from fluidsched.simulation.limits import check_run, never_fits, within_model_length
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
 from fluidsched.simulation.result import SimulationResult
@@ -121,6 +121,7 @@ def simulate(
     if engine == "kernel":
         server.iteration_time.require_coefficients('engine="kernel"')
     paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
+    paths = [within_model_length(path, server) for path in paths]
     for table in tables:
         for path in paths:
             check_run(path, server, table, horizon)
@@ -300,6 +301,7 @@ def _refuse_oversize(path: ArrivalPath, server: Server, table: PolicyTable) -> N
     oversize = np.flatnonzero(never_fits(path, server, table))
     if oversize.size:
         i = int(oversize[0])
+        longest = server.max_model_len
         prompt, output = int(path.prompt_tokens[i]), int(path.output_tokens[i])
         others = f" (and {oversize.size - 1:,} more)" if oversize.size > 1 else ""
         of_type = "" if path.label(i) is None else f" of type {path.label(i)!r}"
@@ -307,6 +309,7 @@ def _refuse_oversize(path: ArrivalPath, server: Server, table: PolicyTable) -> N
             f"request {i}{of_type}",
             f"{prompt:,} prompt and {output:,} output tokens{others}",
             f"fit alone into the {server.kv_capacity:,.0f} KV tokens of {server.name!r} "
-            f"under table {table.name!r}",
+            f"under table {table.name!r}"
+            + ("" if longest is None else f", with a prompt below max_model_len, {longest:,} tokens"),
             'Use a larger server or shorter requests; from Python, oversize="reject" turns such requests away.',
         )

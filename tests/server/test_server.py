@@ -106,10 +106,11 @@ def test_capacity_from_a_model_config() -> None:
         Server.from_model_config(PAPER, **{**config, "kv_heads": 0})
 
 
-def test_swap_bandwidth_is_written_where_it_is_known() -> None:
-    """Files without it keep their form and their fingerprint; with it they come back equal."""
+def test_bandwidth_and_model_length_are_written_where_known() -> None:
+    """Files without them keep their form and their fingerprint; with them they come back equal."""
     time = IterationTime.affine(0.01, 1e-5, 1e-4, 1e-7)
-    plain, swapping = Server(100, time), Server(100, time, swap_bandwidth=2e4)
+    plain, swapping = Server(100, time), Server(100, time, swap_bandwidth=2e4, max_model_len=4096)
+    assert "max_model_len" not in plain.to_dict()
     assert "swap_bandwidth" not in plain.to_dict()
     assert Server.from_dict(swapping.to_dict()) == swapping
     assert plain.fingerprint != swapping.fingerprint

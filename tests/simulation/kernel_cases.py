@@ -107,6 +107,7 @@ def servers(draw: st.DrawFn, kind: str, dyadic: bool, longest: int) -> Server:
         max_batch_size=_maybe(draw, st.integers(1, 12)),
         token_budget=_maybe(draw, st.integers(1, 60)) if kind not in ("wait", "nested-wait") else None,
         block_size=block,
+        max_model_len=_maybe(draw, st.integers(2, longest)) if draw(st.booleans()) else None,
         swap_bandwidth=draw(st.sampled_from([0.5, 8.0, 64.0]))
         * (1.0 if dyadic else IRRATIONAL["coefficient"]),
     )

@@ -59,6 +59,14 @@ def test_round_robin_passes_over_replicas_that_are_too_small() -> None:
         _chosen(path, pools, fs.routers.round_robin())
 
 
+def test_a_limit_on_outputs_is_refused() -> None:
+    """What a request produces must not depend on where it is served."""
+    path = fs.ArrivalPath.from_arrays([0.0], [4], [3])
+    pools = [Pool(Server(100, UNIT, max_model_len=6), 2, name="short")]
+    with pytest.raises(InputError, match="max_model_len of pool 'short'"):
+        _chosen(path, pools, fs.routers.round_robin())
+
+
 def test_split_follows_the_shares_of_each_type() -> None:
     """Every prefix of a type's requests is split within a few requests; replicas of a pool take turns."""
     count = 4000
@@ -91,7 +99,8 @@ def test_kernel_chooses_as_the_reference(kind: str, dyadic: bool) -> None:
         if case.table.preemption == "swap":
             return
         other = data.draw(servers(kind, dyadic, 60))
-        pools = [Pool(case.server, 2, name="one"), Pool(other, 1, name="other")]
+        first, other = (dataclasses.replace(server, max_model_len=None) for server in (case.server, other))
+        pools = [Pool(first, 2, name="one"), Pool(other, 1, name="other")]
         if math.isinf(case.server.kv_capacity + other.kv_capacity) and len(case.path) == 0:
             return
         results = [

@@ -19,6 +19,7 @@ from simulation_cases import (
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.policy.table import Lookahead
 from fluidsched.server import IterationTime
+from fluidsched.simulation import simulate
 from fluidsched.simulation.reference import run_reference
 
 nan = math.nan
@@ -246,6 +247,27 @@ class TestSwap:
                     engine_table(kind, preemption="swap", **fields),
                     horizon=None,
                 )
+
+
+class TestModelLength:
+    def test_outputs_end_there_and_prompts_must_leave_room(self):
+        """7 tokens: outputs of 3 and 9 become 3 and 2 after prompts of 4 and 5; a prompt of 7 is rejected."""
+        path = path_of((0.0, 4, 3), (0.0, 5, 9), (0.0, 7, 1))
+        server = server_of(100, max_model_len=7)
+        runs = simulate(path, server, engine_table(), oversize="reject", check=True)
+        frame = runs.requests("vllm")
+        assert frame["finish_s"].tolist()[:2] == [3.0, 2.0]
+        assert frame["status"].tolist() == ["finished", "finished", "rejected"]
+        assert frame["output_tokens"].tolist() == [3, 2, 1]
+        assert run_reference(path, server, engine_table(), horizon=None).batch_token_sum == 6 + 6
+        with pytest.raises(InputError, match=r"request 2 .*prompt below max_model_len, 7 tokens"):
+            simulate(path, server, engine_table())
+
+    def test_an_output_that_just_fits_is_not_cut(self):
+        path = path_of((0.0, 4, 3), (0.0, 6, 1))
+        whole = run_reference(path, server_of(100), engine_table(), horizon=None)
+        limited = run_reference(path, server_of(100, max_model_len=7), engine_table(), horizon=None)
+        assert_array_equal(limited.finish_s, whole.finish_s)
 
 
 class TestVllmV0:
