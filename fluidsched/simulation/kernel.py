@@ -101,7 +101,7 @@ def run_kernel(
         compiled.wait(run)
     elif table.kind == "nested-wait":
         compiled.nested(run)
-    elif table.kind == "vllm_v0":
+    elif table.kind == "vllm_v0" or table.preemption == "swap":
         compiled.continuous_rare(run)
     else:
         compiled.continuous(run)
@@ -318,6 +318,8 @@ def _rules(server: Server, table: PolicyTable) -> NDArray[np.void]:
     rules["whole_prompt"] = table.whole_prompt_admission
     rules["decodes_first"] = table.kind in ("sarathi", "orca", "faster_transformer")
     rules["prompts_alone"] = table.kind == "vllm_v0"
+    rules["swap"] = table.preemption == "swap"
+    rules["swap_bandwidth"] = server.swap_bandwidth or np.inf
     rules["static"] = table.kind == "faster_transformer"
     rules["gated"] = table.kind == "gated"
     rules["restart"] = table.preemption == "restart"
@@ -381,6 +383,8 @@ COUNTERS = {
     "wasted_tokens": "wasted",
     "peak_kv": "peak_kv",
     "kv_end": "kv_end",
+    "swapped_tokens": "swapped",
+    "stored_end": "stored",
 }
 
 

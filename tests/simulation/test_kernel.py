@@ -168,3 +168,13 @@ def test_azure_hour_equals_reference(data_root: Path) -> None:
         reference = run_reference(path, server, table, horizon=None, warmup=100.0)
         assert reference.preempted > 0
         assert_same_run(run_kernel(path, server, table, horizon=None, warmup=100.0), reference)
+
+
+def test_kernel_swaps() -> None:
+    """The kernel lost the switch once: requests then vanished from its accounts, recomputed at no cost."""
+    path = ArrivalPath.from_arrays([0.0, 0.0], [3, 3], [4, 3])
+    server = Server(8, IterationTime.affine(1.0, 0.25, 0.5, 0.0), swap_bandwidth=2.0)
+    table = PolicyTable("swap", "vllm", (TableType("*"),), preemption="swap")
+    run = run_kernel(path, server, table, horizon=None)
+    np.testing.assert_array_equal(run.finish_s, [9.5, 13.0])
+    assert (run.swapped_tokens, run.wasted_tokens, run.stored_end) == (4, 0, 0)
