@@ -55,6 +55,7 @@ if (
     from fluidsched.simulation import simulate as simulate
     from fluidsched.simulation.cluster import simulate_cluster as simulate_cluster
     from fluidsched.sweeps import sweep as sweep
+    from fluidsched.tuning import tune as tune
     from fluidsched.workload import ArrivalPath as ArrivalPath
     from fluidsched.workload import RequestType as RequestType
     from fluidsched.workload import Workload as Workload
@@ -102,6 +103,7 @@ _PUBLIC = {
     "compare": "fluidsched.comparison",
     "Comparison": "fluidsched.comparison",
     "sweep": "fluidsched.sweeps",
+    "tune": "fluidsched.tuning",
     "verify_capacity": "fluidsched.fleets",
     "plan": "fluidsched.planning",
     "plots": "fluidsched.plots",

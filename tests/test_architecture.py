@@ -27,6 +27,7 @@ ORDER = (
     "comparison",
     "plots",
     "sweeps",
+    "tuning",
     "reporting",
     "fleets",
     "planning",

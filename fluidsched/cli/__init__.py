@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from fluidsched import __version__
-from fluidsched.cli import capacity, fluid, main_job, policies, servers, simulation, sweeps
+from fluidsched.cli import capacity, fluid, main_job, policies, servers, simulation, sweeps, tuning
 from fluidsched.cli.outputs import answers, emit
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": simulation.compare,
     "capacity": capacity.capacity,
     "sweep": sweeps.sweep,
+    "tune": tuning.tune,
     "catalog": servers.catalog,
     "calibrate": servers.calibrate,
 }

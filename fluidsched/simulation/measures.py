@@ -45,7 +45,7 @@ from fluidsched.simulation.records import STATUSES, EngineRun
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["LATENCIES", "UNITS", "check_slo", "interval", "latencies", "measure_run", "quantile"]
+__all__ = ["LATENCIES", "UNITS", "check_slo", "interval", "latencies", "measure_run", "meets", "quantile"]
 
 FloatArray = NDArray[np.float64]
 
@@ -211,7 +211,7 @@ def measure_run(
         "busy_fraction": run.busy_s,
     }
     if slo:
-        counts["goodput"] = np.count_nonzero(left & _meets(path, run, slo))
+        counts["goodput"] = np.count_nonzero(left & meets(path, run, slo))
     for name, total in counts.items():
         values[name] = float(total) / window if window > 0.0 else math.nan
     middle = warmup + window / 2
@@ -236,7 +236,8 @@ def _in_system(path: ArrivalPath, run: EngineRun, instant: float) -> int:
     return int(np.count_nonzero(here))
 
 
-def _meets(path: ArrivalPath, run: EngineRun, slo: Mapping[str, float]) -> NDArray[np.bool_]:
+def meets(path: ArrivalPath, run: EngineRun, slo: Mapping[str, float]) -> NDArray[np.bool_]:
+    """Which requests met every limit, shape (N,); one whose event did not happen did not."""
     tokens = np.maximum(path.output_tokens - 1, 1)
     of_each = {
         "ttft": run.first_token_s - path.arrival_s,
