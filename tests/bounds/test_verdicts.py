@@ -12,7 +12,9 @@ import pytest
 
 import fluidsched as fs
 from fluidsched.bounds import hindsight_bound, hindsight_optimum, no_wait_floor
+from fluidsched.bounds.verdicts import BoundRow
 from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.policy import Segment, TableType
 
 FIXED = fs.Workload(
     [
@@ -100,6 +102,33 @@ def test_nothing_violates_a_bound_on_a_finer_grid() -> None:
     loads = tuple(round(0.3 + 0.1 * k, 1) for k in range(10))
     respected = check_grid(loads, replications=12, requests=3000, confidence=1 - 4e-6)
     assert respected["fluid optimum"] > 300
+
+
+def nested_overflow(simulated: float, judged_for: float) -> BoundRow:
+    """The overflow row of 12 runs of a Nested WAIT table whose memory and buffers need about 7 300 tokens."""
+    mix = fs.Workload([fs.RequestType("mix", 1.0, 20, fs.lengths.empirical([4, 10], [0.7, 0.3]))])
+    servers = [fs.Server(c, fs.IterationTime.affine(0.05, 1e-4, 1e-4, 1e-6)) for c in (simulated, judged_for)]
+    offered = mix.at_load(0.5, servers[0])
+    segments = (Segment(3, 40), Segment(9, 20, 30.0))
+    row = TableType("*", threshold=40, gate=40)
+    table = fs.PolicyTable(
+        "nested", "nested-wait", (row,), segments=segments, block_iterations=1, freeze=True
+    )
+    runs = fs.simulate(offered, servers[0], table, horizon=100.0, replications=12, seed=3)
+    as_if = dataclasses.replace(runs, server=servers[1])
+    rows = fs.compare(as_if, fs.solve_fluid(offered, servers[1])).bounds
+    return next(row for row in rows if row.bound == "Nested WAIT overflow")
+
+
+def test_nested_wait_overflows_no_more_often_than_promised() -> None:
+    """Preemption means overflow: none in the memory the bound asks for; in half of it the bound does not hold."""
+    enough = nested_overflow(8000.0, 8000.0)
+    assert (enough.verdict, enough.estimate) == ("respects", 0.0)
+    assert 0.0 < enough.value < enough.high
+    assert nested_overflow(4000.0, 4000.0).verdict == "not applicable"
+    assert (
+        nested_overflow(4000.0, 8000.0).verdict == "violates"
+    )  # runs on less memory than they are said to have
 
 
 def overdriven() -> fs.SimulationResult:
