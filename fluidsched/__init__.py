@@ -38,6 +38,7 @@ if (
     from fluidsched.fluid import solve_fluid as solve_fluid
     from fluidsched.fluid import solve_transient as solve_transient
     from fluidsched.fluid import stability_region as stability_region
+    from fluidsched.measured import compare_measured as compare_measured
     from fluidsched.planning import plan as plan
     from fluidsched.policy import PolicyTable as PolicyTable
     from fluidsched.policy import adapt as adapt
@@ -102,6 +103,7 @@ _PUBLIC = {
     "bounds": "fluidsched.bounds",
     "compare": "fluidsched.comparison",
     "Comparison": "fluidsched.comparison",
+    "compare_measured": "fluidsched.measured",
     "sweep": "fluidsched.sweeps",
     "tune": "fluidsched.tuning",
     "verify_capacity": "fluidsched.fleets",

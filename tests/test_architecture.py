@@ -25,6 +25,7 @@ ORDER = (
     "bounds",
     "examples",
     "comparison",
+    "measured",
     "plots",
     "sweeps",
     "tuning",

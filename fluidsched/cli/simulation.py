@@ -119,7 +119,15 @@ def simulate(
 
 
 def compare(
-    result: Annotated[Path, typer.Argument(help="A result written by `simulate --out`.")],
+    result: Annotated[Path | None, typer.Argument(help="A result written by `simulate --out`.")] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            "--measured",
+            help="Instead: a result of `vllm bench serve --save-result --save-detailed`, set beside the "
+            "simulation of its requests on --gpu, --model or --server under --table (default vllm).",
+        ),
+    ] = None,
     bound: Annotated[
         Path | None,
         typer.Option("--bound", help="A solution written by `solve --out`, for all bounds it gives."),
@@ -133,19 +141,40 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option(help="Policy the paired differences are taken against.")
     ] = None,
+    gpu: GpuOption = None,
+    model: ModelOption = None,
+    tp: TpOption = None,
+    server: ServerOption = None,
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Set simulated policies beside each other, and each against every bound.
+    """Set simulated policies beside each other, and each against every bound; or a measured run beside its simulation.
 
-    Example:
+    Examples:
 
     fluidsched compare result.json --bound solution.json --table wait.json --baseline vllm
+
+    fluidsched compare --measured bench.json --gpu a100-80gb --model llama-2-7b
     """
     from fluidsched.comparison import compare as set_beside
     from fluidsched.simulation import SimulationResult
 
+    if (result is None) == (measured is None):
+        given = "both" if result is not None else "nothing"
+        raise InputError("RESULT or --measured", given, "be given, one of them")
+    if measured is not None:
+        from fluidsched.measured import compare_measured
+
+        for name, value in (("--bound", bound), ("--baseline", baseline)):
+            if value is not None:
+                raise InputError(name, str(value), "be left out with --measured")
+        names = tables or ["vllm"]
+        if len(names) > 1:
+            raise InputError("--table", ", ".join(names), "be given once with --measured")
+        on = load_server(gpu, model, tp, server)
+        return show(compare_measured(measured, on, load_table(names[0])), out, force, as_json)
+    assert result is not None
     runs = read_as("result", result, SimulationResult.from_dict)
     comparison = set_beside(
         runs,
@@ -153,4 +182,4 @@ def compare(
         baseline=baseline,
         tables=[load_table(name) for name in tables or []],
     )
-    show(comparison, out, force, as_json)
+    return show(comparison, out, force, as_json)

@@ -251,7 +251,7 @@ def test_policies_no_engine_can_follow_are_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
-    assert "an unknown key" in refused(tmp_path, GATED, settings={"polcy": "x"})
+    assert "an unknown key" in refused(tmp_path, GATED, settings={"policies": "x"})
     assert "max_hold_s" in refused(tmp_path, GATED, settings={"max_hold_s": -1})
     assert "output_tokens" in refused(tmp_path, GATED, settings={"output_tokens": "guess"})
 
