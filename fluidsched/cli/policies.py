@@ -14,7 +14,7 @@ from fluidsched.errors import InputError
 
 def compile_(
     solution: Annotated[Path, typer.Argument(help="A solution written by `solve --out`.")],
-    kind: Annotated[str, typer.Option(help="wait, nested-wait, gated or capped.")] = "capped",
+    kind: Annotated[str, typer.Option(help="wait, nested-wait, gated, capped or lookahead.")] = "capped",
     slack: Annotated[str, typer.Option(help="auto, or a number: the margin ε of the conditions.")] = "auto",
     overflow_probability: Annotated[float, typer.Option(help="δ of the memory condition.")] = 0.01,
     block_iterations: Annotated[int | None, typer.Option(help="Block length k (default: chosen).")] = None,
@@ -35,6 +35,7 @@ def compile_(
         int | None, typer.Option(help="nested-wait: number of segments (default: the best).")
     ] = None,
     buffer: Annotated[str | None, typer.Option(help="nested-wait: exact (default) or lundberg.")] = None,
+    mode: Annotated[str | None, typer.Option(help="lookahead: law (default), known or reserve.")] = None,
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -67,6 +68,7 @@ def compile_(
         segments=_boundaries(segments),
         segment_count=segment_count,
         buffer=buffer,
+        mode=mode,
     )
     text = table.to_json()
     if out is not None:

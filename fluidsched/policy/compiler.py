@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
-from fluidsched.policy import capped, gated, nested_wait, wait
+from fluidsched.policy import capped, gated, lookahead, nested_wait, wait
 from fluidsched.policy.problem import (
     SHARE_TOLERANCE,
     Problem,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from fluidsched.fluid import FluidSolution
     from fluidsched.server import Server
+    from fluidsched.workload.predictions import Prediction
 
 __all__ = ["ReachCurve", "compile_policy", "largest_load", "reach_curve"]
 
@@ -67,6 +68,8 @@ def compile_policy(
     segments: Sequence[int] | str | None = None,
     segment_count: int | None = None,
     buffer: str | None = None,
+    mode: str | None = None,
+    prediction: Prediction | None = None,
 ) -> PolicyTable:
     """Compile a fluid solution into a policy table of the given kind.
 
@@ -74,10 +77,11 @@ def compile_policy(
     ----------
     fluid : FluidSolution
         What to admit, and the workload and server it was solved for.
-    kind : {"capped", "wait", "gated", "nested-wait"}
+    kind : {"capped", "wait", "gated", "nested-wait", "lookahead"}
         "capped": a cap on the requests in service, no types. "wait": WAIT in blocks of iterations.
         "gated": at most n_j requests of type j in any k_j consecutive iterations. "nested-wait": WAIT over
-        segments of iterations done, which looks neither at types nor at output lengths.
+        segments of iterations done, which looks neither at types nor at output lengths. "lookahead": the rule of
+        `baselines.vllm` that admits only if what is forecast to be held later fits too (`fluidsched.policy.lookahead`).
     slack : "auto" or float
         ε: the table keeps up with 1 + ε times the admitted rates. "auto": the largest ε at which a table
         exists, for each block length (to within 1e-6 of 1 + ε, by bisection: a table that exists at one ε
@@ -108,6 +112,12 @@ def compile_policy(
         "nested-wait" only: L. None with "optimal": the number that needs least memory.
     buffer : {"exact", "lundberg"}, optional
         "nested-wait" only: exact first-passage buffers (default) or the exponential bound.
+    mode : {"law", "known", "reserve"}, optional
+        "lookahead" only: forecasts by the law of outputs (default), by each request's own length, or R tokens per
+        request, with R the quantile of outputs that one exceeds with probability δ.
+    prediction : Prediction, optional
+        "lookahead" with mode "known" only: how the path's predictions err; the table then believes them. None:
+        lengths are taken as true, and no headroom is kept.
 
     Returns
     -------
@@ -135,17 +145,21 @@ def compile_policy(
     >>> table.certificate["memory"]["value"]
     10962.0
     """
-    if kind not in COMPILED_KINDS:
+    kinds = (*COMPILED_KINDS, "lookahead")
+    if kind not in kinds:
         raise InputError(
             "kind",
             kind,
-            "be one of " + ", ".join(repr(k) for k in COMPILED_KINDS),
+            "be one of " + ", ".join(repr(k) for k in kinds),
             "Rules of engines are in fluidsched.baselines.",
         )
     slack = check_slack(slack)
     for name, value in (("segments", segments), ("segment_count", segment_count), ("buffer", buffer)):
         if kind != "nested-wait" and value is not None:
             raise InputError(name, value, f"be left out: tables of kind {kind!r} have no segments")
+    for name, option in (("mode", mode), ("prediction", prediction)):
+        if kind != "lookahead" and option is not None:
+            raise InputError(name, option, f"be left out: tables of kind {kind!r} do not look ahead")
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
     _check_solution(fluid)
@@ -158,6 +172,14 @@ def compile_policy(
         if block_iterations is not None:
             raise InputError("block_iterations", block_iterations, "be left out: a cap has no blocks")
         return _capped(fluid, problem, slack)
+    if kind == "lookahead":
+        if block_iterations is not None:
+            raise InputError("block_iterations", block_iterations, "be left out: look-ahead has no blocks")
+        if problem.rate_error is not None:
+            raise InputError(
+                "rate_error", rate_error, 'be 0 with "lookahead", whose headroom is that of a mix'
+            )
+        return _lookahead(fluid, problem, slack, "law" if mode is None else mode, prediction)
     if kind == "wait":
         return _wait(fluid, problem, slack, block_iterations, horizon)
     if kind == "nested-wait":
@@ -420,6 +442,28 @@ def _capped(fluid: FluidSolution, problem: Problem, slack: Slack) -> PolicyTable
             **capped.capped_certificate(problem, real, cap, budget),
             **_price(fluid, problem, "capped", slack, None),
         },
+        provenance=provenance_of(fluid),
+    )
+
+
+def _lookahead(
+    fluid: FluidSolution, problem: Problem, slack: Slack, mode: str, prediction: Prediction | None
+) -> PolicyTable:
+    check_choice("mode", mode, lookahead.MODES)
+    if prediction is not None and mode != "known":
+        raise InputError("prediction", prediction, f"be left out: mode {mode!r} believes no prediction")
+    plan = lookahead.plan_lookahead(problem, mode, prediction)
+    multiple = lookahead.check_carried(problem, plan, _token_budget(problem), slack)
+    offered = float(np.sum(fluid.workload.arrival_rate))
+    return PolicyTable(
+        f"lookahead-{mode}",
+        "vllm",
+        (TableType("*", arrival_rate=offered, admitted_rate=min(float(problem.rate.sum()), offered)),),
+        token_budget=TOKEN_BUDGET,
+        kv_limit_tokens=problem.kv_limit,
+        lookahead=plan.lookahead,
+        predictor="exact" if mode == "known" and prediction is None else None,
+        certificate=lookahead.lookahead_certificate(problem, plan, multiple),
         provenance=provenance_of(fluid),
     )
 
