@@ -117,8 +117,8 @@ def _overflows(table: Any, fluid: Any, seed: int, prediction: Any = None) -> tup
 def test_overflows_are_no_more_frequent_than_promised(mode: str) -> None:
     """Null: P(overflow per iteration) ≤ δ = 0.05, counting every 40th iteration as one draw (lives are 40 long).
 
-    Rejected with error rate 1e-3. Memory is full throughout: 2.5 times the compiled demand is offered. The plain rule, without
-    headroom, overflows more often than δ."""
+    Rejected with error rate 1e-3. Memory is full throughout: 2.5 times the demand is offered. The plain rule,
+    without headroom, overflows more often than δ."""
     delta, fluid = 0.05, _fluid(0.6)
     prediction = fs.predictions.lognormal(0.5) if mode == "predicted" else None
     table = compile_policy(
