@@ -26,6 +26,8 @@ __all__ = ["app", "main"]
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": main_job.plan,
     "solve": fluid.solve,
+    "region": fluid.region,
+    "transient": fluid.transient,
     "compile": policies.compile_,
     "simulate": simulation.simulate,
     "compare": simulation.compare,

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fluidsched._checks import check_real
 from fluidsched.cli.inputs import (
     ForceOption,
+    ItlOption,
     JsonOption,
     OutFileOption,
     QuietOption,
     WorkloadOption,
-    load_server,
-    load_workload,
+    own_rate_workload,
+    server_and_number,
 )
 from fluidsched.cli.outputs import progress_bar, show
 from fluidsched.errors import InputError
-
-if TYPE_CHECKING:
-    from fluidsched.server import Server
-    from fluidsched.workload import Workload
 
 
 def capacity(
@@ -45,9 +41,7 @@ def capacity(
     budget: Annotated[
         float | None, typer.Option("--budget", help="The other way round: the largest load this buys.")
     ] = None,
-    itl_target: Annotated[
-        float | None, typer.Option("--itl-target", help="Mean time between tokens at most, s.")
-    ] = None,
+    itl_target: ItlOption = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -87,8 +81,8 @@ def capacity(
         raise InputError("--verify", given, "come with --ttft-p99 or --tpot-p99, and these with it")
     if budget is not None and headroom is not None:
         raise InputError("--headroom", headroom, "be left out with --budget", "The load is the answer there.")
-    servers, prices = zip(*(_offer(text, model) for text in cost), strict=True)
-    asked = _demand("azure_conv" if workload is None else workload).scaled(
+    servers, prices = zip(*(server_and_number("--cost", text, model, "COST") for text in cost), strict=True)
+    asked = own_rate_workload("azure_conv" if workload is None else workload).scaled(
         check_real("--scale", scale, above=0.0)
     )
     if budget is None:
@@ -110,29 +104,3 @@ def capacity(
             progress=progress,
         )
     return show(verified, out, force, as_json)
-
-
-def _offer(text: str, model: str) -> tuple[Server, float]:
-    """The server and price of one --cost."""
-    name, equals, price = text.rpartition("=")
-    try:
-        number = float(price)
-    except ValueError:
-        number = -1.0
-    if not equals or not 0.0 < number < float("inf"):
-        raise InputError("--cost", text, "be GPU=COST, GPU:TP=COST or SPEC=COST with a positive cost")
-    if Path(name).suffix.lower() in (".toml", ".json"):
-        return load_server(None, None, None, Path(name)), number
-    gpu, colon, degree = name.partition(":")
-    if colon and not degree.isdecimal():
-        raise InputError("--cost", text, "have a whole tensor-parallel degree after the colon")
-    return load_server(gpu, model, int(degree) if colon else None, None), number
-
-
-def _demand(name: str) -> Workload:
-    """The workload at its own rate; a trace as request types."""
-    from fluidsched.planning import types_for
-    from fluidsched.workload import ArrivalPath
-
-    given = load_workload(name)
-    return given.to_workload(types=types_for(given)) if isinstance(given, ArrivalPath) else given

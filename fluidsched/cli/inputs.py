@@ -59,6 +59,8 @@ ReplicationsOption = Annotated[
     int | None,
     typer.Option("--replications", help="Independent arrival paths, common to all policies (default 16)."),
 ]
+ItlOption = Annotated[float | None, typer.Option("--itl-target", help="Mean time between tokens at most, s.")]
+ChunkOption = Annotated[int | None, typer.Option("--chunk", help="Prefill in chunks of so many tokens.")]
 OutFileOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the result as JSON to this file.")
 ]
@@ -150,6 +152,52 @@ def typed_workload(name: str | None, load: float | None, server: Server) -> Work
         load = 0.8
     load = check_load(load)
     return given if load is None else given.at_load(load, server)
+
+
+def server_and_number(option: str, text: str, model: str | None, what: str) -> tuple[Server, float]:
+    """The server and the number of GPU=NUMBER, GPU:TP=NUMBER or SPEC=NUMBER."""
+    name, equals, given = text.rpartition("=")
+    try:
+        number = float(given)
+    except ValueError:
+        number = -1.0
+    if not equals or not 0.0 < number < float("inf"):
+        raise InputError(option, text, f"be GPU={what}, GPU:TP={what} or SPEC={what}, a positive number")
+    if Path(name).suffix.lower() in (".toml", ".json"):
+        return load_server(None, None, None, Path(name)), number
+    gpu, colon, degree = name.partition(":")
+    if colon and not degree.isdecimal():
+        raise InputError(option, text, "have a whole tensor-parallel degree after the colon")
+    return load_server(gpu, model, int(degree) if colon else None, None), number
+
+
+def per_type(option: str, given: list[str], names: tuple[str, ...], rest: float | None) -> list[float]:
+    """One number per type from VALUE (every type) and TYPE=VALUE (that one); `rest` for types without."""
+    values = dict.fromkeys(names, rest)
+    for text in sorted(given, key=lambda one: "=" in one):  # a value for all is overruled by one for a type
+        name, equals, number = text.rpartition("=")
+        if equals and name not in values:
+            raise InputError(option, text, f"name a type of the workload: {', '.join(names)}")
+        try:
+            value = float(number)
+        except ValueError:
+            raise InputError(option, text, "be VALUE or TYPE=VALUE with a number") from None
+        values.update({name: value} if equals else dict.fromkeys(names, value))
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise InputError(
+            option, f"nothing for {missing[0]!r}", "give every type a value", "Add VALUE for the rest."
+        )
+    return [value for value in values.values() if value is not None]
+
+
+def own_rate_workload(name: str) -> Workload:
+    """The workload at its own rate; a trace as request types."""
+    from fluidsched.planning import types_for
+    from fluidsched.workload import ArrivalPath
+
+    given = load_workload(name)
+    return given.to_workload(types=types_for(given)) if isinstance(given, ArrivalPath) else given
 
 
 def sampling_options(replay: bool, **options: float | None) -> dict[str, Any]:

@@ -78,7 +78,12 @@ def write_new(out: Path, text: str, force: bool) -> None:
 
 def show(result: Any, out: Path | None, force: bool, as_json: bool) -> None:
     """Write a step's result as JSON to `out`, if given, and show it: for people, or as JSON."""
-    text = _files.dumps(result.to_dict())
+    show_values(result.to_dict(), repr(result), out, force, as_json)
+
+
+def show_values(values: dict[str, Any], text: str, out: Path | None, force: bool, as_json: bool) -> None:
+    """The same of plain values, schema first, and of the text that people read."""
+    document = _files.dumps(values)
     if out is not None:
-        write_new(out, text, force)
-    emit(text if as_json else repr(result))
+        write_new(out, document, force)
+    emit(document if as_json else text)
