@@ -221,7 +221,15 @@ def load_table(name: str) -> PolicyTable:
     """A stock engine by name, else a table file (.json or .csv)."""
     from fluidsched.policy import PolicyTable, baselines
 
-    stock = {"vllm": baselines.vllm(), "sarathi": baselines.sarathi()}
+    makers = (
+        baselines.vllm,
+        baselines.sarathi,
+        baselines.vllm_v0,
+        baselines.mc_sf,
+        baselines.a_max,
+        baselines.a_min,
+    )
+    stock = {table.name: table for table in (make() for make in makers)}
     if name in stock:
         return stock[name]
     path = Path(name)

@@ -1,16 +1,29 @@
 r"""Rules of the engines people run, as policy tables: what every compiled table is compared with.
 
-None looks at types: one row ``*`` matches every request.
+None but `class_budget` looks at types: one row ``*`` matches every request.
 C is the server's KV capacity in tokens, B its largest batch in requests.
 """
 
 from __future__ import annotations
 
-import fluidsched
-from fluidsched._checks import check_count
-from fluidsched.policy.table import Lookahead, PolicyTable, TableType
+from collections.abc import Mapping
 
-__all__ = ["faster_transformer", "orca", "sarathi", "vllm", "vllm_v0"]
+import fluidsched
+from fluidsched._checks import check_choice, check_count
+from fluidsched.errors import InputError
+from fluidsched.policy.table import Lookahead, Match, PolicyTable, TableType
+
+__all__ = [
+    "a_max",
+    "a_min",
+    "class_budget",
+    "faster_transformer",
+    "mc_sf",
+    "orca",
+    "sarathi",
+    "vllm",
+    "vllm_v0",
+]
 
 
 def _provenance() -> dict[str, object]:
@@ -253,3 +266,157 @@ def faster_transformer(max_output_tokens: int, name: str = "faster_transformer")
         lookahead=Lookahead("reserve", limit),
         provenance=_provenance(),
     )
+
+
+def _shortest_that_fits(name: str, predictor: str | None, preemption: str) -> PolicyTable:
+    """Shortest believed output first, while the residents' memory fits at every later iteration."""
+    check_choice("preemption", preemption, ("recompute", "restart"))
+    return PolicyTable(
+        name,
+        "vllm",
+        (TableType("*"),),
+        lookahead=Lookahead("known"),
+        order="shortest_first",
+        predictor=predictor,
+        preemption=preemption,
+        provenance=_provenance(),
+    )
+
+
+def mc_sf(name: str = "mc_sf", *, predicted: bool = False) -> PolicyTable:
+    """Return the rule MC-SF: shortest output first, checked at every later completion.
+
+    Those in service stay. Waiting requests enter in the order of their output lengths, shortest first, while the
+    memory of all in service, each growing by a token per iteration until it ends, stays within C at every later
+    iteration (between two completions it only grows, so that completions are what is checked). The scan stops at
+    the first request that does not fit. With true lengths nothing is ever preempted.
+
+    Parameters
+    ----------
+    name : str
+        Name of the table.
+    predicted : bool
+        Believe the path's `predicted_output_tokens` instead of true lengths. A request that outlives its prediction
+        is taken to leave after its next token; memory may then overflow, and the most recently admitted request is
+        preempted and keeps its tokens.
+
+    Returns
+    -------
+    PolicyTable
+        Kind "vllm", order "shortest_first", ``lookahead = (mode="known", headroom_tokens=0)``.
+
+    References
+    ----------
+    Jaillet, Jiang, Mellou, Molinaro, Podimata, Zhou, *Online Scheduling for LLM Inference with KV Cache
+    Constraints*, arXiv 2502.07115, whose iterations all take the same time and which prefills a prompt in one.
+
+    Examples
+    --------
+    >>> mc_sf().order, mc_sf().lookahead.mode
+    ('shortest_first', 'known')
+    """
+    return _shortest_that_fits(name, None if predicted else "exact", "recompute")
+
+
+def a_max(name: str = "a_max") -> PolicyTable:
+    """Return the rule A_max: `mc_sf` as if every output had the upper end of its predicted interval.
+
+    Where no output is longer than its upper end nothing is preempted (as long as the token budget lets every decode
+    go on); memory set aside for tokens that never come is the price. A longer one is taken to leave after its next
+    token, as by `mc_sf`.
+
+    Parameters
+    ----------
+    name : str
+        Name of the table.
+
+    Returns
+    -------
+    PolicyTable
+        As `mc_sf`, believing `predicted_output_tokens`.
+
+    References
+    ----------
+    Chen, Ye, Zhou, *Adaptively Robust LLM Inference Optimization under Prediction Uncertainty*, arXiv 2508.14544.
+
+    Examples
+    --------
+    >>> a_max().predictor is None
+    True
+    """
+    return _shortest_that_fits(name, None, "recompute")
+
+
+def a_min(name: str = "a_min", *, preemption: str = "recompute") -> PolicyTable:
+    """Return the rule A_min: `mc_sf` as if every output had the lower end of its interval, raised as tokens come.
+
+    A request that outlives the lower end is known to be longer than what it has produced, and is taken to leave after
+    its next token. When memory runs short requests give way.
+
+    The choices made here: the most recently admitted gives way first, as under every rule of this simulator (the
+    paper's own order is not reproduced), and the queue stays in the order of the lower
+    ends given at arrival; what gave way comes first.
+
+    Parameters
+    ----------
+    name : str
+        Name of the table.
+    preemption : {"recompute", "restart"}
+        Whether a request that gave way keeps its tokens (its lower end then stays raised) or starts anew.
+
+    Returns
+    -------
+    PolicyTable
+        As `mc_sf`, with predictor "lower": it believes `predicted_output_minimum`.
+
+    References
+    ----------
+    Chen, Ye, Zhou, *Adaptively Robust LLM Inference Optimization under Prediction Uncertainty*, arXiv 2508.14544.
+
+    Examples
+    --------
+    >>> a_min().predictor
+    'lower'
+    """
+    return _shortest_that_fits(name, "lower", preemption)
+
+
+def class_budget(budgets: Mapping[str, int], name: str = "class_budget") -> PolicyTable:
+    """Return the rule that admits at most b_j newcomers of class j per iteration.
+
+    With iterations of equal length ΔT it keeps up if b_j > λ_j ΔT, and memory suffices in the mean if
+    Σ_j b_j W_j ≤ C, W_j the memory one request of class j takes over its life, summed over iterations.
+
+    Parameters
+    ----------
+    budgets : mapping of str to int
+        b_j, newcomers per iteration, by request type. Requests of other types are refused by the simulator.
+    name : str
+        Name of the table.
+
+    Returns
+    -------
+    PolicyTable
+        Kind "gated" with thresholds b_j, gates 0 and periods 1.
+
+    Raises
+    ------
+    InputError
+        No budget is given, or one is no whole number.
+
+    References
+    ----------
+    Dong, Cao, arXiv 2604.11001.
+
+    Examples
+    --------
+    >>> class_budget({"chat": 2, "code": 1}).thresholds
+    array([2, 1])
+    """
+    if not isinstance(budgets, Mapping) or not budgets:
+        raise InputError("budgets", budgets, "name at least one request type with its budget")
+    rows = tuple(
+        TableType(row, Match(label=row), threshold=check_count(f"budgets[{row!r}]", budget), gate=0, period=1)
+        for row, budget in budgets.items()
+    )
+    return PolicyTable(name, "gated", rows, provenance=_provenance())

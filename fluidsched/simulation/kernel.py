@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
-from fluidsched.errors import InputError
-from fluidsched.policy.table import RESERVING_KINDS, PolicyTable
+from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation import compiled, histogram
 from fluidsched.simulation.limits import (
     UNLIMITED,
+    check_kernel,
     check_run,
     effective_limits,
     never_fits,
@@ -87,7 +87,7 @@ def run_kernel(
     ([2.0, 2.0], 11.0)
     """
     coefficients = server.iteration_time.require_coefficients("the kernel")
-    _check_kernel(table)
+    check_kernel(table)
     path = within_model_length(path, server)
     classes = check_run(path, server, table, horizon)
     end = np.inf if horizon is None else check_real("horizon", horizon, above=0.0)
@@ -106,15 +106,6 @@ def run_kernel(
     else:
         compiled.continuous(run)
     return _engine_run(run, table, rejected, joins, points)
-
-
-def _check_kernel(table: PolicyTable) -> None:
-    """Refuse what only the reference engine does: orders by length, and look-ahead but that of kinds that reserve."""
-    place, remedy = f"table {table.name!r}: ", 'Use engine="reference".'
-    if table.order != "fcfs":
-        raise InputError(f"{place}order", table.order, "be 'fcfs' in the kernel", remedy)
-    if table.kind not in RESERVING_KINDS and table.lookahead.mode != "none":
-        raise InputError(f"{place}lookahead", table.lookahead.mode, "have mode 'none' in the kernel", remedy)
 
 
 def run_many(
@@ -195,7 +186,7 @@ def choose_replicas(
     (N,) int64 array
         The replica of each request; -1 where it fits nowhere.
     """
-    _check_kernel(table)
+    check_kernel(table)
     end = np.inf if horizon is None else horizon
     classes = table.classify(path)
     parts = {}

@@ -21,7 +21,7 @@ from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation.laws import Audit, check_agreement, check_laws
-from fluidsched.simulation.limits import check_run, never_fits, within_model_length
+from fluidsched.simulation.limits import check_kernel, check_run, never_fits, within_model_length
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
 from fluidsched.simulation.result import SimulationResult
@@ -120,6 +120,8 @@ def simulate(
         raise InputError("server", server, "be a Server")
     if engine == "kernel":
         server.iteration_time.require_coefficients('engine="kernel"')
+        for table in tables:
+            check_kernel(table)
     paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
     paths = [within_model_length(path, server) for path in paths]
     for table in tables:

@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from simulation_cases import engine_table, path_of, run_checked, server_of, typed_table
 
+import fluidsched as fs
 from fluidsched.errors import InputError
 from fluidsched.policy import Lookahead
 from fluidsched.server import IterationTime, Server
@@ -158,3 +159,12 @@ def test_the_kernel_refuses_what_it_does_not_do() -> None:
     for table in (_ahead(), reserve, engine_table(order="shortest_first", predictor="exact")):
         with pytest.raises(InputError, match="reference"):
             run_kernel(path_of((0.0, 1, 5)), server_of(9), table, horizon=None)
+        started: list[str] = []
+        with pytest.raises(InputError, match="reference"):
+            fs.simulate(
+                path_of((0.0, 1, 5)),
+                server_of(9),
+                [fs.baselines.vllm(), table.renamed("second")],
+                progress=lambda stage, done, total, seen=started: seen.append(stage),
+            )
+        assert started == []  # nothing runs before the error
