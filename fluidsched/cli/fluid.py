@@ -18,6 +18,7 @@ from fluidsched.cli.inputs import (
     LoadOption,
     ModelOption,
     OutFileOption,
+    QuietOption,
     ServerOption,
     TpOption,
     WorkloadOption,
@@ -28,7 +29,7 @@ from fluidsched.cli.inputs import (
     server_and_number,
     typed_workload,
 )
-from fluidsched.cli.outputs import show, show_values, write_new
+from fluidsched.cli.outputs import check_new, show, show_values, write_new
 from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def solve(
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Solve the fluid program: what load fits, whom the optimum admits, what binds, what each type costs.
 
@@ -167,13 +169,12 @@ def _export(program: FluidProgram, path: Path, force: bool) -> None:
     from fluidsched.fluid.export import column_frame, row_frame, write_program
 
     check_choice("ending of --export", path.suffix, (".lp", ".mps", ".json"))
+    check_new("--export", path, force)
     if path.suffix == ".json":
         frames = {"rows": row_frame(program.model), "columns": column_frame(program.model)}
         values = {name: frame.reset_index().to_dict("records") for name, frame in frames.items()}
         write_new(path, _files.dumps(_files.to_jsonable({"schema": "fluidsched.program/1", **values})), force)
         return
-    if path.exists() and not force:
-        raise InputError("--export", str(path), "name a file that does not exist", "Or add --force.")
     write_program(program.model, path)
 
 
@@ -193,6 +194,7 @@ def region(
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Say how far from instability a workload is, resource by resource, beside the conditions of three papers.
 
@@ -269,6 +271,7 @@ def transient(
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Plan admissions and replicas against demand that varies: backlog, holding cost, ramps.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,9 +44,19 @@ ServerOption = Annotated[
     Path | None,
     typer.Option("--server", metavar="SPEC", help="A server spec (.toml/.json) instead of the catalog."),
 ]
+
+
+def _silence(quiet: bool) -> bool:
+    """Only errors are logged after --quiet."""
+    if quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    return quiet
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")
+    bool,
+    typer.Option("--quiet", "-q", callback=_silence, help="No progress and no remarks on standard error."),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Write over files that are there.")]
 WarmupOption = Annotated[
@@ -168,7 +179,13 @@ def server_and_number(option: str, text: str, model: str | None, what: str) -> t
     gpu, colon, degree = name.partition(":")
     if colon and not degree.isdecimal():
         raise InputError(option, text, "have a whole tensor-parallel degree after the colon")
-    return load_server(gpu, model, int(degree) if colon else None, None), number
+    try:
+        return load_server(gpu, model, int(degree) if colon else None, None), number
+    except InputError as error:
+        if error.argument == "model":
+            raise
+        named = f"{option} {text}: {error.argument}"
+        raise InputError(named, error.received, error.required, error.remedy) from None
 
 
 def per_type(option: str, given: list[str], names: tuple[str, ...], rest: float | None) -> list[float]:
@@ -211,10 +228,10 @@ def sampling_options(replay: bool, **options: float | None) -> dict[str, Any]:
     return given
 
 
-def load_solution(path: Path) -> FluidSolution:
+def load_solution(path: Path, argument: str = "solution") -> FluidSolution:
     from fluidsched.fluid import FluidSolution
 
-    return read_as("solution", path, FluidSolution.from_dict)
+    return read_as(argument, path, FluidSolution.from_dict)
 
 
 def load_table(name: str) -> PolicyTable:
@@ -241,4 +258,6 @@ def load_table(name: str) -> PolicyTable:
             f"be one of {', '.join(stock)} or an existing .json or .csv table file",
             f"Did you mean {near[0]!r}?" if near else "",
         )
-    return PolicyTable.from_csv(path) if path.suffix.lower() == ".csv" else PolicyTable.from_json(path)
+    if path.suffix.lower() == ".csv":
+        return PolicyTable.from_csv(path)
+    return read_as("table", path, PolicyTable.from_dict)

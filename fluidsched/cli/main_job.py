@@ -29,6 +29,7 @@ from fluidsched.cli.inputs import (
     sampling_options,
 )
 from fluidsched.cli.outputs import emit, progress_bar
+from fluidsched.errors import InputError
 
 
 def plan(
@@ -69,12 +70,14 @@ def plan(
     fluidsched plan --workload trace.csv --replay --out results
     """
     from fluidsched import planning, reporting
-    from fluidsched.workload import workloads
+    from fluidsched.workload import ArrivalPath, workloads
 
     sampling = sampling_options(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
     the_server = load_server(gpu, model, tp, server)
     name = "azure_conv" if workload is None else workload
     asked = load_workload(name)
+    if replay and not isinstance(asked, ArrivalPath):
+        raise InputError("--replay", f"--workload {name}", "come with a trace as --workload")
     load = 0.8 if load is None and name in workloads.names() else check_load(load)
     with reporting.run_directory(out, force=force) as directory, progress_bar(quiet) as progress:
         result = planning.plan(

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from typer.models import OptionInfo
+
 from fluidsched import _files
 from fluidsched.errors import FluidschedError, InfeasibleError, InputError
 
 EXIT_NO_ANSWER, EXIT_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+LIBRARY_NAMES = {
+    "tensor_parallel": "tp",
+    "knobs": "knob",
+    "max_iteration_time": "itl_target",
+    "chunk_tokens": "chunk",
+    "fairness_floor": "floor",
+    "targets['p99_ttft']": "ttft_p99",
+    "targets['p99_tpot']": "tpot_p99",
+}
+"""Arguments of the library whose option goes by another name."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,15 +37,41 @@ def leave(message: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+def options_of(function: Callable[..., object]) -> dict[str, str]:
+    """The option (`--itl-target`) by the name of its parameter, and by the option's own name in Python's letters."""
+    found = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        for info in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                words = (
+                    info.default,
+                    *(info.param_decls or ()),
+                )  # within Annotated the first lies in `default`
+                long = [word for word in words if isinstance(word, str) and word.startswith("--")]
+                option = long[0] if long else "--" + name.replace("_", "-")
+                found[name] = found[option.removeprefix("--").replace("-", "_")] = option
+    return found
+
+
+def in_options(error: InputError, options: dict[str, str]) -> str:
+    """The sentence of an error of the library, its argument called as on the command line."""
+    argument = LIBRARY_NAMES.get(error.argument, error.argument)
+    if argument not in options:
+        return str(error)
+    return str(InputError(options[argument], error.received, error.required, error.remedy))
+
+
 def answers(function: Callable[P, R]) -> Callable[P, R]:
     """Turn the library's errors into a sentence on stderr and the documented exit status."""
+
+    options = options_of(function)
 
     @functools.wraps(function)
     def command(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except InputError as error:
-            leave(str(error), EXIT_INPUT)
+            leave(in_options(error, options), EXIT_INPUT)
         except InfeasibleError as error:
             leave(str(error), EXIT_NO_ANSWER)
         except FluidschedError as error:
@@ -68,11 +108,15 @@ def emit(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_new(out: Path, text: str, force: bool) -> None:
-    if out.exists() and not force:
+def check_new(option: str, path: Path, force: bool) -> None:
+    if path.exists() and not force:
         raise InputError(
-            "--out", str(out), "name a file that does not exist", "Choose another, or add --force."
+            option, str(path), "name a file that does not exist", "Choose another, or add --force."
         )
+
+
+def write_new(out: Path, text: str, force: bool) -> None:
+    check_new("--out", out, force)
     _files.write_whole(out, text)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fluidsched.cli.inputs import ForceOption, JsonOption, OutFileOption, load_solution
+from fluidsched.cli.inputs import ForceOption, JsonOption, OutFileOption, QuietOption, load_solution
 from fluidsched.cli.outputs import emit, write_new
 from fluidsched.errors import InputError
 
@@ -36,9 +36,11 @@ def compile_(
     ] = None,
     buffer: Annotated[str | None, typer.Option(help="nested-wait: exact (default) or lundberg.")] = None,
     mode: Annotated[str | None, typer.Option(help="lookahead: law (default), known or reserve.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the table (default: its kind).")] = None,
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Compile a solution into a policy table an online scheduler can follow, with its certificate.
 
@@ -70,6 +72,8 @@ def compile_(
         buffer=buffer,
         mode=mode,
     )
+    if name is not None:
+        table = table.renamed(name)
     text = table.to_json()
     if out is not None:
         write_new(out, table.to_csv() if out.suffix.lower() == ".csv" else text, force)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fluidsched import _files
-from fluidsched.cli.inputs import ForceOption, JsonOption
-from fluidsched.cli.outputs import emit, write_new
+from fluidsched.cli.inputs import ForceOption, JsonOption, QuietOption
+from fluidsched.cli.outputs import check_new, emit, write_new
 from fluidsched.errors import InputError
 
 
@@ -17,6 +17,7 @@ def catalog(
     gpu: Annotated[str | None, typer.Option(help="Only this GPU.")] = None,
     model: Annotated[str | None, typer.Option(help="Only this model.")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """List the GPUs and models with measured iteration times, their capacity and the errors of their fits.
 
@@ -65,6 +66,7 @@ def calibrate(
     ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Fit a server's iteration time to measured iterations; a fit that cannot be trusted is refused.
 
@@ -88,8 +90,7 @@ def calibrate(
     if plot is not None:
         if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise InputError("--plot", str(plot), "end in .png, .pdf or .svg")
-        if plot.exists() and not force:
-            raise InputError("--plot", str(plot), "name a file that does not exist", "Add --force.")
+        check_new("--plot", plot, force)
     if out is not None:
         write_new(out, fitted.server.to_json(), force)
     if plot is not None:

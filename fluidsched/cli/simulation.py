@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,9 @@ from fluidsched.cli.inputs import (
 )
 from fluidsched.cli.outputs import progress_bar, show
 from fluidsched.errors import InputError
+
+if TYPE_CHECKING:
+    from fluidsched.policy import PolicyTable
 
 
 def simulate(
@@ -70,7 +73,7 @@ def simulate(
     from fluidsched.workload import ArrivalPath
 
     sampling = sampling_options(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
-    policies = [load_table(name) for name in tables]
+    policies = _load_differently_named(tables)
     options: dict[str, Any] = {"check": check} if engine is None else {"engine": engine, "check": check}
     if solution is not None:
         for option, value in (
@@ -118,6 +121,20 @@ def simulate(
     return show(result, out, force, as_json)
 
 
+def _load_differently_named(files: list[str]) -> list[PolicyTable]:
+    tables = [load_table(file) for file in files]
+    names = [table.name for table in tables]
+    for file, name in zip(files, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(
+                "tables",
+                f"{names.count(name)} called {name}, {file} first",
+                "have different names",
+                "`compile --name` gives a table a name of its own.",
+            )
+    return tables
+
+
 def compare(
     result: Annotated[Path | None, typer.Argument(help="A result written by `simulate --out`.")] = None,
     measured: Annotated[
@@ -148,6 +165,7 @@ def compare(
     out: OutFileOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Set simulated policies beside each other, and each against every bound; or a measured run beside its simulation.
 
@@ -178,7 +196,7 @@ def compare(
     runs = read_as("result", result, SimulationResult.from_dict)
     comparison = set_beside(
         runs,
-        bound=None if bound is None else load_solution(bound),
+        bound=None if bound is None else load_solution(bound, "--bound"),
         baseline=baseline,
         tables=[load_table(name) for name in tables or []],
     )

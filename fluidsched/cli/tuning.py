@@ -24,7 +24,7 @@ from fluidsched.cli.inputs import (
     load_workload,
     typed_workload,
 )
-from fluidsched.cli.outputs import progress_bar, show
+from fluidsched.cli.outputs import check_new, progress_bar, show
 from fluidsched.errors import InputError
 
 
@@ -93,6 +93,13 @@ def tune(
 
     if kind is not None and table is not None:
         raise InputError("--kind", kind, "be left out with --table")
+    if aim == "goodput" and not slo:
+        raise InputError(
+            "--slo", "none", "be given to tune goodput", "For example --slo ttft=1 --slo tpot=0.1."
+        )
+    for option, path_out in (("--table-out", table_out), ("--out", out)):
+        if path_out is not None:
+            check_new(option, path_out, force)
     on = load_server(gpu, model, tp, server)
     demand = typed_workload(workload, load, on)
     path: ArrivalPath | None = None
@@ -120,8 +127,6 @@ def tune(
             progress=progress,
         )
     if table_out is not None:
-        if table_out.exists() and not force:
-            raise InputError("--table-out", str(table_out), "not exist", "Use --force to write over it.")
         found.best.to_json(table_out)
     return show(found, out, force, as_json)
 

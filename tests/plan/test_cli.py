@@ -277,6 +277,72 @@ class TestFailsWell:
         assert done.returncode == 2
         assert "--lood" in done.stderr
 
+    @pytest.mark.parametrize(
+        ("arguments", "option"),
+        [
+            (("plan", "--gpu", "a10"), "--gpu"),
+            (("plan", "--tp", "3"), "--tp"),
+            (("plan", "--replay"), "--replay"),
+            (("solve", "--objective", "money"), "--objective"),
+            (("simulate", "vllm", "--engine", "fast"), "--engine"),
+            (("simulate", "vllm", "--warmup", "1e9"), "--warmup"),
+            (("compare", "RESULT", "--bound", "no.json"), "--bound"),
+            (("compare", "RESULT", "--table", "no.json"), "--table"),
+            (("capacity", "--cost", "a10=1"), "--cost a10=1: gpu"),
+            (("capacity", "--cost", "a100=1", "--itl-target", "-1"), "--itl-target"),
+            (("capacity", "--cost", "a100=1", "--verify", "--ttft-p99", "-1"), "--ttft-p99"),
+            (("sweep", "no.toml", "--out", "s"), "spec"),
+            (("tune", "goodput"), "--slo"),
+            (("tune", "mean_ttft", "--knob", "speed=1:2"), "--knob"),
+            (("tune", "mean_ttft", "--workers", "0"), "--workers"),
+            (("calibrate", "POINTS", "--kv-capacity", "-1"), "--kv-capacity"),
+            (("catalog", "--model", "gpt-9"), "--model"),
+        ],
+    )
+    def test_the_sentence_names_the_option(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], option: str
+    ) -> None:
+        """What the library calls by its argument, the command line calls by the option as it is typed."""
+        import fluidsched as fs
+        from fluidsched.cli import app
+
+        server = fs.Server(1000, fs.IterationTime.paper(0.01, 1e-7))
+        workload = fs.Workload([fs.RequestType("a", 1.0, 10, 5)])
+        vllm = fs.baselines.vllm()
+        result = fs.simulate(workload, server, [vllm], horizon=5.0, replications=1, engine="reference")
+        places = {"RESULT": tmp_path / "result.json", "POINTS": tmp_path / "points.csv"}
+        places["RESULT"].write_text(json.dumps(result.to_dict()))
+        places["POINTS"].write_text("n_tok,batch_decode,kv_tok,pre_attn,t_s\n1,1,10,0,0.01\n")
+        with pytest.raises(SystemExit) as left:
+            app([str(places.get(word, word)) for word in arguments])
+        assert left.value.code == 2
+        assert capsys.readouterr().err.startswith(f"fluidsched: {option} ")
+
+    def test_two_tables_of_one_name(self, tmp_path: Path) -> None:
+        """Refused with the way out, which works."""
+        assert fluidsched("solve", "--out", "s.json", cwd=tmp_path).returncode == 0
+        for file, name in (("a.json", ()), ("b.json", ()), ("c.json", ("--name", "other"))):
+            done = fluidsched("compile", "s.json", *name, "--out", file, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+        short = ("--solution", "s.json", "--horizon", "5", "--replications", "1")
+        self.check(
+            fluidsched("simulate", "a.json", "b.json", *short, cwd=tmp_path), "capped", "compile --name"
+        )
+        done = fluidsched("simulate", "a.json", "c.json", *short, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert re.search("^other ", done.stdout, flags=re.MULTILINE)
+
+    def test_tune_looks_at_its_files_before_the_search(self, tmp_path: Path) -> None:
+        """A search of minutes does not end in "the file exists"."""
+        (tmp_path / "best.json").write_text("{}")
+        done = fluidsched("tune", "mean_ttft", "--out", "best.json", cwd=tmp_path, timeout=30.0)
+        self.check(done, "--out", "best.json", "--force")
+
+    def test_interrupt_while_the_command_line_loads(self, tmp_path: Path) -> None:
+        """Ctrl-C during an import: 130 and a sentence. The module that stands in for typer presses it."""
+        (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+        self.check(fluidsched("--help", cwd=tmp_path), "interrupted", status=130)
+
     def test_interrupt_leaves_whole_files_and_status_130(self, tmp_path: Path) -> None:
         """Ctrl-C in the middle of the simulation: 130, no traceback, nothing half-written."""
         process = subprocess.Popen(
@@ -379,6 +445,32 @@ class TestChain:
         some = json.loads(fluidsched("catalog", "--gpu", "h200", "--json", cwd=tmp_path).stdout)
         assert 0 < len(some) < 153
         assert {entry["gpu"] for entry in some} == {"h200"}
+
+
+class TestHelp:
+    """What a new user reads first."""
+
+    def test_every_command_shows_examples_with_options_it_has_and_answers_json_quietly(self) -> None:
+        """An option in an example is an option of that command; --json and --quiet are everywhere."""
+        import typer.main
+
+        from fluidsched.cli import COMMANDS, app
+
+        group = typer.main.get_group(app)
+        for name in COMMANDS:
+            command = group.get_command(None, name)  # type: ignore[arg-type]  # the context is not used
+            assert command is not None
+            known = {word for parameter in command.params for word in parameter.opts}
+            assert {"--json", "--quiet"} <= known, name
+            examples = re.findall(rf"^fluidsched {name} (.+)$", command.help or "", flags=re.MULTILINE)
+            assert examples, name
+            for example in examples:
+                assert set(re.findall(r"--[a-z0-9-]+", example)) <= known, example
+
+    def test_no_colour_where_there_is_no_terminal(self, tmp_path: Path) -> None:
+        for arguments in (("--help",), ("plan", "--help"), ("plan", "--lood", "1")):
+            done = fluidsched(*arguments, cwd=tmp_path)
+            assert "\x1b" not in done.stdout + done.stderr
 
 
 class TestSpecs:
