@@ -295,7 +295,7 @@ class TestFailsWell:
             (("tune", "goodput"), "--slo"),
             (("tune", "mean_ttft", "--knob", "speed=1:2"), "--knob"),
             (("tune", "mean_ttft", "--workers", "0"), "--workers"),
-            (("calibrate", "POINTS", "--kv-capacity", "-1"), "--kv-capacity"),
+            (("calibrate", "POINTS", "--kv-capacity", "9", "--form", "cubic"), "--form"),
             (("catalog", "--model", "gpt-9"), "--model"),
         ],
     )
