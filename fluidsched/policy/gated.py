@@ -88,8 +88,8 @@ class GatedPlan:
 
 
 class _Spacing:
-    """Bounds on what spaced entries hold, tabulated: 12 periods per octave (4 for many types), others at the
-    next below."""
+    """Bounds on what spaced entries hold, tabulated as they are asked for: 12 periods per octave (4 for many
+    types), others at the next below."""
 
     def __init__(self, problem: Problem, token_budget: float) -> None:
         decodes = min(problem.slots, token_budget / 2.0)
@@ -104,12 +104,18 @@ class _Spacing:
         density = 12 if problem.size <= MANY else 4
         steps = np.exp2(np.arange(0.0, math.log2(ages) + 1 / density, 1 / density))
         self._periods = np.unique(np.append(np.floor(steps), ages)).astype(np.int64)
-        self._bounds = np.stack([self._profile.bound(int(k)) for k in self._periods])
+        self._bounds = np.empty((len(self._periods), 4, len(lag)))
+        self._known = np.zeros(len(self._periods), dtype=np.bool_)
         self._rows = np.arange(len(lag))
 
     def per_request(self, period: IntArray) -> FloatArray:
         """(4, A): mean and variance of KV, mean and variance of the number, per unit of threshold."""
         at = np.searchsorted(self._periods, period, side="right") - 1
+        asked = np.zeros_like(self._known)
+        asked[at] = True
+        for i in np.flatnonzero(asked & ~self._known).tolist():
+            self._bounds[i] = self._profile.bound(int(self._periods[i]))
+            self._known[i] = True
         return np.asarray(self._bounds[at, :, self._rows].T)
 
     @property

@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+WIDE = 1_000  # values per block, all rows together, from which blocks are added one by one
 
 
 def normal_quantile(overflow_probability: float) -> float:
@@ -112,14 +113,25 @@ class StageProfile:
         """h and v of the module's text, (J, L) each: tokens, tokens²."""
         return self.held(0)
 
-    def block(self, k: int) -> BlockProfile:
-        """How stages add up in blocks of k iterations, 1 ≤ k ≤ L."""
-        mean, variance = self.kv
-        paused_mean, paused_variance = (x[:, k::k].sum(axis=1) for x in self.held(-1))
+    @cached_property
+    def paused_kv(self) -> tuple[FloatArray, FloatArray]:
+        """Mean and variance of its KV between iterations, before the stage's own token, (J, L) each."""
+        return self.held(-1)
+
+    @cached_property
+    def decoding(self) -> tuple[FloatArray, FloatArray]:
+        """Decodes at each stage and the KV tokens they read, in the mean, (J, L) each; none at stage 0."""
         decoding = self.present.copy()
         decoding[:, 0] = 0.0
         read = self.prompt + np.arange(self.stages) * self.present
         read[:, 0] = 0.0
+        return decoding, read
+
+    def block(self, k: int) -> BlockProfile:
+        """How stages add up in blocks of k iterations, 1 ≤ k ≤ L."""
+        mean, variance = self.kv
+        paused_mean, paused_variance = (x[:, k::k].sum(axis=1) for x in self.paused_kv)
+        decoding, read = self.decoding
         return BlockProfile(
             mean=np.maximum(fold(mean, k), paused_mean[:, None]),
             variance=np.maximum(fold(variance, k), paused_variance[:, None]),
@@ -201,6 +213,14 @@ def fold(values: FloatArray, k: int) -> FloatArray:
     """Sum the columns r, k + r, 2k + r, … : (…, J, L) → (…, J, k)."""
     *rows, stages = values.shape
     blocks = -(-stages // k)
+    if k > 1 and values.size > WIDE * blocks:
+        result = np.array(values[..., :k])
+        for start in range(
+            k, stages, k
+        ):  # wide rows: numpy's sum over the middle axis is several times slower
+            block = values[..., start : start + k]
+            result[..., : block.shape[-1]] += block
+        return result
     padded = np.zeros((*rows, blocks * k))
     padded[..., :stages] = values
     return np.asarray(padded.reshape(*rows, blocks, k).sum(axis=-2))

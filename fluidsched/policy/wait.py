@@ -88,6 +88,7 @@ __all__ = [
 
 IntArray = NDArray[np.int64]
 ROUNDING = 1e-12  # relative: n counts as ⌈x⌉ if it is within this of x
+SAFETY = 1e-9  # relative: bounds that cut a search short are taken this much looser
 SLACK_TOLERANCE = 1e-6  # relative, of 1 + ε, when the largest slack is sought
 SEARCH_TOLERANCE = 1e-3  # the same while block lengths are compared
 KEPT = 200_000  # types × stages up to which all block lengths' conditions are kept
@@ -278,15 +279,48 @@ def _plan(problem: Problem, block: _Block, n: FloatArray) -> WaitPlan:
     )
 
 
-def _solve(problem: Problem, k: int, slack: Slack, tolerance: float = SLACK_TOLERANCE) -> WaitPlan | str:
-    """The plan for block length k, or why there is none; `tolerance` of the largest 1 + ε, relative."""
+def _least_wait(problem: Problem, n: FloatArray, cycle: float) -> float:
+    """What the mean wait is at least with thresholds from `n` and cycles from `cycle` on, s: grows with both.
+
+    Half a cycle and the (n − 1)/2 that a full threshold costs; the rest of the queue is left out.
+    """
+    wait = float((n - 1.0).sum() / (2.0 * problem.rate.sum())) + cycle / 2.0
+    return wait * (1.0 - SAFETY)
+
+
+def _least_wait_in_blocks(problem: Problem, k: int, margin: float) -> float:
+    """The same for every table in blocks of k iterations or more, before looking at a block."""
+    low, high = problem.equilibrium(1.0 + margin, k)
+    if low > high:
+        return 0.0
+    n = _whole(problem.rate * low * (1.0 - SAFETY))
+    return _least_wait(problem, n, float((k * problem.coefficients[:, 0] + problem.work @ n).max()))
+
+
+def _solve(
+    problem: Problem,
+    k: int,
+    slack: Slack,
+    tolerance: float = SLACK_TOLERANCE,
+    longest_wait: float = math.inf,
+) -> WaitPlan | str:
+    """The plan for block length k, or why there is none; `tolerance` of the largest 1 + ε, relative.
+
+    "wait": it is given up, because its mean wait is longer than `longest_wait`.
+    """
     if _memory_over_a_block(problem, k) > problem.capacity * (1 + ROUNDING):
         return "memory"
     block = _Block(problem, k)
+    reached = (
+        0.0  # T_k of thresholds found so far: those of a larger margin are no smaller, nor is their cycle
+    )
 
     def at(stretch: float) -> FloatArray | str:
         low, high = problem.equilibrium(stretch, k)
-        return "time" if low > high else least_thresholds(block, stretch, (low, high))
+        if low > high:
+            return "time"
+        start = max(low, stretch * reached * (1.0 - SAFETY))
+        return least_thresholds(block, stretch, (start, high))
 
     if slack != "auto":
         n = at(1.0 + slack)
@@ -294,10 +328,14 @@ def _solve(problem: Problem, k: int, slack: Slack, tolerance: float = SLACK_TOLE
     best = at(1.0)
     if isinstance(best, str):
         return best
+    reached = block.cycle_time(best)
     low = 1.0 + _plan(problem, block, best).slack
     high = 2.0 * low
     while not isinstance(found := at(high), str):
         best, low, high = found, high, 2.0 * high
+        reached = block.cycle_time(best)
+        if _least_wait(problem, best, reached) > longest_wait:
+            return "wait"
     while high - low > tolerance * low:
         middle = (low + high) / 2.0
         found = at(middle)
@@ -305,6 +343,9 @@ def _solve(problem: Problem, k: int, slack: Slack, tolerance: float = SLACK_TOLE
             high = middle
         else:
             best = found
+            reached = block.cycle_time(best)
+            if _least_wait(problem, best, reached) > longest_wait:
+                return "wait"
             low = max(middle, 1.0 + _plan(problem, block, best).slack)
     return _plan(problem, block, best)
 
@@ -315,7 +356,9 @@ def _memory_over_a_block(problem: Problem, k: int) -> float:
     if low > high:
         return 0.0
     least = np.maximum(problem.rate * low * (1 - ROUNDING), 1.0)
-    return float(least @ problem.memory_profile.kv[0].sum(axis=1)) / k
+    if "life_kv" not in problem.shared:
+        problem.shared["life_kv"] = problem.memory_profile.kv[0].sum(axis=1)
+    return float(least @ problem.shared["life_kv"]) / k
 
 
 def _check_limited(problem: Problem, slack: Slack) -> None:
@@ -335,9 +378,10 @@ def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterat
     margin = 0.0 if slack == "auto" else slack
     best: WaitPlan | None = None
     for k in lengths:
-        if best is not None and problem.equilibrium(1.0 + margin, k)[0] > 2.0 * (1.0 + margin) * best.wait:
-            break  # half a cycle alone is a longer wait, and cycles of longer blocks are longer
-        plan = _solve(problem, k, slack, SEARCH_TOLERANCE)
+        longest = math.inf if best is None else best.wait
+        if _least_wait_in_blocks(problem, k, margin) > longest:
+            break  # and longer blocks wait longer
+        plan = _solve(problem, k, slack, SEARCH_TOLERANCE, longest)
         if not isinstance(plan, str) and (best is None or plan.wait < best.wait):
             best = plan
     if best is not None:

@@ -15,7 +15,7 @@ import fluidsched as fs
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy import compile_policy, wait_curve
 from fluidsched.policy.problem import Problem, queue_estimate
-from fluidsched.policy.wait import _Block, block_lengths
+from fluidsched.policy.wait import SEARCH_TOLERANCE, _Block, _solve, block_lengths, plan_wait
 from fluidsched.queues import embedded_queue_mean
 from fluidsched.simulation.reference import run_reference
 
@@ -424,3 +424,22 @@ def test_queue_estimate_is_near_the_exact_mean(n, load):
     exact = embedded_queue_mean(n, n * load, wait=False)
     estimate = float(queue_estimate(np.array([float(n)]), np.array([n * load]))[0])
     assert abs(estimate - exact) <= max(0.1, 0.1 * exact)
+
+
+@pytest.mark.parametrize("slack", ["auto", 0.05])
+@pytest.mark.parametrize("count", [1, 5, 30])
+def test_search_over_blocks_gives_up_only_on_longer_waits(count, slack):
+    """The block length chosen is that of the full search, in which every length is solved to the end."""
+    rng = np.random.default_rng(count)
+    types = [
+        fs.RequestType(f"t{j}", 0.1 + rng.random(), int(rng.integers(20, 900)), int(rng.integers(2, 90)))
+        for j in range(count)
+    ]
+    server = fs.Server(3e6, fs.IterationTime.affine(0.01, 1e-5, 4e-5, 3e-8))
+    fluid = fs.solve_fluid(fs.Workload(types).at_load(0.5, server), server)
+    problem = Problem.of(fluid, 0.01)
+    plans = [_solve(problem, k, slack, SEARCH_TOLERANCE) for k in block_lengths(problem.mean_profile.stages)]
+    waits = [plan.wait for plan in plans if not isinstance(plan, str)]
+    assert len(set(waits)) > 1
+    best = next(plan for plan in plans if not isinstance(plan, str) and plan.wait == min(waits))
+    assert plan_wait(problem, fluid, slack, None).block_iterations == best.block_iterations
