@@ -38,6 +38,7 @@ __all__ = [
     "COLOURS",
     "calibration",
     "capacity_curve",
+    "fair_curve",
     "fair_shares",
     "fleet_checks",
     "kv_occupancy",
@@ -366,6 +367,45 @@ def fair_shares(solutions: Sequence[FairSolution], *, ax: Axes | None = None) ->
     )
     axes.set_ylabel("rate (req/s)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, **_LEGEND)
+    return axes
+
+
+def fair_curve(solutions: Sequence[FairSolution], *, ax: Axes | None = None) -> Axes:
+    """Share of each type against the degree of fairness α, on the scale α/(1 + α) that has room for infinity.
+
+    Parameters
+    ----------
+    solutions : sequence of FairSolution
+        Of one workload, with different α; drawn by α.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    InputError
+        If there is no solution, or the types differ.
+    """
+    kinds = {solution.fluid.workload.type_names for solution in solutions}
+    if len(kinds) != 1:
+        raise InputError(
+            "solutions", f"{len(kinds)} sets of types", "be of one workload, at least one solution"
+        )
+    (names,) = kinds
+    ordered = sorted(solutions, key=lambda solution: solution.alpha)
+    place = [1.0 if np.isinf(one.alpha) else one.alpha / (1.0 + one.alpha) for one in ordered]
+    share = np.stack([solution.share for solution in ordered])
+    axes = _axes(ax)
+    for position, name in enumerate(names):
+        axes.plot(place, share[:, position], marker=".", label=name, **_look(position))
+    axes.set_xticks([0.0, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0], ["0", "½", "1", "2", "5", "∞"])
+    axes.set_xlabel("degree of fairness α (0: total, 1: proportional, ∞: max-min)")
+    axes.set_ylabel("share (per second)")
+    axes.set_ylim(bottom=0.0)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, **_LEGEND)
     return axes
 
 

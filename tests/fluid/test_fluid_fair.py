@@ -388,3 +388,15 @@ def test_infeasible_floors_are_named() -> None:
     """Floors beyond the server: the resources they overload and the factor that would do."""
     with pytest.raises(InfeasibleError, match="feasible when multiplied by"):
         fs.solve_fair(mixed(), two_piece_server(), 1.0, fairness_floor=0.9)
+
+
+def test_fair_curve_draws_every_share_by_alpha() -> None:
+    """One line per type, ordered by α whatever the order given, infinity at the right end."""
+    workload = fs.Workload([fs.RequestType("a", 9.0, 125, 1), fs.RequestType("b", 9.0, 500, 1)])
+    server = fs.Server(float("inf"), fs.IterationTime.affine(1e-9, 1e-3, 0.0, 0.0))
+    axes = fs.plots.fair_curve([fs.solve_fair(workload, server, a) for a in (float("inf"), 0.0, 1.0)])
+    lines = [np.asarray(line.get_xydata()) for line in axes.get_lines()]
+    assert lines[0] == pytest.approx(np.array([[0.0, 8.0], [0.5, 4.0], [1.0, 1.6]]), abs=1e-6)
+    assert lines[1] == pytest.approx(np.array([[0.0, 0.0], [0.5, 1.0], [1.0, 1.6]]), abs=1e-6)
+    with pytest.raises(InputError, match="solutions"):
+        fs.plots.fair_curve([])
