@@ -47,6 +47,14 @@ def sweep(
     Example:
 
     fluidsched sweep loads.toml --out loads --workers 4
+
+    with these three lines as loads.toml:
+
+    base.server = { gpu = "a100-80gb", model = "llama-2-7b" }
+
+    base.workload = "azure_conv"
+
+    grid = { workload.load = [0.6, 0.8], policy = ["vllm", "capped"] }
     """
     from fluidsched.sweeps import sweep as run
 

@@ -467,6 +467,21 @@ class TestHelp:
             for example in examples:
                 assert set(re.findall(r"--[a-z0-9-]+", example)) <= known, example
 
+    def test_the_sweep_its_help_shows_runs(self, tmp_path: Path) -> None:
+        """Every cell of the spec in the help is carried out (shorter, for time)."""
+        from fluidsched.cli import COMMANDS
+
+        lines = re.findall(
+            r"^ *((?:base|grid)\S* = .+)$", COMMANDS["sweep"].__doc__ or "", flags=re.MULTILINE
+        )
+        assert len(lines) == 3
+        assert max(map(len, lines)) < 79  # not wrapped: to be copied
+        (tmp_path / "loads.toml").write_text("\n".join([*lines, "base.horizon = 20.0"]))
+        done = fluidsched("sweep", "loads.toml", "--out", "loads", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["cells"] == 4
+        assert json.loads(done.stdout)["failed"] == 0
+
     def test_no_colour_where_there_is_no_terminal(self, tmp_path: Path) -> None:
         for arguments in (("--help",), ("plan", "--help"), ("plan", "--lood", "1")):
             done = fluidsched(*arguments, cwd=tmp_path)
