@@ -48,11 +48,13 @@ def sweep(
 
     fluidsched sweep loads.toml --out loads --workers 4
 
-    with these three lines as loads.toml:
+    with these four lines as loads.toml:
 
     base.server = { gpu = "a100-80gb", model = "llama-2-7b" }
 
     base.workload = "azure_conv"
+
+    base.horizon = 600
 
     grid = { workload.load = [0.6, 0.8], policy = ["vllm", "capped"] }
     """
