@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
+import json
 import runpy
 from itertools import product
 from pathlib import Path
@@ -101,23 +100,25 @@ def test_embedded_laws_keep_what_matters_of_the_trace(data_root: Path, name: str
 
 @pytest.mark.data
 def test_the_script_writes_the_embedded_files(data_root: Path) -> None:
-    """Running the script again gives the same files, but for the last digits of sums (a processor's own)."""
+    """Running the script again gives workloads with the same rates, extremes and moments up to degree 3.
+
+    Which 40 points carry a law is decided by a basis that another processor's arithmetic may choose otherwise.
+    """
     script = runpy.run_path(str(ROOT / "scripts" / "make_embedded_workloads.py"))
     texts = script["embedded_workloads"](data_root)
     assert set(texts) == set(fs.workloads.names())
-    folder = Path(fs.__file__).parent / "workload" / "embedded"
     for name, text in texts.items():
-        assert_same((folder / f"{name}.json").read_text(), text)
+        ours, embedded = fs.Workload.from_dict(json.loads(text)), fs.workloads.get(name)
+        assert ours.type_names == embedded.type_names
+        np.testing.assert_allclose(ours.arrival_rate, embedded.arrival_rate, rtol=1e-12)
+        for end in ("minimum_prompt", "maximum_prompt", "minimum_output", "maximum_output"):
+            assert [getattr(t.law, end) for t in ours.types] == [getattr(t.law, end) for t in embedded.types]
+        for i, j in product(range(4), repeat=2):
+            if i + j <= 3:
+                np.testing.assert_allclose(ours.moment(i, j), embedded.moment(i, j), rtol=1e-9)
     for name, text in script["rate_profiles"](data_root).items():
-        assert_same((folder / "profiles" / f"{name}.json").read_text(), text)
-
-
-def assert_same(theirs: str, ours: str) -> None:
-    """The same text around the numbers, whole numbers equal, others within 1e-12."""
-    number = re.compile(r"-?\d+\.?\d*(?:[eE][-+]?\d+)?")
-    assert number.sub("#", theirs) == number.sub("#", ours)
-    for left, right in zip(number.findall(theirs), number.findall(ours), strict=True):
-        assert left == right or math.isclose(float(left), float(right), rel_tol=1e-12)
+        profile = fs.workloads.rate_profile(name)
+        assert fs.arrivals.from_dict(name, json.loads(text)) == profile
 
 
 def test_rate_profiles_keep_the_rate_and_add_the_drift() -> None:
