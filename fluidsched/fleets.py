@@ -20,8 +20,13 @@ and confidence 1 − δ the i-th confirmation of a pool asks of every target tha
 
 over the R replications' values (Student). Σ_i δ_i ≤ δ/(K M), so with probability at least 1 − δ no fleet is reported
 whose expected measure, at this horizon and warm-up, lies above a target (Bonferroni over pools, targets and
-confirmations; replications' values taken as normal). A value that is only a lower bound, because requests were still
-waiting at the end, and a backlog that grows significantly never meet a target.
+confirmations; replications' values taken as normal).
+
+*The end of a run.* Judged are the requests that arrive between the warm-up and the horizon. Others keep arriving
+after it, until those judged have finished: a sixth of the horizon more, then twice as long again and again, on the
+same arrivals, as long as a value is only a lower bound for want of an end. More replicas would not help there; only
+waiting does. A backlog that grows significantly never meets a target, nor does a value still without an end after
+the last doubling.
 """
 
 from __future__ import annotations
@@ -52,6 +57,9 @@ __all__ = ["FleetCheck", "VerifiedCapacity", "verify_capacity"]
 SCHEMA = "fluidsched.verified-capacity/1"
 
 Progress = Callable[[str, int, int], None]
+
+#: How often the time after the horizon is doubled for requests that have not finished.
+_DOUBLINGS = 6
 Verdict = Literal["met", "missed", "undecided"]
 
 
@@ -219,9 +227,8 @@ def verify_capacity(
     policy : PolicyTable, optional
         What every replica runs; default `baselines.vllm()`.
     horizon, warmup : float, optional
-        Simulated seconds of every replica, and how many of them are left out (default: a sixth). The default
-        horizon is 600 mean times in service by the fluid plan and 4 000 arrivals: requests still in service at
-        the end are then too few to reach into a p99.
+        The requests judged arrive between the two, s; the warm-up is a sixth by default. The default horizon is
+        600 mean times in service by the fluid plan and 4 000 arrivals. Runs go on after it until they have finished.
     replications : int
         R ≥ 2 independent runs for each number of replicas tried.
     seed : int
@@ -267,6 +274,7 @@ def verify_capacity(
         )
     routed = plan.routing.routed_rate
     span = _long_enough(plan) if horizon is None else check_real("horizon", horizon, above=0.0)
+    start = span / 6 if warmup is None else check_real("warmup", warmup, minimum=0.0, below=span)
     active = [k for k, rate in enumerate(routed) if plan.replicas[k] > 0 and rate.any()]
     error = (1.0 - level) / max(len(active) * len(asked), 1)
     replicas, checks = plan.replicas.copy(), []
@@ -277,7 +285,7 @@ def verify_capacity(
             plan.workload.with_rates(routed[k]),
             asked,
             table,
-            (span, warmup, runs),
+            (span, start, runs),
             np.random.SeedSequence(check_count("seed", seed), spawn_key=(k,)),
             error,
             progress,
@@ -294,7 +302,7 @@ def verify_capacity(
     settings = {
         "confidence": level,
         "horizon_s": span,
-        "warmup_s": span / 6 if warmup is None else warmup,
+        "warmup_s": start,
         "replications": runs,
         "seed": seed,
     }
@@ -325,7 +333,7 @@ class _PoolTrial:
         workload: Workload,
         targets: Mapping[str, float],
         policy: PolicyTable,
-        sampling: tuple[float, float | None, int],
+        sampling: tuple[float, float, int],
         seeds: np.random.SeedSequence,
         error: float,
         progress: Progress | None,
@@ -335,6 +343,7 @@ class _PoolTrial:
         self._search_seed, self._seeds = seeds.spawn(1)[0], seeds
         self._error, self._progress = error, progress
         self._tried = 0
+        self._falls_behind = False
         self.checks: list[FleetCheck] = []
 
     def least(self, fewest: int, limit: int) -> int:
@@ -364,28 +373,14 @@ class _PoolTrial:
         seed: np.random.SeedSequence,
         error: float,
     ) -> bool:
-        from fluidsched.simulation import simulate
-
-        horizon, warmup, count = self._sampling
-        runs = simulate(
-            self._workload.with_rates(self._workload.arrival_rate / replicas),
-            self._server,
-            self._policy,
-            horizon=horizon,
-            warmup=warmup,
-            replications=count,
-            seed=seed,
-        )
-        outcome = runs.outcome(self._policy.name)
-        verdict = runs.verdict(self._policy.name)
-        falls_behind = verdict == "unstable" or verdict.startswith("stuck")
+        values, is_bound, self._falls_behind = self._measured(replicas, seed)
         made = [
             _check(
                 (self._name, replicas, step),
                 measure,
                 target,
-                outcome.values[measure],
-                falls_behind or bool(outcome.lower_bounds[measure].any()),
+                values[measure],
+                self._falls_behind or is_bound[measure],
                 error,
             )
             for measure, target in self._targets.items()
@@ -396,6 +391,43 @@ class _PoolTrial:
             self._progress(f"verify {self._name}", self._tried, self._tried)
         return all(check.verdict == "met" for check in made)
 
+    def _measured(
+        self, replicas: int, seed: np.random.SeedSequence
+    ) -> tuple[dict[str, NDArray[np.float64]], dict[str, bool], bool]:
+        """Return measure → values (R,), measure → whether they are lower bounds, and whether backlog grows."""
+        from fluidsched.simulation import simulate
+        from fluidsched.simulation.measures import latency_statistic
+
+        horizon, warmup, count = self._sampling
+        name = self._policy.name
+        share = self._workload.with_rates(self._workload.arrival_rate / replicas)
+        longer = horizon / 6
+        for _ in range(_DOUBLINGS):
+            runs = simulate(
+                share,
+                self._server,
+                self._policy,
+                horizon=horizon + longer,
+                warmup=warmup,
+                replications=count,
+                seed=seed,
+            )
+            values, is_bound = {}, {}
+            for measure in self._targets:
+                judged = [
+                    latency_statistic(path, runs.run(name, r), warmup, horizon, measure)
+                    for r, path in enumerate(runs.paths)
+                ]
+                values[measure] = np.array([value for value, _ in judged])
+                is_bound[measure] = any(bound for _, bound in judged)
+            verdict = runs.verdict(name)
+            falls_behind = verdict == "unstable" or verdict.startswith("stuck")
+            missed = any(is_bound[m] and values[m].min() > t for m, t in self._targets.items())
+            if falls_behind or missed or not any(is_bound.values()):
+                break
+            longer *= 2
+        return values, is_bound, falls_behind
+
     def _nearest_miss(self, limit: int) -> InfeasibleError:
         last = [c for c in self.checks if c.replicas == limit and c.verdict != "met"]
         shown = "; ".join(
@@ -403,14 +435,21 @@ class _PoolTrial:
             for c in last
         )
         horizon = self._sampling[0]
-        unfinished = (
-            f" Requests still unfinished at {horizon:g} s leave a measure without an upper limit: simulate longer."
-            if any(math.isinf(c.high) for c in last)
-            else ""
+        longest = horizon / 6 * 2 ** (_DOUBLINGS - 1)
+        open_ended = any(math.isinf(c.high) and c.verdict == "undecided" for c in last)
+        reason = (
+            " Its backlog grows."
+            if self._falls_behind
+            else (
+                f" Requests that arrived before {horizon:g} s are still unfinished {longest:g} s later, which leaves"
+                " a measure without an upper limit."
+                if open_ended
+                else ""
+            )
         )
         return InfeasibleError(
             f"{limit} replicas of {self._name!r} do not meet the targets: {shown}. Allow more replicas, a longer"
-            f" time, or another server or policy; where even an idle server is too slow no number helps.{unfinished}",
+            f" time, or another server or policy; where even an idle server is too slow no number helps.{reason}",
             "slo",
         )
 

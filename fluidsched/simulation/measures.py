@@ -82,7 +82,7 @@ _REJECTED = STATUSES.index("rejected")
 
 
 def latencies(
-    path: ArrivalPath, run: EngineRun, warmup: float, measure: str
+    path: ArrivalPath, run: EngineRun, warmup: float, measure: str, until: float = math.inf
 ) -> tuple[FloatArray, FloatArray]:
     """Return the observed values of a latency and the least values of the censored requests, s.
 
@@ -94,6 +94,8 @@ def latencies(
     warmup : float
         Requests that arrived earlier are left out, s.
     measure : {"ttft", "tpot", "e2e", "scheduling_delay"}
+    until : float
+        Requests that arrived at or after it are left out, s.
 
     Returns
     -------
@@ -101,7 +103,7 @@ def latencies(
         In order of arrival; together one value per request measured.
     """
     check_choice("measure", measure, LATENCIES)
-    measured = (path.arrival_s >= warmup) & (run.status != _REJECTED)
+    measured = (path.arrival_s >= warmup) & (path.arrival_s < until) & (run.status != _REJECTED)
     start, event = path.arrival_s, run.finish_s
     tokens = np.ones(len(path))
     if measure == "tpot":
@@ -147,6 +149,26 @@ def quantile(ordered: FloatArray, at_least: FloatArray, level: float) -> tuple[f
         low, high = float(ordered[below]), float(ordered[above])
         return low + (rank - below) * (high - low), False
     return float(np.quantile(np.concatenate([ordered, at_least]), level)), True
+
+
+def latency_statistic(
+    path: ArrivalPath, run: EngineRun, warmup: float, until: float, measure: str
+) -> tuple[float, bool]:
+    """Return one statistic of a latency, s, and whether it is a lower bound.
+
+    Parameters
+    ----------
+    path, run, warmup, until
+        As for `latencies`.
+    measure : str
+        Statistic and latency, such as "p99_ttft" or "mean_e2e".
+    """
+    word, latency = measure.split("_", 1)
+    observed, at_least = latencies(path, run, warmup, latency, until)
+    if word != "mean":
+        return quantile(np.sort(observed), at_least, QUANTILES[word])
+    together = np.concatenate([observed, at_least])
+    return (float(together.mean()) if len(together) else math.nan), len(at_least) > 0
 
 
 def check_slo(slo: Mapping[str, float] | None) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy import stats
 import fluidsched as fs
 from fluidsched import fleets
 from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.simulation.measures import latency_statistic
 
 WORKLOAD = fs.Workload([fs.RequestType("chat", 15.0, 500, 60), fs.RequestType("long", 0.6, 5000, 60)])
 SERVER = fs.catalog.server("l40s", "llama-3-8b")
@@ -71,18 +71,13 @@ def test_limits_are_students(verified: fleets.VerifiedCapacity) -> None:
     assert fleets._check(("pool", 1, "search"), "p99_ttft", 0.1, nothing, False, 0.01).verdict == "undecided"
 
 
-class NormalRuns:
-    """Runs whose measure is normal about `mean`, whatever the number of replicas."""
+def give_normal_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of five replications whose p99 TTFT is normal about 1 s, whatever the number of replicas."""
 
-    def __init__(self, mean: float) -> None:
-        self.mean = mean
+    def measured(_: Any, __: int, seed: np.random.SeedSequence) -> Any:
+        return {"p99_ttft": np.random.default_rng(seed).normal(1.0, 0.2, 5)}, {"p99_ttft": False}, False
 
-    def __call__(self, *_: Any, seed: np.random.SeedSequence, replications: int, **__: Any) -> Any:
-        values = np.random.default_rng(seed).normal(self.mean, 0.2, replications)
-        outcome = SimpleNamespace(
-            values={"p99_ttft": values}, lower_bounds={"p99_ttft": np.zeros(replications, bool)}
-        )
-        return SimpleNamespace(outcome=lambda _: outcome, verdict=lambda _: "stable")
+    monkeypatch.setattr(fleets._PoolTrial, "_measured", measured)
 
 
 def test_a_fleet_that_misses_is_seldom_reported(
@@ -92,7 +87,7 @@ def test_a_fleet_that_misses_is_seldom_reported(
 
     Of 300 fleets, each given up to 40 chances, more than 27 reports have probability 0.002 at 5 %.
     """
-    monkeypatch.setattr("fluidsched.simulation.simulate", NormalRuns(1.0))
+    give_normal_measures(monkeypatch)
     reported = 0
     for seed in range(300):
         try:
@@ -109,10 +104,34 @@ def test_a_fleet_that_meets_is_found_at_once(
     plan: fs.fluid.CapacityPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Well below the target the fluid plan's own replicas pass search and confirmation."""
-    monkeypatch.setattr("fluidsched.simulation.simulate", NormalRuns(1.0))
+    give_normal_measures(monkeypatch)
     verified = fs.verify_capacity(plan, {"p99_ttft": 3.0}, horizon=1.0, replications=5)
     assert verified.added.tolist() == [0]
     assert [c.step for c in verified.checks] == ["search", "confirmation"]
+
+
+@pytest.mark.parametrize("measure", ["mean_ttft", "mean_e2e", "p99_tpot"])
+def test_requests_unfinished_at_the_end_buy_no_replicas(measure: str) -> None:
+    """Regression: of 140 requests in 20 s the last 10 are in service at the end; one replica keeps 5 s by far."""
+    workload = fs.Workload([fs.RequestType("chat", 7.0, prompt_tokens=500, output_tokens=100)])
+    plan = fs.plan_capacity(workload, [SERVER], cost=[1.0])
+    fleet = fs.verify_capacity(plan, {measure: 5.0}, horizon=20.0, warmup=5.0, replications=6)
+    assert fleet.replicas.tolist() == [1]
+    assert all(math.isfinite(check.high) for check in fleet.checks)
+
+
+def test_judged_are_the_requests_of_the_window() -> None:
+    """Witness: the mean over those that arrived in it, from the frame of requests of a longer run."""
+    path = WORKLOAD.sample(60.0, seed=5)
+    runs = fs.simulate(path, SERVER, fs.baselines.vllm(), warmup=10.0)
+    frame = runs.requests("vllm")
+    window = frame[(frame.arrival_s >= 10.0) & (frame.arrival_s < 40.0)]
+    run = runs.run("vllm")
+    value, is_bound = latency_statistic(path, run, 10.0, 40.0, "mean_e2e")
+    assert (value, is_bound) == (pytest.approx((window.finish_s - window.arrival_s).mean()), False)
+    value, is_bound = latency_statistic(path, run, 10.0, 40.0, "p90_ttft")
+    ttft = window.first_token_s - window.arrival_s
+    assert (value, is_bound) == (pytest.approx(ttft.quantile(0.9)), False)
 
 
 def test_targets_nobody_meets_show_the_nearest_miss(plan: fs.fluid.CapacityPlan) -> None:
@@ -131,6 +150,7 @@ def test_targets_nobody_meets_show_the_nearest_miss(plan: fs.fluid.CapacityPlan)
         ({"confidence": 1.0}, "confidence"),
         ({"replications": 1}, "replications"),
         ({"seed": -1}, "seed"),
+        ({"horizon": 60.0, "warmup": 60.0}, "warmup"),
     ],
 )
 def test_wrong_input_is_named(plan: fs.fluid.CapacityPlan, asked: dict[str, Any], words: str) -> None:
