@@ -524,14 +524,11 @@ def pools_model(
 
 
 def _routable(workload: Workload, pools: tuple[Pool, ...]) -> NDArray[np.bool_]:
-    bounded = np.array([member.law.is_bounded for member in workload.types])
     rows, largest = [], 0.0
     for pool in pools:
-        held = workload.max_prompt_tokens.astype(np.float64)
-        if pool.stage != "prefill":
-            held = held + workload.max_output_tokens - 1.0
+        held = workload.max_prompt_tokens if pool.stage == "prefill" else workload.max_total_tokens - 1
         needed = pool.server.block_rounded(held)
-        rows.append((needed <= pool.server.usable_kv_capacity) | ~bounded)
+        rows.append((needed <= pool.server.usable_kv_capacity) | ~workload.is_bounded)
         largest = max(largest, pool.server.usable_kv_capacity)
     routable = np.array(rows)
     whole, prefill, decode = (
@@ -541,7 +538,7 @@ def _routable(workload: Workload, pools: tuple[Pool, ...]) -> NDArray[np.bool_]:
     served = routable[whole].any(axis=0) | split | (workload.arrival_rate == 0.0)
     if not served.all():
         j = int(np.argmin(served))
-        needs = int(workload.max_prompt_tokens[j] + workload.max_output_tokens[j] - 1)
+        needs = int(workload.max_total_tokens[j] - 1)
         raise InfeasibleError(
             f"no pool can hold the longest request of type {workload.type_names[j]!r}: it needs {needs:,} tokens"
             f" of KV, the pools hold at most {largest:,.0f} per replica. Add a pool with more memory, or cap the"

@@ -204,6 +204,17 @@ class FluidSolution:
                 binding.append(f"fairness_floor[{name}]")
         return tuple(binding)
 
+    @cached_property
+    def holds_longest(self) -> NDArray[np.bool_]:
+        """Whether the KV cache holds the longest request of each type, shape (J,); true where lengths are unbounded.
+
+        Where it does not, no scheduler serves such requests: they are turned away, and what is admitted here is
+        still an upper bound.
+        """
+        workload, server = self.model.workload, self.server
+        needed = server.block_rounded(workload.max_total_tokens - 1)
+        return np.asarray((needed <= server.usable_kv_capacity) | ~workload.is_bounded)
+
     # What things are worth.
 
     @cached_property
@@ -362,6 +373,12 @@ class FluidSolution:
         ]
         if prices:
             rows.append(("shadow prices", f"{prices} [{unit} per unit]"))
+        if not self.holds_longest.all():
+            j = int(np.argmin(self.holds_longest))
+            others = np.count_nonzero(~self.holds_longest) - 1
+            names = self.model.workload.type_names[j] + (f" and {others} more" if others else "")
+            needs = int(self.model.workload.max_total_tokens[j]) - 1
+            rows.append(("too long", f"requests of {names}: up to {needs:,} tokens of KV, to be turned away"))
         if self.status != "optimal":
             rows.append(("status", "imprecise: the certificate fails, do not rely on these numbers"))
         return rows

@@ -454,13 +454,18 @@ class JointLaw(abc.ABC):
         return self.output_law.maximum
 
     @property
+    @abc.abstractmethod
+    def maximum_total(self) -> int:
+        """Largest p + o, tokens."""
+
+    @property
     def is_fixed(self) -> bool:
         """Whether all requests have the same (p, o)."""
         return self.prompt_law.is_fixed and self.output_law.is_fixed
 
     @property
     def is_bounded(self) -> bool:
-        """Whether `maximum_prompt` and `maximum_output` hold with certainty."""
+        """Whether `maximum_prompt`, `maximum_output` and `maximum_total` hold with certainty."""
         return self.prompt_law.is_bounded and self.output_law.is_bounded
 
 
@@ -493,6 +498,11 @@ class JointAtoms(JointLaw):
     def output_law(self) -> LengthLaw:
         """Marginal law of o."""
         return empirical(self.output_tokens, self.given_weights)
+
+    @property
+    def maximum_total(self) -> int:
+        """Largest p + o, tokens."""
+        return int((self.prompt_tokens + self.output_tokens).max())
 
     def moment(self, i: int, j: int) -> float:
         """E[p^i o^j], tokens^(i + j)."""
@@ -554,6 +564,11 @@ class IndependentLengths(JointLaw):
     def output_law(self) -> LengthLaw:
         """Marginal law of o."""
         return self.output
+
+    @property
+    def maximum_total(self) -> int:
+        """Largest p + o, tokens."""
+        return self.prompt.maximum + self.output.maximum
 
     def moment(self, i: int, j: int) -> float:
         """E[p^i o^j] = E[p^i] E[o^j]."""

@@ -40,7 +40,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_count, check_keys, check_real
@@ -465,6 +465,16 @@ class Workload:
     def max_output_tokens(self) -> IntArray:
         """Largest o, int64[J], tokens (certain only where the law is bounded)."""
         return read_only(np.array([t.law.maximum_output for t in self.types], dtype=np.int64))
+
+    @cached_property
+    def max_total_tokens(self) -> IntArray:
+        """Largest p + o, int64[J], tokens (certain only where the law is bounded)."""
+        return read_only(np.array([t.law.maximum_total for t in self.types], dtype=np.int64))
+
+    @cached_property
+    def is_bounded(self) -> NDArray[np.bool_]:
+        """Whether the type's largest lengths hold with certainty, bool[J]."""
+        return read_only(np.array([t.law.is_bounded for t in self.types]))
 
     @cached_property
     def max_kv_work(self) -> FloatArray:

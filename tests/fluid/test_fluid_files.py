@@ -100,6 +100,25 @@ def test_repr_reads_like_a_page() -> None:
     assert "shadow prices" not in stable
 
 
+def test_requests_beyond_the_memory_are_pointed_out() -> None:
+    """p + o − 1 = 1000 fits 1000 tokens and not 999; in blocks of 16 only 992; unbounded laws are not judged."""
+    law = fs.lengths.joint([900, 10], [101, 500])
+    types = [
+        fs.RequestType("joint", 1.0, lengths=law),
+        fs.RequestType("open", 1.0, 100, fs.lengths.geometric(50)),
+    ]
+    time = fs.IterationTime.paper(d0=0.01, d1=3.3e-7)
+
+    def holds(capacity: int, block: int | None = None) -> list[bool]:
+        fluid = fs.solve_fluid(fs.Workload(types), fs.Server(capacity, time, block_size=block))
+        assert ("too long" in repr(fluid)) is not bool(fluid.holds_longest.all())
+        return [bool(held) for held in fluid.holds_longest]
+
+    assert holds(1000) == [True, True]
+    assert holds(999) == [False, True]
+    assert holds(1000, block=16) == [False, True]
+
+
 def test_long_lists_of_types_are_cut() -> None:
     """Twenty types are shown, the rest counted."""
     workload = fs.Workload([fs.RequestType(f"type {j}", 0.01, 10, 10) for j in range(25)])
