@@ -5,12 +5,10 @@ a rate that equals (or bounds) the fluid boundary; elsewhere it is not applicabl
 share of type j, W the KV work, τ the tokens processed, T the iteration time.
 
 - **Nie, Si, Zhou** (arXiv 2605.04595): time grows with the KV in the batch alone, T = d0 + d1·KV. A server
-with full
-  memory spends b̄ = d0 + d1·C per iteration and C of KV work, so r = C/(b̄ Σ f_j W_j).
+  with full memory spends b̄ = d0 + d1·C per iteration and C of KV work, so r = C/(b̄ Σ f_j W_j).
 - **Li, Dai, Peng** (arXiv 2504.07347): no memory limit, a budget of N tokens per iteration, time a function
-of the
-  tokens in the batch. Work-conserving rules are stable below r = N/(T(N) Σ f_j τ_j), and no rule
-  is above it where a full batch is the fastest per token (no negative base).
+  of the tokens in the batch. Work-conserving rules are stable below r = N/(T(N) Σ f_j τ_j), and no rule is
+  above it where a full batch is the fastest per token (no negative base).
 - **Dong, Cao** (arXiv 2604.11001): every iteration lasts ΔT. Memory alone binds: r = C/(ΔT Σ f_j W_j).
 """
 
