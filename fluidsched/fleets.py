@@ -46,6 +46,7 @@ from fluidsched._checks import check_count, check_real
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid import CapacityPlan
 from fluidsched.policy import PolicyTable, baselines
+from fluidsched.simulation.measures import check_targets
 from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def verify_capacity(
     >>> plan.replicas.tolist(), fleet.replicas.tolist()
     ([1], [2])
     """
-    asked = _check_targets(targets)
+    asked = check_targets(targets)
     runs = check_count("replications", replications, minimum=2)
     level = check_real("confidence", confidence, above=0.0, below=1.0)
     table = baselines.vllm() if policy is None else policy
@@ -477,17 +478,3 @@ def _check(
         low, high = estimate - half, math.inf if is_bound else estimate + half
     verdict: Verdict = "met" if high <= target else "missed" if low > target else "undecided"
     return FleetCheck(*tried, measure, target, estimate, low, high, verdict)
-
-
-def _check_targets(targets: Mapping[str, float]) -> dict[str, float]:
-    from fluidsched.simulation.measures import LATENCIES, QUANTILES
-
-    if not isinstance(targets, Mapping) or not targets:
-        raise InputError("targets", targets, "map at least one measure to its limit in s")
-    known = [f"{statistic}_{name}" for name in LATENCIES for statistic in ("mean", *QUANTILES)]
-    for measure in targets:
-        if measure not in known:
-            raise InputError("targets", f"measure {measure!r}", f"name measures among {', '.join(known)}")
-    return {
-        measure: check_real(f"targets[{measure!r}]", limit, above=0.0) for measure, limit in targets.items()
-    }

@@ -1,8 +1,9 @@
 """The main job: from a workload and a server to a compared set of policies, in one call.
 
 `plan` runs the whole chain: fluid solution, policy tables, simulation under common arrival paths, comparison with
-the fluid bound, and (unless a recorded path is replayed) the same comparison across offered loads. What it returns
-is a frozen `Plan`; `Plan.write` puts it into a directory, whole files only, with a manifest.
+the fluid bound, and (unless a recorded path is replayed) the same tables across offered loads, as they would be
+deployed; then it recommends one (`fluidsched.recommendation`). What it returns is a frozen `Plan`; `Plan.write` puts
+it into a directory, whole files only, with a manifest.
 
 An overloaded workload is an answer, not an error: the plan then says by how much the demand exceeds the server,
 whom the fluid optimum refuses, and shows how each policy fares under the offered rates.
@@ -10,6 +11,7 @@ whom the fluid optimum refuses, and shows how each policy fares under the offere
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,18 @@ from fluidsched._checks import check_count, check_real
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid import FluidSolution, solve_fluid
 from fluidsched.policy import PolicyTable, baselines, compile_policy
+from fluidsched.recommendation import (
+    PRACTICAL,
+    Reach,
+    Recommendation,
+    bracket,
+    choose,
+    gains_over,
+    judge,
+    keeps_up,
+)
 from fluidsched.server import Server, catalog
+from fluidsched.simulation.measures import check_targets, interval
 from fluidsched.workload import ArrivalPath, Workload, workloads
 
 if TYPE_CHECKING:
@@ -36,7 +49,21 @@ __all__ = ["CURVE_LOADS", "Plan", "plan", "policy_tables", "types_for"]
 Progress = Callable[[str, int, int], None]
 
 #: Offered loads of the load curve, as shares of the fluid boundary.
-CURVE_LOADS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
+CURVE_LOADS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0, 1.02)
+
+#: Measures of the load curve.
+CURVE_MEASURES = (
+    "request_throughput",
+    "mean_ttft",
+    "p99_ttft",
+    "mean_tpot",
+    "p99_tpot",
+    "mean_e2e",
+    "preemptions",
+)
+
+#: Load of a server that is almost idle: targets missed here are missed at any load.
+IDLE_LOAD = 0.02
 
 #: Numbers of types tried for WAIT and gated tables, beside the workload's own: fewer types wait less and reach further.
 NUMBERS_OF_TYPES = (1, 3, 12)
@@ -46,10 +73,6 @@ SLACK_WITHOUT_LIMITS = 0.1
 
 #: Policies whose tables look at types.
 TYPED_KINDS = ("wait", "gated")
-
-#: Between tables of nearly equal latency the earlier one is recommended: the compiled cap, a stock engine's flag
-#: that also protects it when the load rises, then the other compiled tables, then the engines as they come.
-PREFERENCE = ("capped", "gated", "wait", "vllm", "sarathi")
 
 #: The solution's names of resources, for people.
 RESOURCES = {
@@ -79,15 +102,15 @@ class Plan:
     runs : SimulationResult
     comparison : Comparison
     curve : pandas.DataFrame or None
-        Load curve: the columns of `SimulationResult.summary` and load (share of the fluid boundary), arrival_rate
-        (req/s), behind (whether more than one request in a hundred had no first token when a run ended). None for
-        replays and when switched off.
-    recommended : str
-        Name of the recommended table.
+        Load curve, the same tables at other loads: the columns of `SimulationResult.summary` and load (share of the
+        fluid boundary), arrival_rate (req/s), behind (whether more than one request in a hundred had no first
+        token when a run ended). None for replays and when switched off.
+    recommendation : Recommendation
+        What to run, what it gains over vLLM and Sarathi as they come, when one more server is needed.
     remarks : tuple of str
         What a reader should know beside the numbers.
     settings : dict
-        Seed, replications, horizon (s), warm-up (s), objective, whether a path was replayed.
+        Seed, replications, horizon (s), warm-up (s), objective, targets (s), whether a path was replayed.
     """
 
     workload: Workload
@@ -98,14 +121,19 @@ class Plan:
     runs: SimulationResult
     comparison: Comparison
     curve: pd.DataFrame | None
-    recommended: str
+    recommendation: Recommendation
     remarks: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def recommended(self) -> str:
+        """Name of the recommended table."""
+        return self.recommendation.policy
+
+    @property
     def recommended_table(self) -> PolicyTable:
         """The recommended `PolicyTable`."""
-        return next(table for table in self.tables if table.name == self.recommended)
+        return self.recommendation.table
 
     def __repr__(self) -> str:
         from fluidsched.reporting import plan_text
@@ -137,6 +165,7 @@ def plan(
     replications: int = 16,
     seed: int = 7,
     overflow_probability: float = 0.01,
+    targets: Mapping[str, float] | None = None,
     curve: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
@@ -166,8 +195,12 @@ def plan(
         Of the arrival paths.
     overflow_probability : float, optional
         δ of the compiled tables.
+    targets : mapping, optional
+        Measure → what it may be at most, s, such as ``{"p99_ttft": 2.0}``: they weigh in the recommendation and in
+        the load at which one more server is needed.
     curve : bool, optional
-        Whether to simulate the load curve too (not for replays).
+        Whether to simulate the same tables at other loads too, and the load up to which the recommended one keeps
+        up (not for replays).
     progress : callable, optional
         Called as ``progress(stage, done, total)``.
 
@@ -179,6 +212,8 @@ def plan(
     ------
     InputError
         On wrong arguments; nothing has run then.
+    InfeasibleError
+        If no policy meets the targets even on a server that is almost idle; shows the nearest miss.
 
     Examples
     --------
@@ -215,45 +250,39 @@ def plan(
         own_rate = workload.total_arrival_rate
         workload = workload.at_load(check_real("load", load, above=0.0), server)
 
+    asked = {} if targets is None else check_targets(targets)
     fluid = solve_fluid(workload, server, objective=objective)
     workload.require_no_cached_prefixes("a plan, whose policies are simulated")
     tables, missing = policy_tables(fluid, overflow_probability=overflow_probability)
     from fluidsched.comparison import compare
     from fluidsched.simulation import simulate
 
+    trial = _Trial(workload, server, horizon, warmup, replications, seed)
     if replay:
         assert path is not None
         runs = simulate(path, server, tables, replications=1, oversize="reject", progress=progress)
     else:
-        runs = simulate(
-            workload,
-            server,
-            tables,
-            horizon=horizon,
-            warmup=warmup,
-            replications=replications,
-            seed=seed,
-            progress=progress,
-        )
+        runs = trial.at(None, tables, progress)
+    recommended = next(table for table in tables if table.name == choose(runs, asked))
+    load_now = float(fluid.load.max())
+    gains = gains_over(runs, recommended.name, load_now, workload.total_arrival_rate)
+    holds, fails, overload_rate = math.nan, math.inf, math.nan
     frame = None
     if curve and not replay:
-        frame = _load_curve(
-            workload,
-            server,
-            objective=objective,
-            horizon=horizon / 2,
-            warmup=warmup / 2,
-            replications=max(2, replications // 2),
-            seed=seed,
-            overflow_probability=overflow_probability,
-            numbers_of_types={
-                kind: [len(table.types) for table in tables if table.kind == kind]
-                or _numbers_of_types(workload)
-                for kind in TYPED_KINDS
-            },
-            progress=progress,
-        )
-    recommended = _recommend(runs)
+        by_load = {load_now: runs} | _runs_by_load(trial, tables, load_now, progress)
+        frame = _load_curve(by_load, fluid.critical_rate)
+        gains = [
+            gain
+            for load, at_load in sorted(by_load.items())
+            for gain in gains_over(at_load, recommended.name, load, load * fluid.critical_rate)
+        ]
+        holds, fails = _reach(trial, by_load, recommended, asked, progress)
+        highest = max(by_load)
+        if highest > 1.0:
+            throughput = by_load[highest].measures(recommended.name)["request_throughput"]
+            overload_rate = float(throughput.mean())
+        if asked and holds == 0.0:
+            _refuse_targets(trial, tables, asked)
     return Plan(
         workload=workload,
         server=server,
@@ -263,14 +292,14 @@ def plan(
         runs=runs,
         comparison=compare(runs, bound=fluid, baseline="vllm"),
         curve=frame,
-        recommended=recommended,
-        remarks=(
-            *_remarks(fluid, own_rate),
-            *_rejections(runs),
-            *_stuck(runs),
-            *_curve_ends(frame),
-            _recommendation(runs, recommended, fluid),
+        recommendation=Recommendation(
+            recommended,
+            _reason(runs, recommended.name, fluid, asked),
+            tuple(gains),
+            Reach(fluid.critical_rate, load_now, holds, fails, overload_rate, asked),
+            runs.replications,
         ),
+        remarks=(*_remarks(fluid, own_rate), *_rejections(runs), *_stuck(runs)),
         settings={
             "seed": None if replay else seed,
             "replications": runs.replications,
@@ -278,6 +307,7 @@ def plan(
             "warmup_s": None if replay else warmup,
             "objective": objective,
             "overflow_probability": overflow_probability,
+            "targets_s": asked,
             "replay": replay,
             "load": load,
         },
@@ -312,22 +342,18 @@ def _servable(path: ArrivalPath, server: Server, *, rejecting: bool) -> ArrivalP
 
 
 def policy_tables(
-    fluid: FluidSolution,
-    *,
-    overflow_probability: float = 0.01,
-    numbers_of_types: Mapping[str, Sequence[int]] | None = None,
+    fluid: FluidSolution, *, overflow_probability: float = 0.01
 ) -> tuple[list[PolicyTable], dict[str, str]]:
     """Compile wait, gated and capped from a solution and put vLLM and Sarathi beside them.
 
-    Of the tables that look at types the one with the lowest certified TTFT is kept, over the numbers of types tried.
+    Of the tables that look at types the one with the lowest certified TTFT is kept, over 1, 3, 12 and the workload's
+    own number of types.
 
     Parameters
     ----------
     fluid : FluidSolution
     overflow_probability : float, optional
         δ of the compiled tables.
-    numbers_of_types : dict of str to sequence of int, optional
-        Numbers of types to try for "wait" and "gated"; default 1, 3, 12 and the workload's own.
 
     Returns
     -------
@@ -336,14 +362,12 @@ def policy_tables(
     missing : dict of str to str
         The reason for each that does not.
     """
-    own = _numbers_of_types(fluid.workload)
-    tried = dict.fromkeys(TYPED_KINDS, own) if numbers_of_types is None else numbers_of_types
     tables: list[PolicyTable] = []
     missing: dict[str, str] = {}
     for kind in (*TYPED_KINDS, "capped"):
         try:
             if kind in TYPED_KINDS:
-                tables.append(_compile_typed(fluid, kind, tried[kind], overflow_probability))
+                tables.append(_compile_typed(fluid, kind, overflow_probability))
             else:
                 tables.append(compile_policy(fluid, kind, overflow_probability=overflow_probability))
         except InfeasibleError as error:
@@ -352,19 +376,14 @@ def policy_tables(
     return tables, missing
 
 
-def _numbers_of_types(workload: Workload) -> Sequence[int]:
-    return (*(types for types in NUMBERS_OF_TYPES if types < len(workload)), len(workload))
-
-
-def _compile_typed(
-    fluid: FluidSolution, kind: str, numbers_of_types: Sequence[int], overflow_probability: float
-) -> PolicyTable:
+def _compile_typed(fluid: FluidSolution, kind: str, overflow_probability: float) -> PolicyTable:
     """The table with the lowest certified TTFT over the numbers of types tried; all reasons if none exists."""
     reasons: list[str] = []
     best: PolicyTable | None = None
     server = fluid.server
     limited = np.isfinite(server.kv_capacity) or server.max_batch_size is not None
-    for types in numbers_of_types:
+    own = len(fluid.workload)
+    for types in (*(types for types in NUMBERS_OF_TYPES if types < own), own):
         solution = fluid
         if types < len(fluid.workload):
             try:
@@ -389,64 +408,102 @@ def _compile_typed(
     return best
 
 
-def _load_curve(
-    workload: Workload,
-    server: Server,
-    *,
-    objective: str,
-    horizon: float,
-    warmup: float,
-    replications: int,
-    seed: int,
-    overflow_probability: float,
-    numbers_of_types: Mapping[str, Sequence[int]],
-    progress: Progress | None,
-) -> pd.DataFrame:
-    """Simulate every policy at `CURVE_LOADS`, its table compiled anew for each load; a line ends where none exists."""
+@dataclass(frozen=True)
+class _Trial:
+    """How every load of a plan is simulated: one mix, one seed, so that the same requests come faster or slower."""
+
+    workload: Workload
+    server: Server
+    horizon: float
+    warmup: float
+    replications: int
+    seed: int
+
+    def at(
+        self, load: float | None, tables: Sequence[PolicyTable], progress: Progress | None = None
+    ) -> SimulationResult:
+        """The tables at a share of the fluid boundary; None: at the workload's own rates."""
+        from fluidsched.simulation import simulate
+
+        return simulate(
+            self.workload if load is None else self.workload.at_load(load, self.server),
+            self.server,
+            tables,
+            horizon=self.horizon,
+            warmup=self.warmup,
+            replications=self.replications,
+            seed=self.seed,
+            progress=progress,
+        )
+
+
+def _runs_by_load(
+    trial: _Trial, tables: Sequence[PolicyTable], load_now: float, progress: Progress | None
+) -> dict[float, SimulationResult]:
+    """Run the tables, their numbers unchanged, at every load of the curve but the present one."""
+    loads = [load for load in CURVE_LOADS if abs(load - load_now) > 1e-9]
+    found = {}
+    for done, load in enumerate(loads):
+        if progress is not None:
+            progress("load curve", done, len(loads))
+        found[load] = trial.at(load, tables)
+    if progress is not None:
+        progress("load curve", len(loads), len(loads))
+    return found
+
+
+def _load_curve(by_load: Mapping[float, SimulationResult], critical_rate: float) -> pd.DataFrame:
+    """The summaries of `CURVE_MEASURES` by load."""
     import pandas as pd
 
-    from fluidsched.simulation import simulate
-
     parts = []
-    for done, load in enumerate(CURVE_LOADS):
-        if progress is not None:
-            progress("load curve", done, len(CURVE_LOADS))
-        offered = workload.at_load(load, server)
-        tables, _ = policy_tables(
-            solve_fluid(offered, server, objective=objective),
-            overflow_probability=overflow_probability,
-            numbers_of_types=numbers_of_types,
-        )
-        runs = simulate(
-            offered, server, tables, horizon=horizon, warmup=warmup, replications=replications, seed=seed
-        )
+    for load, runs in sorted(by_load.items()):
         part = runs.summary()
-        behind = {name: bool(runs.outcome(name).lower_bounds["p99_ttft"].any()) for name in runs.policies}
-        part = part[part["measure"].isin(["request_throughput", "mean_ttft", "p99_ttft", "mean_e2e"])]
-        parts.append(
-            part.assign(load=load, arrival_rate=offered.total_arrival_rate, behind=part["policy"].map(behind))
-        )
-    if progress is not None:
-        progress("load curve", len(CURVE_LOADS), len(CURVE_LOADS))
+        part = part[part["measure"].isin(CURVE_MEASURES)]
+        behind = {name: not keeps_up(runs, name) for name in runs.policies}
+        rate = load * critical_rate
+        parts.append(part.assign(load=load, arrival_rate=rate, behind=part["policy"].map(behind)))
     return pd.concat(parts, ignore_index=True)
 
 
-def _keeps_up(runs: SimulationResult, name: str) -> bool:
-    """Whether at most one request in a hundred was left without a first token when a run ended."""
-    return not runs.outcome(name).lower_bounds["p99_ttft"].any()
+def _reach(
+    trial: _Trial,
+    by_load: Mapping[float, SimulationResult],
+    table: PolicyTable,
+    targets: Mapping[str, float],
+    progress: Progress | None,
+) -> tuple[float, float]:
+    """Largest load at which a table holds and least at which it fails, from the curve's runs and some more."""
+    tried = 0
+
+    def at(load: float) -> bool | None:
+        nonlocal tried
+        tried += 1
+        if progress is not None:
+            progress("largest load", tried, tried)
+        return judge(trial.at(load, [table]), table.name, targets)
+
+    return bracket({load: judge(runs, table.name, targets) for load, runs in by_load.items()}, at)
 
 
-def _recommend(runs: SimulationResult) -> str:
-    """The simplest of the tables whose mean end-to-end latency is within 5 % of the lowest (`PREFERENCE`).
-
-    Policies that do not keep up are passed over while others do.
-    """
-    candidates = [name for name in PREFERENCE if name in runs.policies]
-    candidates = [name for name in candidates if _keeps_up(runs, name)] or candidates
-    latency = {name: float(np.mean(runs.measures(name)["mean_e2e"])) for name in candidates}
-    if any(np.isnan(value) for value in latency.values()):
-        return candidates[0]  # some run measured no request: nothing tells the policies apart
-    return next(name for name in candidates if latency[name] <= 1.05 * min(latency.values()))
+def _refuse_targets(trial: _Trial, tables: Sequence[PolicyTable], targets: Mapping[str, float]) -> None:
+    """Raise where every policy misses the targets on an almost idle server: no number of servers helps then."""
+    runs = trial.at(IDLE_LOAD, tables)
+    if any(judge(runs, name, targets) is not False for name in runs.policies):
+        return
+    missed = {
+        name: {measure: float(np.nanmean(runs.measures(name)[measure])) for measure in targets}
+        for name in runs.policies
+    }
+    nearest = min(missed, key=lambda name: max(missed[name][m] / limit for m, limit in targets.items()))
+    shown = " and ".join(
+        f"{m} {missed[nearest][m]:.3g} s (at most {limit:g} s)" for m, limit in targets.items()
+    )
+    raise InfeasibleError(
+        f"no policy meets the targets even at {IDLE_LOAD:g} of the boundary; the nearest, {nearest}, has {shown}. "
+        "More servers of this kind do not help: raise the targets or try a faster server.",
+        "slo",
+    )
 
 
 def _remarks(fluid: FluidSolution, own_rate: float | None) -> list[str]:
@@ -498,19 +555,6 @@ def _extreme_prices(fluid: FluidSolution) -> str:
     )
 
 
-def _curve_ends(curve: pd.DataFrame | None) -> list[str]:
-    """Says where along the load curve the compiled tables end, and that it is for want of a table."""
-    if curve is None:
-        return []
-    last = curve.groupby("policy", sort=False)["load"].max()
-    ends = [f"{name} {load:.2f}" for name, load in last.items() if load < max(CURVE_LOADS)]
-    return (
-        [f"In the load curve a table ends where none exists beyond: {', '.join(ends)} of the boundary."]
-        if ends
-        else []
-    )
-
-
 def _stuck(runs: SimulationResult) -> list[str]:
     """Says what a stuck run is, where one is."""
     names = [name for name in runs.policies if "stuck" in runs.outcome(name).verdicts]
@@ -535,27 +579,53 @@ def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value < 100.0 else f"{value:,.0f} s"
 
 
-def _recommendation(runs: SimulationResult, recommended: str, fluid: FluidSolution) -> str:
-    ttft, e2e = (float(np.mean(runs.measures(recommended)[name])) for name in ("mean_ttft", "mean_e2e"))
+def _reason(runs: SimulationResult, name: str, fluid: FluidSolution, targets: Mapping[str, float]) -> str:
+    """Why this policy, in sentences."""
+    ttft, e2e = (float(np.mean(runs.measures(name)[measure])) for measure in ("mean_ttft", "mean_e2e"))
     if np.isnan(e2e):
         return (
-            f"Some runs measured no request, so they do not tell the policies apart: {recommended} is named as the "
+            f"Some runs measured no request, so they do not tell the policies apart: {name} is named as the "
             "simplest to deploy safely. Simulate a longer horizon."
         )
     latency = f"mean TTFT {_seconds(ttft)}, mean end-to-end latency {_seconds(e2e)}"
     choice = "the simplest to deploy safely of those within 5 % of the lowest end-to-end latency"
+    missed = [
+        f"{measure} {_seconds(value)}, not {limit:g} s"
+        for measure, limit in targets.items()
+        if (value := float(np.mean(runs.measures(name)[measure]))) > limit
+    ]
     if not fluid.is_stable:
         return (
-            f"Shed load or add servers: under these rates every policy builds a backlog. Least bad: {recommended} "
+            f"Shed load or add servers: under these rates every policy builds a backlog. Least bad: {name} "
             f"({latency}, growing for as long as the load lasts), {choice}."
         )
-    if not _keeps_up(runs, recommended):
+    if not keeps_up(runs, name):
+        return f"No policy keeps up, though the mean load fits. Least bad: {name} ({latency}), {choice}."
+    if missed:
         return (
-            f"No policy keeps up, though the mean load fits. Least bad: {recommended} ({latency}), {choice}."
+            f"No policy meets the targets at this load. Least bad: {name} ({', '.join(missed)}; {latency})."
         )
+    among = "that keep up and meet the targets" if targets else "that keep up"
     return (
-        f"Recommended table: {recommended} ({latency}), {choice} among the policies that keep up."
-        f"{_sooner(runs, recommended, ttft)}"
+        f"Recommended table: {name} ({latency}), {choice} among the policies {among}."
+        f"{_lower_latency(runs, name, e2e)}{_sooner(runs, name, ttft)}"
+    )
+
+
+def _lower_latency(runs: SimulationResult, name: str, e2e: float) -> str:
+    """Names the policy with the lowest end-to-end latency where that is another, by more than noise."""
+    means = {
+        other: float(np.mean(runs.measures(other)["mean_e2e"]))
+        for other in runs.policies
+        if keeps_up(runs, other)
+    }
+    first = min(means, key=means.__getitem__)
+    difference, low, _ = interval(runs.measures(name)["mean_e2e"] - runs.measures(first)["mean_e2e"])
+    if not low > 0.0 or difference < PRACTICAL * e2e:
+        return ""
+    ttft = float(np.mean(runs.measures(first)["mean_ttft"]))
+    return (
+        f" Lowest end-to-end latency: {first}, {difference / e2e:.1%} less, with mean TTFT {_seconds(ttft)}."
     )
 
 
@@ -564,7 +634,7 @@ def _sooner(runs: SimulationResult, recommended: str, ttft: float) -> str:
     means = {
         name: float(np.mean(runs.measures(name)["mean_ttft"]))
         for name in runs.policies
-        if _keeps_up(runs, name)
+        if keeps_up(runs, name)
     }
     first = min(means, key=means.__getitem__)
     if first == recommended or ttft <= 1.5 * means[first]:

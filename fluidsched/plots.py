@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         TransientSolution,
     )
     from fluidsched.policy import ReachCurve, WaitCurve
+    from fluidsched.recommendation import Recommendation
     from fluidsched.server import Calibration
     from fluidsched.simulation import FluidTrajectory, SimulationResult
 
@@ -41,6 +42,7 @@ __all__ = [
     "fair_curve",
     "fair_shares",
     "fleet_checks",
+    "gains",
     "kv_occupancy",
     "latency_distribution",
     "load_curve",
@@ -61,6 +63,13 @@ _LATENCIES = {
     "ttft": "time to first token (s)",
     "tpot": "time per output token (s)",
     "e2e": "end-to-end latency (s)",
+}
+
+_GAIN_NAMES = {
+    "request_throughput": "throughput",
+    "mean_ttft": "mean TTFT",
+    "p99_ttft": "p99 TTFT",
+    "mean_e2e": "mean E2E latency",
 }
 
 #: Axes made by others get the same legend: a framed one in their larger type can be wider than the figure.
@@ -212,6 +221,7 @@ def load_curve(
     ylabel: str,
     scale: str = "linear",
     critical_rate: float | None = None,
+    reach: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """A measure against the offered rate, one line a policy with 95 % intervals, the fluid boundary drawn.
@@ -230,6 +240,8 @@ def load_curve(
         Of the vertical axis.
     critical_rate : float, optional
         The fluid boundary on this mix (req/s).
+    reach : tuple of two floats, optional
+        Rates (req/s) up to which the recommended policy keeps up, and from which it does not: shaded between.
     ax : matplotlib.axes.Axes, optional
 
     Returns
@@ -275,9 +287,61 @@ def load_curve(
             va="bottom",
             fontsize=8,
         )
+    if reach is not None:
+        axes.axvspan(*reach, color="black", alpha=0.10, lw=0, label="keeps up no further")
     axes.set_xlabel("offered rate (req/s)")
     axes.set_ylabel(ylabel)
     axes.legend(loc="upper left", **_LEGEND)
+    return axes
+
+
+def gains(recommendation: Recommendation, measure: str = "mean_ttft", *, ax: Axes | None = None) -> Axes:
+    """What the recommended policy gains over the engines as they come, in per cent of theirs, against the load.
+
+    Paired differences with 95 % intervals; above zero is better. Hollow markers: within noise.
+
+    Parameters
+    ----------
+    recommendation : Recommendation
+    measure : str
+        One of those that gains are stated for: "request_throughput", "mean_ttft", "p99_ttft", "mean_e2e".
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    InputError
+        If there is no gain in `measure`.
+    """
+    rows = [gain for gain in recommendation.gains if gain.measure == measure and gain.of_engine > 0.0]
+    if not rows:
+        known = sorted({gain.measure for gain in recommendation.gains})
+        raise InputError("measure", measure, f"be one of {known}")
+    axes = _axes(ax)
+    for position, engine in enumerate(dict.fromkeys(gain.engine for gain in rows)):
+        line = sorted((gain for gain in rows if gain.engine == engine), key=lambda gain: gain.load)
+        look = _look(position)
+        load = np.array([gain.load for gain in line])
+        percent = np.array([[gain.gain, gain.low, gain.high] for gain in line])
+        percent *= 100.0 / np.array([gain.of_engine for gain in line])[:, None]
+        axes.plot(load, percent[:, 0], label=f"over {engine}", **look)
+        if not np.isnan(percent[:, 1]).any():
+            axes.fill_between(load, percent[:, 1], percent[:, 2], color=look["color"], alpha=0.15, lw=0)
+        noise = np.array([gain.verdict == "within noise" for gain in line])
+        axes.plot(load[~noise], percent[~noise, 0], "o", ms=3.5, color=look["color"])
+        axes.plot(load[noise], percent[noise, 0], "o", ms=4.5, mfc="white", color=look["color"])
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.axvline(1.0, color="black", linewidth=1.0, linestyle=":")
+    # a wide interval of one load must not flatten the others: the axis follows the estimates, bands may run off
+    shown = np.array([100.0 * gain.gain / gain.of_engine for gain in rows])
+    room = max(0.25 * float(np.ptp(shown)), 1.0)
+    axes.set_ylim(min(float(shown.min()), 0.0) - room, max(float(shown.max()), 0.0) + room)
+    axes.set_xlabel("load (share of the fluid boundary)")
+    axes.set_ylabel(f"gain in {_GAIN_NAMES.get(measure, measure)} (%)")
+    axes.legend(loc="best", **_LEGEND)
     return axes
 
 

@@ -29,6 +29,7 @@ ORDER = (
     "plots",
     "sweeps",
     "tuning",
+    "recommendation",
     "reporting",
     "fleets",
     "planning",

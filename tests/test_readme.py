@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import fluidsched as fs
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -25,3 +27,17 @@ def test_the_two_commands_are_marked_for_the_checks() -> None:
         (command,) = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
         assert word in command
         assert len(command.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_page_shown_is_what_plan_prints() -> None:
+    """Every line of the page is one of `plan`'s, numbers aside: their last digits differ between processors."""
+
+    def skeleton(text: str) -> list[str]:
+        lines = (re.sub(r"[-+]?\d[\d,.]*", "#", line) for line in text.splitlines())
+        return [re.sub(r"─+|\s+", " ", line).strip() for line in lines]
+
+    (page,) = re.findall(r"```\n(policy .*?)```", README, flags=re.DOTALL)
+    printed = skeleton(repr(fs.plan()))
+    missing = [line for line in skeleton(page) if line not in {*printed, "", "…"}]
+    assert not missing

@@ -13,7 +13,10 @@ from fluidsched.cli.inputs import (
     JsonOption,
     OutFileOption,
     QuietOption,
+    TpotOption,
+    TtftOption,
     WorkloadOption,
+    latency_targets,
     own_rate_workload,
     server_and_number,
 )
@@ -48,8 +51,8 @@ def capacity(
             "--verify", help="Check and correct the fleet by simulation against --ttft-p99, --tpot-p99."
         ),
     ] = False,
-    ttft_p99: Annotated[float | None, typer.Option("--ttft-p99", help="p99 TTFT at most, s.")] = None,
-    tpot_p99: Annotated[float | None, typer.Option("--tpot-p99", help="p99 TPOT at most, s.")] = None,
+    ttft_p99: TtftOption = None,
+    tpot_p99: TpotOption = None,
     confidence: Annotated[float, typer.Option("--confidence", help="Of the verified fleet.")] = 0.95,
     horizon: Annotated[
         float | None, typer.Option("--horizon", help="Simulated seconds (default: 600 lives of a request).")
@@ -71,11 +74,7 @@ def capacity(
     """
     from fluidsched.fluid import plan_capacity, plan_load
 
-    targets = {
-        measure: limit
-        for measure, limit in (("p99_ttft", ttft_p99), ("p99_tpot", tpot_p99))
-        if limit is not None
-    }
+    targets = latency_targets(ttft_p99, tpot_p99)
     if verify != bool(targets):
         given = "--verify alone" if verify else f"{', '.join(targets)} without --verify"
         raise InputError("--verify", given, "come with --ttft-p99 or --tpot-p99, and these with it")

@@ -70,6 +70,8 @@ ReplicationsOption = Annotated[
     int | None,
     typer.Option("--replications", help="Independent arrival paths, common to all policies (default 16)."),
 ]
+TtftOption = Annotated[float | None, typer.Option("--ttft-p99", help="p99 TTFT at most, s.")]
+TpotOption = Annotated[float | None, typer.Option("--tpot-p99", help="p99 TPOT at most, s.")]
 ItlOption = Annotated[float | None, typer.Option("--itl-target", help="Mean time between tokens at most, s.")]
 ChunkOption = Annotated[int | None, typer.Option("--chunk", help="Prefill in chunks of so many tokens.")]
 OutFileOption = Annotated[
@@ -226,6 +228,12 @@ def sampling_options(replay: bool, **options: float | None) -> dict[str, Any]:
             f"--{name}", value, "be left out with --replay", "A replay runs the trace once, whole."
         )
     return given
+
+
+def latency_targets(ttft_p99: float | None, tpot_p99: float | None) -> dict[str, float]:
+    """Measure → limit of the targets given."""
+    given = {"p99_ttft": ttft_p99, "p99_tpot": tpot_p99}
+    return {measure: limit for measure, limit in given.items() if limit is not None}
 
 
 def load_solution(path: Path, argument: str = "solution") -> FluidSolution:

@@ -21,9 +21,12 @@ from fluidsched.cli.inputs import (
     SeedOption,
     ServerOption,
     TpOption,
+    TpotOption,
+    TtftOption,
     WarmupOption,
     WorkloadOption,
     check_load,
+    latency_targets,
     load_server,
     load_workload,
     sampling_options,
@@ -54,7 +57,11 @@ def plan(
     warmup: WarmupOption = None,
     replications: ReplicationsOption = None,
     seed: SeedOption = None,
-    curve: Annotated[bool, typer.Option(help="Simulate the load curve too.")] = True,
+    ttft_p99: TtftOption = None,
+    tpot_p99: TpotOption = None,
+    curve: Annotated[
+        bool, typer.Option(help="Simulate other loads too, and the largest that one server carries.")
+    ] = True,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -68,6 +75,8 @@ def plan(
     fluidsched plan --gpu h100 --model llama-3-8b --load 0.9
 
     fluidsched plan --workload trace.csv --replay --out results
+
+    fluidsched plan --workload trace.csv --ttft-p99 1 --tpot-p99 0.06
     """
     from fluidsched import planning, reporting
     from fluidsched.workload import ArrivalPath, workloads
@@ -86,6 +95,7 @@ def plan(
             load=load,
             replay=replay,
             objective=objective,
+            targets=latency_targets(ttft_p99, tpot_p99) or None,
             curve=curve,
             progress=progress,
             **sampling,

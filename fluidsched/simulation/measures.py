@@ -45,7 +45,17 @@ from fluidsched.simulation.records import STATUSES, EngineRun
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["LATENCIES", "UNITS", "check_slo", "interval", "latencies", "measure_run", "meets", "quantile"]
+__all__ = [
+    "LATENCIES",
+    "UNITS",
+    "check_slo",
+    "check_targets",
+    "interval",
+    "latencies",
+    "measure_run",
+    "meets",
+    "quantile",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -178,6 +188,19 @@ def check_slo(slo: Mapping[str, float] | None) -> dict[str, float]:
         check_choice("slo", name, LATENCIES)
         checked[name] = check_real(f"slo[{name!r}]", limit, minimum=0.0)
     return checked
+
+
+def check_targets(targets: Mapping[str, float]) -> dict[str, float]:
+    """Return targets as a plain dict: measure of a latency, such as "p99_ttft" → what it may be at most, s."""
+    if not isinstance(targets, Mapping) or not targets:
+        raise InputError("targets", targets, "map at least one measure to its limit in s")
+    known = [f"{statistic}_{name}" for name in LATENCIES for statistic in ("mean", *QUANTILES)]
+    for measure in targets:
+        if measure not in known:
+            raise InputError("targets", f"measure {measure!r}", f"name measures among {', '.join(known)}")
+    return {
+        measure: check_real(f"targets[{measure!r}]", limit, above=0.0) for measure, limit in targets.items()
+    }
 
 
 def measure_run(

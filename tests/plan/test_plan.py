@@ -41,13 +41,15 @@ def test_all_five_policies_are_compared_on_common_paths(result: planning.Plan) -
     assert result.runs.policies == tuple(table.name for table in result.tables)
 
 
-def test_the_curve_spans_the_loads_and_ends_where_no_table_exists(result: planning.Plan) -> None:
-    """Engines have a point at every load; WAIT, which needs thresholds, has none beyond the boundary."""
+def test_the_curve_holds_the_same_tables_at_every_load(result: planning.Plan) -> None:
+    """Every policy has a point at every load, the present one among them, which is the comparison's own."""
     assert result.curve is not None
-    loads = {name: sorted(set(rows["load"])) for name, rows in result.curve.groupby("policy")}
-    assert loads["vllm"] == loads["sarathi"] == list(planning.CURVE_LOADS)
-    assert 1.05 not in loads["wait"]
-    assert {0.5, 0.8} <= set(loads["wait"])
+    expected = [*({*planning.CURVE_LOADS} - {0.8}), float(result.fluid.load.max())]
+    for name, rows in result.curve.groupby("policy"):
+        assert sorted(set(rows["load"])) == pytest.approx(sorted(expected)), name
+    now = result.curve[np.isclose(result.curve["load"], 0.8) & (result.curve["measure"] == "mean_ttft")]
+    for name, estimate in zip(now["policy"], now["estimate"], strict=True):
+        assert estimate == pytest.approx(result.comparison.row(name, "mean_ttft").estimate)
 
 
 def test_the_same_seed_gives_the_same_plan(result: planning.Plan) -> None:
@@ -99,39 +101,9 @@ def test_a_server_without_limits_has_every_table() -> None:
 def test_runs_without_a_request_are_said_to_tell_nothing(tmp_path: Path) -> None:
     workload = fs.Workload([fs.RequestType("rare", 1e-6, 100, 50)])
     result = fs.plan(workload, horizon=10.0, replications=2, curve=False)
-    assert any("longer horizon" in remark for remark in result.remarks)
+    assert "longer horizon" in result.recommendation.reason
     written = result.write(tmp_path / "rare")  # pictures of nothing, without a warning
     assert (written / "latency.png").exists()
-
-
-class _Runs:
-    """Runs with given end-to-end latencies and whether each policy keeps up: all that a recommendation reads."""
-
-    def __init__(self, latency: dict[str, list[float]], behind: tuple[str, ...] = ()) -> None:
-        self.policies = tuple(latency)
-        self._latency = latency
-        self._behind = behind
-
-    def measures(self, name: str) -> dict[str, np.ndarray]:
-        return {"mean_e2e": np.array(self._latency[name])}
-
-    def outcome(self, name: str) -> object:
-        flag = np.array([name in self._behind])
-        return type("Outcome", (), {"lower_bounds": {"p99_ttft": flag}})
-
-
-@pytest.mark.parametrize(
-    ("latency", "behind", "expected"),
-    [
-        ({"vllm": [9.0, 9.1], "sarathi": [5.0, 5.1]}, (), "sarathi"),  # clearly best
-        ({"vllm": [5.0, 5.1], "capped": [5.1, 5.2]}, (), "capped"),  # within 5 %: simpler
-        ({"vllm": [5.0, 5.1], "capped": [5.5, 5.6]}, (), "vllm"),  # more than 5 % above
-        ({"vllm": [3.0, 3.0], "capped": [7.0, 7.1]}, ("vllm",), "capped"),  # does not keep up
-        ({"vllm": [3.0, 3.0], "sarathi": [2.0, 2.1]}, ("vllm", "sarathi"), "sarathi"),  # nobody keeps up
-    ],
-)
-def test_recommendation(latency: dict[str, list[float]], behind: tuple[str, ...], expected: str) -> None:
-    assert planning._recommend(_Runs(latency, behind)) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +116,8 @@ def test_recommendation(latency: dict[str, list[float]], behind: tuple[str, ...]
         ({"load": -1.0}, "load"),
         ({"replay": True}, "replay"),
         ({"objective": "profit"}, "objective"),
+        ({"targets": {"p99_ttfs": 1.0}}, "targets"),
+        ({"targets": {"p99_ttft": 0.0}}, "targets"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], argument: str) -> None:

@@ -1,18 +1,13 @@
-"""Text and files: how a plan reads in a terminal and what lies in its directory.
-
-Objects print themselves (`repr`); this module puts their texts into one page, writes run directories with a
-manifest, and reports versions. It computes no result of its own.
-"""
+"""What lies in a plan's directory: tables, numbers, pictures, the page, and a manifest that names them all."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
-import platform
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,70 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fluidsched.planning import Plan
-    from fluidsched.policy import PolicyTable
-    from fluidsched.server.catalog import CatalogEntry
 
-__all__ = [
-    "catalog_text",
-    "figures",
-    "plan_summary",
-    "plan_text",
-    "run_directory",
-    "show_versions",
-    "write_plan",
-]
-
-
-_GUARANTEES = {
-    "certain": "always",
-    "probability": "up to the overflow probability",
-    "expectation": "in the mean, in the long run",
-}
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan as one page of text, in pipeline order, remarks and recommendation last."""
-    lines = [_heading("Workload"), repr(plan.workload), _heading("Server"), repr(plan.server)]
-    lines += [_heading("Fluid solution"), repr(plan.fluid)]
-    lines.append(_heading("Policy tables"))
-    lines += [repr(table) for table in plan.tables]
-    lines += [f"{name}: no table. {reason}" for name, reason in plan.missing.items()]
-    lines += _certificate(plan.recommended_table)
-    lines += [_heading("Comparison"), repr(plan.comparison)]
-    lines += [_heading("Answer"), *plan.remarks]
-    lines += _engine_lines(plan.recommended_table)
-    return "\n".join(lines) + "\n"
-
-
-def _certificate(table: PolicyTable) -> list[str]:
-    """The entries of a certificate, a line each."""
-    if not table.certificate:
-        return []
-    lines = [f"Certificate of {table.name!r}"]
-    for name, entry in table.certificate.items():
-        value = entry["value"]
-        text = f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
-        lines.append(f"  {name:<21} {text:>10} {entry['unit']:<36} {_GUARANTEES[entry['guarantee']]}")
-    return lines
-
-
-def _engine_lines(table: PolicyTable) -> list[str]:
-    """How to run a table on a stock engine, and what it would do differently."""
-    arguments = table.to_vllm_args()
-    if not arguments.arguments:
-        return []
-    lines = [
-        f"As arguments of vLLM (names of version 0.33, not tried on an engine): {arguments.command_line()}"
-    ]
-    return lines + [f"  but not: {sentence}" for sentence in arguments.lost]
-
-
-def _heading(title: str) -> str:
-    return f"\n{title}\n{'─' * len(title)}"
+__all__ = ["figures", "plan_summary", "run_directory", "write_plan"]
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """What `summary.json` holds: the answer, the settings, the solution, and a row per policy."""
+    """What `summary.json` holds: the answer, the recommendation, the settings, the solution, a row per policy."""
     return {
         "schema": "fluidsched.plan/1",
         "stable": plan.fluid.is_stable,
@@ -96,6 +33,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "critical_rate": plan.fluid.critical_rate,
         "binding_constraints": list(plan.fluid.binding_constraints),
         "recommended": plan.recommended,
+        "recommendation": plan.recommendation.to_dict(),
         "remarks": list(plan.remarks),
         "missing": plan.missing,
         "settings": plan.settings,
@@ -222,7 +160,7 @@ def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = F
 
 
 def figures(plan: Plan) -> Iterator[tuple[str, Figure]]:
-    """Yield (file name, figure) of each picture of a plan: KV occupancy, latency distributions, load curve."""
+    """Yield (file name, figure) of each picture of a plan: KV occupancy, latency distributions, load curve, gains."""
     from matplotlib.figure import Figure
 
     from fluidsched import plots
@@ -250,51 +188,23 @@ def figures(plan: Plan) -> Iterator[tuple[str, Figure]]:
                     ylabel=label,
                     scale=scale,
                     critical_rate=plan.fluid.critical_rate,
+                    reach=_reach(plan),
                     ax=figure.add_subplot(1, 2, position),
                 )
             yield "load_curve.png", figure
 
-
-def catalog_text(entries: Sequence[CatalogEntry]) -> str:
-    """The catalog as a table for people."""
-    header = f"{'GPU':<16} {'model':<14} tp  {'source':<26}  KV tokens  mean error  worst"
-    rows = [
-        f"{e.gpu:<16} {e.model:<14} {e.tensor_parallel:>2}  {e.source:<26} {e.kv_capacity_tokens:>10,}"
-        f"  {e.mean_error['two-piece']:>10.1%}  {e.largest_error['two-piece']:>5.0%}"
-        for e in entries
-    ]
-    return "\n".join(
-        [
-            header,
-            *rows,
-            f"{len(rows)} entries; KV tokens that fit, and relative errors of the iteration time's two-piece fit. "
-            "Of several sources the first is used.",
-        ]
-    )
+        measures = ("request_throughput", "mean_ttft", "mean_e2e")
+        gained = {gain.measure for gain in plan.recommendation.gains if gain.of_engine > 0.0}
+        if plan.curve is not None and gained.issuperset(measures):
+            figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+            for position, measure in enumerate(measures, start=1):
+                plots.gains(plan.recommendation, measure, ax=figure.add_subplot(1, 3, position))
+            yield "gains.png", figure
 
 
-def show_versions() -> str:
-    """Versions of fluidsched, Python, the platform and the dependencies, one a line.
-
-    Returns
-    -------
-    str
-        To print or to paste into a bug report.
-
-    Examples
-    --------
-    >>> import fluidsched as fs
-    >>> fs.show_versions().startswith("fluidsched")
-    True
-    """
-    lines = [
-        f"fluidsched {__version__}",
-        f"python {platform.python_version()}",
-        f"platform {platform.platform()}",
-    ]
-    for name in ("numpy", "scipy", "highspy", "cvxpy", "matplotlib", "numba", "pandas", "typer", "rich"):
-        try:
-            lines.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{name} (not installed)")
-    return "\n".join(lines)
+def _reach(plan: Plan) -> tuple[float, float] | None:
+    """Rates up to which the recommended policy keeps up and from which it does not; None where not both are known."""
+    reach = plan.recommendation.reach
+    if not 0.0 < reach.holds <= reach.fails < math.inf:
+        return None
+    return reach.holds * reach.critical_rate, reach.fails * reach.critical_rate

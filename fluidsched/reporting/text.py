@@ -1,0 +1,70 @@
+"""How a plan and the catalog read in a terminal: the objects' own texts, put into one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+from fluidsched.comparison import WIDTH
+
+if TYPE_CHECKING:
+    from fluidsched.planning import Plan
+    from fluidsched.policy import PolicyTable
+    from fluidsched.server.catalog import CatalogEntry
+
+__all__ = ["catalog_text", "plan_text"]
+
+_GUARANTEES = {
+    "certain": "always",
+    "probability": "up to the overflow probability",
+    "expectation": "in the mean, in the long run",
+}
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as one page of text, in pipeline order, answer and recommendation last."""
+    lines = [_heading("Workload"), repr(plan.workload), _heading("Server"), repr(plan.server)]
+    lines += [_heading("Fluid solution"), repr(plan.fluid)]
+    lines.append(_heading("Policy tables"))
+    lines += [repr(table) for table in plan.tables]
+    lines += [f"{name}: no table. {reason}" for name, reason in plan.missing.items()]
+    lines += _certificate(plan.recommended_table)
+    lines += [_heading("Comparison"), repr(plan.comparison)]
+    lines += [_heading("Answer"), *(fill(remark, WIDTH) for remark in plan.remarks)]
+    lines += [_heading("Recommendation"), repr(plan.recommendation)]
+    return "\n".join(lines) + "\n"
+
+
+def _certificate(table: PolicyTable) -> list[str]:
+    """The entries of a certificate, a line each."""
+    if not table.certificate:
+        return []
+    lines = [f"Certificate of {table.name!r}"]
+    for name, entry in table.certificate.items():
+        value = entry["value"]
+        text = f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
+        lines.append(f"  {name:<21} {text:>10} {entry['unit']:<36} {_GUARANTEES[entry['guarantee']]}")
+    return lines
+
+
+def _heading(title: str) -> str:
+    return f"\n{title}\n{'─' * len(title)}"
+
+
+def catalog_text(entries: Sequence[CatalogEntry]) -> str:
+    """The catalog as a table for people."""
+    header = f"{'GPU':<16} {'model':<14} tp  {'source':<26}  KV tokens  mean error  worst"
+    rows = [
+        f"{e.gpu:<16} {e.model:<14} {e.tensor_parallel:>2}  {e.source:<26} {e.kv_capacity_tokens:>10,}"
+        f"  {e.mean_error['two-piece']:>10.1%}  {e.largest_error['two-piece']:>5.0%}"
+        for e in entries
+    ]
+    return "\n".join(
+        [
+            header,
+            *rows,
+            f"{len(rows)} entries; KV tokens that fit, and relative errors of the iteration time's two-piece fit. "
+            "Of several sources the first is used.",
+        ]
+    )
