@@ -252,7 +252,6 @@ def plan(
 
     asked = {} if targets is None else check_targets(targets)
     fluid = solve_fluid(workload, server, objective=objective)
-    workload.require_no_cached_prefixes("a plan, whose policies are simulated")
     tables, missing = policy_tables(fluid, overflow_probability=overflow_probability)
     from fluidsched.comparison import compare
     from fluidsched.simulation import simulate

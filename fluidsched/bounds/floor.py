@@ -64,7 +64,8 @@ def no_wait_floor(path: ArrivalPath, server: Server) -> NoWaitFloor:
     (1.5, 5.25)
     """
     server.iteration_time.require_coefficients("the no-wait floor")
-    violated = floor_violated(server, int(path.prompt_tokens.min())) if len(path) else None
+    cached = path.cached_prompt_tokens
+    violated = floor_violated(server, path.prompt_tokens, 0 if cached is None else cached)
     if violated is not None:
         raise InputError(
             "iteration_time",
@@ -72,25 +73,27 @@ def no_wait_floor(path: ArrivalPath, server: Server) -> NoWaitFloor:
             "make recomputing a request cost no less than the decode it replaces",
             "The floor does not hold for this model.",
         )
-    return NoWaitFloor(*times_alone(path.prompt_tokens, path.output_tokens, server))
+    return NoWaitFloor(*times_alone(path.prompt_tokens, path.output_tokens, server, cached))
 
 
-def floor_violated(server: Server, shortest_prompt: int) -> str | None:
+def floor_violated(
+    server: Server, prompt_tokens: npt.NDArray[np.int64], cached_tokens: npt.NDArray[np.int64] | int
+) -> str | None:
     """Which condition of the floor, and of the fluid optimum as a bound, a server fails; None if none.
 
     Parameters
     ----------
     server : Server
-    shortest_prompt : int
-        Of the requests in question, tokens.
+    prompt_tokens, cached_tokens : (N,) int64 arrays
+        Of the requests in question.
     """
     rows = server.iteration_time.coefficients
     if rows is None:
         return "the iteration time is a function, not a maximum of affine pieces"
     _, per_prefill, per_decode, per_kv, per_attention = rows.T
-    # Linear in L against quadratic: checked at the shortest recompute, where it can fail first.
-    least = shortest_prompt + 1.0
-    cheaper = per_prefill * least + per_attention * least**2 / 2 < per_decode + per_kv * least
-    if np.any((per_prefill < per_kv) | cheaper):
+    # Linear in L against quadratic: checked at each prompt's shortest recompute, where it can fail first.
+    least, cached = prompt_tokens[:, None] + 1.0, np.atleast_1d(cached_tokens)[:, None].astype(np.float64)
+    recompute = per_prefill * (least - cached) + per_attention * (least**2 - cached**2) / 2
+    if np.any(per_prefill < per_kv) or np.any(recompute < per_decode + per_kv * least):
         return "recomputing a request can cost less than the decode it replaces"
     return None

@@ -121,9 +121,6 @@ def wait_bounds(
     unbounded = [t.name for t in workload.types if not t.law.is_bounded]
     if unbounded:
         return _nothing(workload, f"the lengths of type {unbounded[0]!r} are unbounded")
-    cached = [t.name for t in workload.types if t.cached_prefix_fraction]
-    if cached:
-        return _nothing(workload, f"prompts of type {cached[0]!r} are partly cached")
 
     n = np.array([row.threshold for row in table.types], dtype=np.float64)
     k = table.block_iterations or 1
@@ -140,7 +137,7 @@ def wait_bounds(
     slots = min((limit for limit in limits if limit is not None), default=math.inf)
     if residents > slots:
         return _nothing(workload, f"up to {residents:,.0f} requests are in service, the limit is {slots:,}")
-    tokens = float(n @ (workload.max_prompt_tokens + blocks - 1))
+    tokens = float(n @ (workload.max_prefill_tokens + blocks - 1))
     if server.token_budget is not None and tokens > server.token_budget:
         violated = f"a full block's first iteration takes {tokens:,.0f} tokens, the budget is {server.token_budget:,}"
         return _nothing(workload, violated)
@@ -225,9 +222,9 @@ def _full_block(n: _Real, k: int, workload: Workload, server: Server) -> tuple[f
     profile = worst_profile(workload, padding)
     k = min(k, profile.stages)
     block = profile.block(k)
-    prompts = workload.max_prompt_tokens.astype(np.float64)
     times = base[:, None] + np.outer(per_decode, n @ block.decodes) + np.outer(per_kv, n @ block.decode_kv)
-    times[:, 0] += per_prefill * (n @ prompts) + per_attention * (n @ prompts**2) / 2.0
+    times[:, 0] += per_prefill * (n @ workload.max_prefill_tokens)
+    times[:, 0] += per_attention * (n @ workload.max_prefill_attention)
     return float((n @ block.mean).max()), np.asarray(times.max(axis=0))
 
 

@@ -287,7 +287,7 @@ def _optimum_row(case: _Case, fluid: FluidSolution) -> BoundRow:
             "a reward of one's own is not measured",
         )
         return case.row("fluid optimum", "reward", bound, None)
-    violated = floor_violated(fluid.server, int(min(t.law.minimum_prompt for t in fluid.workload.types)))
+    violated = _recompute_too_cheap(fluid.workload, fluid.server)
     overload = not np.all(fluid.admitted_rate >= fluid.arrival_rate * (1.0 - 1e-9))
     condition = "long-run rate at the offered rates" + (
         ", no choice by length within a type" if overload else ""
@@ -304,6 +304,16 @@ def _optimum_row(case: _Case, fluid: FluidSolution) -> BoundRow:
     else:
         bound = Bound(measure, fluid.upper_bound, unit, "upper", formula, _FLUID_SOURCE, condition)
     return case.row("fluid optimum", measure, bound, case.measured(measure))
+
+
+def _recompute_too_cheap(workload: Workload, server: Server) -> str | None:
+    """The condition of floor and optimum that the server fails for some request of the types; None if none."""
+    for member in workload.types:
+        tokens, one_more = member.cached_tokens()
+        violated = floor_violated(server, member.law.prompt_law.values, tokens + (one_more > 0.0))
+        if violated is not None:
+            return violated
+    return None
 
 
 def _picks_by_length(case: _Case) -> bool:
@@ -329,11 +339,9 @@ def _critical_row(case: _Case, name: str, bound: Bound) -> BoundRow:
 
 
 def _floor_rows(case: _Case, workload: Workload, server: Server) -> Iterator[BoundRow]:
-    name, prompt = "no-wait floor", int(min(t.law.minimum_prompt for t in workload.types))
+    name = "no-wait floor"
     formulas = ("T(p) in the cheapest chunking", "TTFT floor + Σ_k T(one decode)")
-    violated = floor_violated(server, prompt)
-    if violated is None and workload.cached_prefix_fraction.any():
-        violated = "prefixes are cached"
+    violated = _recompute_too_cheap(workload, server)
     for position, (measure, formula) in enumerate(zip(("mean_ttft", "mean_e2e"), formulas, strict=True)):
         evidence, limit = case.measured(measure), math.nan
         if violated is None and case.runs.engine_runs:
@@ -381,8 +389,17 @@ def _mean_floor(workload: Workload, server: Server, position: int) -> float:
         if points > _MOST_ATOMS and not isinstance(member.law, JointAtoms):
             return math.nan
         prompts, outputs, weights = member.law.atoms()
-        path = ArrivalPath.from_arrays(np.zeros(len(prompts)), prompts, outputs)
-        total += share * float(weights @ no_wait_floor(path, server)[position])
+        tokens, one_more = member.cached_tokens()
+        place = np.searchsorted(member.law.prompt_law.values, prompts)
+        for more in (0, 1):
+            cached = np.minimum(tokens[place] + more, prompts - 1)
+            path = ArrivalPath.from_arrays(
+                np.zeros(len(prompts)), prompts, outputs, cached_prompt_tokens=cached
+            )
+            chance = one_more[place] if more else 1.0 - one_more[place]
+            if not chance.any():
+                continue
+            total += share * float((weights * chance) @ no_wait_floor(path, server)[position])
     return total
 
 

@@ -132,7 +132,7 @@ def compile_policy(
         token budget is); the message says up to which share of the fluid boundary one exists.
     InputError
         An argument is out of range, the iteration time is no maximum of affine pieces, or δ = 0 where a
-        type's lengths have no upper bound; a type states cached prefixes and the kind is not "capped".
+        type's lengths have no upper bound.
 
     Examples
     --------
@@ -163,8 +163,6 @@ def compile_policy(
     if horizon is not None:
         horizon = check_real("horizon", horizon, above=0.0)
     _check_solution(fluid)
-    if kind != "capped":
-        fluid.workload.require_no_cached_prefixes(f"a table of kind {kind!r}")
     problem = Problem.of(
         fluid, overflow_probability, kv_reserve, rate_error=rate_error, error_budget=error_budget
     )
@@ -248,8 +246,6 @@ def largest_load(
     """
     check_choice("kind", kind, COMPILED_KINDS)
     slack = check_real("slack", slack, minimum=0.0)
-    if kind != "capped":
-        fluid.workload.require_no_cached_prefixes(f"a table of kind {kind!r}")
     problem = Problem.of(
         fluid, overflow_probability, kv_reserve, rate_error=rate_error, error_budget=error_budget
     )
@@ -375,7 +371,6 @@ def reach_curve(
         raise InputError("workload", "an empty sequence", "have at least one workload")
     lines: list[tuple[int, str, float, str | None]] = []
     for offered in workloads:
-        offered.require_no_cached_prefixes("a curve of tables' reach")
         fluid = solve_fluid(offered.at_load(0.5, server), server)
         problem = Problem.of(fluid, overflow_probability, kv_reserve)
         boundary = boundary_problem(fluid, problem)

@@ -15,7 +15,7 @@ exactly, is raised to T(q) until the condition holds.
 bounds what they hold (certain for fixed lengths, mean + z_δ · sd for random ones, requests independent). A
 prompt may be cut to the token budget B: at most one resident is partly prefilled at a time, and it gets at
 least B less the decodes, so with decodes held to B/2 a request lags at most ⌈(p_max − 1) / (B − decodes)⌉
-iterations behind its age.
+iterations behind its age (p_max less what is cached of it).
 
 **Waiting.** Admissions of type j are those of a queue with n_j servers and constant service k_j
 iterations: the i-th enters k_j iterations after the (i − n_j)-th, or at the first decision after it
@@ -96,7 +96,7 @@ class _Spacing:
         lag = np.zeros(len(problem.rate), dtype=np.int64)
         if math.isfinite(token_budget):
             per_iteration = max(math.floor(token_budget - decodes), 1)
-            lag = -(-(problem.workload.max_prompt_tokens - 1) // per_iteration)
+            lag = -(-(problem.workload.max_prefill_tokens - 1) // per_iteration)
         self.lag = lag
         self.most_in_service = min(problem.slots, decodes)
         self._profile: SpacedProfile = problem.memory_profile.spaced(lag)
@@ -295,7 +295,7 @@ def gated_certificate(
         of_type = [SpacedProfile(by_age[:1, j : j + 1]).bound(int(k))[0, 0] for j, k in enumerate(period)]
         worst = float(n @ np.array(of_type))
     certain = problem.is_certain
-    cohort = float(n @ problem.workload.max_prompt_tokens)
+    cohort = float(n @ problem.workload.max_prefill_tokens)
     return {
         "memory": entry(
             plan.kv,

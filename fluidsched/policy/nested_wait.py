@@ -209,7 +209,7 @@ class NestedPlan:
         """Tokens of the first iteration of a run of all segments, all full, with the longest prompts."""
         sizes = np.diff([*self.first.tolist(), self.blocks])
         decodes = float(self.threshold @ sizes - self.threshold[0])
-        return float(self.threshold[0]) * float(problem.workload.max_prompt_tokens.max()) + decodes
+        return float(self.threshold[0]) * float(problem.workload.max_prefill_tokens.max()) + decodes
 
 
 class Stream:
@@ -290,8 +290,9 @@ class Stream:
         within = np.tile(np.arange(self.block), self.blocks)
         reads = decodes * (prompts - (self.block - 1) + within - self.problem.padding)
         decodes[0] = reads[0] = 0.0
-        largest = float(self.problem.workload.max_prompt_tokens.max())
-        return self._under_pieces(decodes, reads, threshold[0], largest, largest**2 / 2.0)
+        workload = self.problem.workload
+        tokens, attention = workload.max_prefill_tokens.max(), workload.max_prefill_attention.max()
+        return self._under_pieces(decodes, reads, threshold[0], float(tokens), float(attention))
 
     def _under_pieces(
         self, decodes: FloatArray, reads: FloatArray, entering: float, prompt: float, attention: float
@@ -304,10 +305,10 @@ class Stream:
 
     @cached_property
     def _mean_prompt(self) -> tuple[float, float]:
-        """E[p] and E[p²/2]."""
+        """Mean tokens and attention work of a prompt, what is cached of it left out."""
         weight = self.problem.rate / self.rate
         workload = self.problem.workload
-        return float(weight @ workload.mean_prompt_tokens), float(weight @ workload.prefill_attention)
+        return float(weight @ workload.mean_prefill_tokens), float(weight @ workload.prefill_attention)
 
     def memory(self, first: IntArray, threshold: FloatArray, buffer: FloatArray, log: float) -> _Memory:
         """What residents hold at most: base, certain, and by Bernstein's inequality with exponent `log`."""

@@ -173,6 +173,11 @@ class Problem:
         """Whether every type has one length, so that nothing about memory is random."""
         return all(t.law.is_fixed for t in self.workload.types)
 
+    @cached_property
+    def has_fixed_times(self) -> bool:
+        """Whether nothing about the time of a batch is random either: cached prefixes are whole tokens."""
+        return self.is_fixed and not any(t.cached_tokens()[1].any() for t in self.workload.types)
+
     @property
     def is_certain(self) -> bool:
         """Whether memory bounds hold with certainty."""
@@ -247,18 +252,22 @@ class Problem:
 
     @cached_property
     def life_work_variance(self) -> FloatArray:
-        """Variance over a type's lengths of the busy work of a life, the largest of the pieces', (A,), s²."""
+        """Variance over a type's lengths of the busy work of a life, the largest of the pieces', (A,), s².
+
+        Of a prompt the share f is taken as cached: rounding to whole tokens is left out.
+        """
         if self.is_fixed:
             return np.zeros(len(self.workload))
         result = np.zeros(len(self.workload))
+        cached = self.workload.cached_prefix_fraction
         for _, per_prefill, per_decode, per_kv, per_attention in self.coefficients.tolist():
-            terms = {  # w as a polynomial in (p, o)
+            terms: dict[tuple[int, int], Any] = {  # w as a polynomial in (p, o)
                 (0, 0): -per_decode,
-                (1, 0): per_prefill - per_kv,
+                (1, 0): per_prefill * (1.0 - cached) - per_kv,
                 (0, 1): per_decode - per_kv / 2.0,
                 (1, 1): per_kv,
                 (0, 2): per_kv / 2.0,
-                (2, 0): per_attention / 2.0,
+                (2, 0): per_attention * (1.0 - cached**2) / 2.0,
             }
             mean = sum(c * self.workload.moment(*powers) for powers, c in terms.items())
             square = sum(
@@ -297,8 +306,8 @@ class Problem:
     def work_variance(self) -> FloatArray | None:
         """Variance of the difference of two pieces' busy work at each stage, (I, I, A, L), s²; None if all 0.
 
-        At stage s ≥ 1 a request adds Δc_dec + Δc_kv (p + s) while it is there, at stage 0 Δc_pf p +
-        Δc_attn p²/2.
+        At stage s ≥ 1 a request adds Δc_dec + Δc_kv (p + s) while it is there, at stage 0 Δc_pf (1 − f) p +
+        Δc_attn (1 − f²) p²/2, f the share of prompts that is cached (not rounded to tokens).
         """
         if self.is_fixed or len(self.coefficients) == 1:
             return None
@@ -308,14 +317,16 @@ class Problem:
         read = profile.prompt + stages * present
         square = profile.prompt_square + stages * (2.0 * profile.prompt + stages * present)
         p, p2, p3, p4 = (self.workload.moment(i, 0) for i in (1, 2, 3, 4))
+        cached = self.workload.cached_prefix_fraction
         c = self.coefficients
         _, per_prefill, per_decode, per_kv, per_attention = np.moveaxis(c[:, None, :] - c[None, :, :], 2, 0)[
             ..., None
         ]
+        prefill, attention = per_prefill * (1.0 - cached), per_attention * (1.0 - cached**2)
         prompt_part = (
-            per_prefill**2 * (p2 - p * p)
-            + per_prefill * per_attention * (p3 - p * p2)
-            + per_attention**2 / 4.0 * (p4 - p2 * p2)
+            prefill**2 * (p2 - p * p)
+            + prefill * attention * (p3 - p * p2)
+            + attention**2 / 4.0 * (p4 - p2 * p2)
         )
         decode, kv = per_decode[..., None], per_kv[..., None]
         result = (

@@ -32,7 +32,8 @@ when each type has one length: with certainty, whatever arrives. For random leng
 full and its requests independent, and what they hold at mean + z_δ · sd, the larger of the running and the
 paused value for mean and variance separately. So P(overflow) ≤ δ at each iteration in the normal
 approximation. Residents, at most Σ_j n_j ⌈S_j / k⌉, are held to the server's largest batch in the same
-way, and the largest cohort, Σ_j n_j (p_max + decodes), to its token budget, if it has one.
+way, and the largest cohort, Σ_j n_j (p_max + decodes), to its token budget, if it has one; of prompts that are
+partly cached only the rest counts there.
 
 **Waiting.** Counted just after decisions, the entry queue of type j is at most W' = W + X − n·1{W + X ≥
 n}, X Poisson with mean m = a_j T_k(n) (`fluidsched.queues`), its time average at most E[W] + m/2. By
@@ -144,9 +145,9 @@ class _Block:
                 times = problem.mean_profile.block(k)
             base, per_prefill, per_decode, per_kv, per_attention = problem.coefficients.T
             work = per_decode[:, None, None] * times.decodes + per_kv[:, None, None] * times.decode_kv
-            prefill = np.outer(per_prefill, problem.workload.mean_prompt_tokens)
+            prefill = np.outer(per_prefill, problem.workload.mean_prefill_tokens)
             work[:, :, 0] += prefill + np.outer(per_attention, problem.workload.prefill_attention)
-            largest = problem.workload.max_prompt_tokens + (-(-problem.workload.max_output_tokens // k) - 1)
+            largest = problem.workload.max_prefill_tokens + (-(-problem.workload.max_output_tokens // k) - 1)
             variance = None if problem.work_variance is None else fold(problem.work_variance, k)
             shared = (memory, base, work, variance, largest)
             if problem.size <= KEPT:
@@ -435,15 +436,16 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
     blocks_per_life = np.asarray(problem.mean_profile.present[:, ::k].sum(axis=1))
     lost = float((workload.mean_output_tokens * (queue + arrivals + (blocks_per_life + 1.0) * n)).sum())
     outputs = float(rate @ workload.mean_output_tokens)
-    prompts = float(n @ workload.max_prompt_tokens)
+    prompts = float(n @ workload.max_prefill_tokens)
     earlier = n * (-(-workload.max_output_tokens // k) - 1)
     longest = problem.server.iteration_time(
         prompts,
         float(earlier.sum()),
         float(n @ longest_requests.decode_kv[:, 0]),
-        float(n @ workload.max_prompt_tokens.astype(np.float64) ** 2) / 2.0,
+        float(n @ workload.max_prefill_attention),
     )
     lengths_known = "certain" if problem.is_bounded else "probability"
+    timing = "certain" if problem.has_fixed_times else "expectation"
     delta = 0.0 if problem.is_certain else problem.overflow_probability
     return {
         "memory": entry(
@@ -475,16 +477,14 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
             cycle,
             "s",
             "T_k(n) = Σ_r " + ("max_i" if problem.is_fixed else "E max_i") + " (c0_i + Σ_j n_j w_ij(r))",
-            "certain" if problem.is_fixed else "expectation",
+            timing,
         ),
-        "slack": entry(
-            plan.slack, "", "min_j n_j / (a_j T_k(n)) − 1", "certain" if problem.is_fixed else "expectation"
-        ),
+        "slack": entry(plan.slack, "", "min_j n_j / (a_j T_k(n)) − 1", timing),
         "slack_per_cycle": entry(
             float((n / rate).min()) - cycle,
             "s",
             "min_j n_j / a_j − T_k(n)",
-            "certain" if problem.is_fixed else "expectation",
+            timing,
             per_type=n / rate - cycle,
         ),
         "robustness": entry(
@@ -492,7 +492,7 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
             "relative error of all rates at once",
             "margin_j = n_j / (a_j T_k(n)) − 1: the table keeps up with any rates up to (1 + margin_j) a_j, and its "
             "memory bound holds for all rates",
-            "certain" if problem.is_fixed else "expectation",
+            timing,
             per_type=n / arrivals - 1.0,
             all_rates_30_percent_up=plan.slack >= 0.3,
         ),
@@ -591,7 +591,6 @@ def wait_curve(
     -------
     WaitCurve
     """
-    fluid.workload.require_no_cached_prefixes("a table of kind 'wait'")
     problem = Problem.of(fluid, overflow_probability)
     longest = problem.mean_profile.stages
     lengths = (

@@ -7,7 +7,8 @@ the time of the mean chunk:
 
     first ≥ min_{K ≥ ⌈p/N⌉} max_i ( K·c0_i + c_pf_i·p + c_attn_i·p²/2 ),
 
-N the server's token budget. If every base c0_i ≥ 0 the minimum is at the smallest K: T(p) without a budget.
+N the server's token budget. Of a prompt of which c tokens are cached, p − c are cut and have (p² − c²)/2 units of
+attention. If every base c0_i ≥ 0 the minimum is at the smallest K: T(p) without a budget.
 A negative base (the piece beyond a knee) can make two chunks cheaper than one; the expression is then
 convex and piecewise linear in K, so its minimum over whole K lies next to a crossing of two pieces or at an
 end of the range.
@@ -32,7 +33,10 @@ _Real = npt.NDArray[np.float64]
 
 
 def times_alone(
-    prompt_tokens: npt.NDArray[np.int64], output_tokens: npt.NDArray[np.int64], server: Server
+    prompt_tokens: npt.NDArray[np.int64],
+    output_tokens: npt.NDArray[np.int64],
+    server: Server,
+    cached_tokens: npt.NDArray[np.int64] | None = None,
 ) -> tuple[_Real, _Real]:
     """Least times from start to first and to last token of requests alone on the server, s.
 
@@ -41,6 +45,8 @@ def times_alone(
     prompt_tokens, output_tokens : (N,) int64 arrays
     server : Server
         Its iteration time, in affine pieces, and token budget.
+    cached_tokens : (N,) int64 array, optional
+        c, of every prompt; none by default.
 
     Returns
     -------
@@ -62,9 +68,9 @@ def times_alone(
     rows = server.iteration_time.require_coefficients("the time of a request alone")
     base, per_prefill, per_decode, per_kv, per_attention = rows.T
     p, o = prompt_tokens.astype(np.float64), output_tokens.astype(np.float64)
-    first = _cheapest_prefill(
-        base, np.outer(p, per_prefill) + np.outer(p * p / 2.0, per_attention), p, server
-    )
+    c = np.zeros_like(p) if cached_tokens is None else cached_tokens.astype(np.float64)
+    work = np.outer(p - c, per_prefill) + np.outer((p * p - c * c) / 2.0, per_attention)
+    first = _cheapest_prefill(base, work, p - c, server)
     return first, first + _decodes_alone(base + per_decode, per_kv, p + 1.0, o - 1.0)
 
 

@@ -305,7 +305,7 @@ RETURNED = _record_type("below produced stored", "since served")
 #: where the run began and so right for requests that join through `route` only.
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
-    " iterations batch_sizes batch_tokens preempted wasted swapped stored moved peak_kv samples verdict kv_end"
+    " iterations batch_sizes batch_tokens preempted wasted cached swapped stored moved peak_kv samples verdict kv_end"
     " emitted stalls gap_place gap_weight left held_before residents_before entered queued",
     "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
@@ -332,7 +332,8 @@ class Run(NamedTuple):
     """All a loop reads and writes: one record of rules and of state; N requests, J rows, G groups, L segments
     (none but with `nested-wait`), I pieces.
 
-    `arrival`, `prompt`, `output`, `row` (N,) are the path, `order` sorts it by row, oldest first; `admitted`,
+    `arrival`, `prompt`, `output`, `row` (N,) are the path, and `cached` (N,) what the prefix cache has of its
+    prompts, (0,) if nothing; `order` sorts it by row, oldest first; `admitted`,
     `first_token`, `finish` (NaN where it did not happen), `preemptions` (N,), `gaps` (B,) and `occupancy`
     (2·points, 4) are what becomes of it.
     """
@@ -343,6 +344,7 @@ class Run(NamedTuple):
     arrival: Floats
     prompt: Ints
     output: Ints
+    cached: Ints
     row: Ints
     order: Ints
     rows: Records
@@ -505,6 +507,12 @@ def _units(rules: Pointer, tokens: int) -> int:
     if rules.block == 1:
         return tokens
     return (tokens + rules.block - 1) // rules.block
+
+
+@_inline
+def _cached(run: Run, request: int) -> int:
+    """Rule 4: prompt tokens of the request that the prefix cache has."""
+    return run.cached[request] if run.cached.size > 0 else 0
 
 
 @_inline
@@ -677,7 +685,9 @@ def _return(run: Run, stack: int, slot: int, produced: int, held: int, served: f
         s.stored += held
         s.moved += held
     else:
-        s.wasted += held
+        cached = _cached(run, request)
+        s.wasted += held - cached
+        s.cached -= cached
     s.queued += run.prompt[request] + produced
     s.preempted += 1
     s.returned += 1
@@ -716,7 +726,8 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
     slots[slot].resumed = produced
     slots[slot].target = run.prompt[request] + produced
     s.queued -= run.prompt[request] + produced
-    slots[slot].done = 0
+    slots[slot].done = _cached(run, request)
+    s.cached += slots[slot].done
     slots[slot].decodes = 0
     slots[s.partials].partial = slot
     s.partials += 1
@@ -935,6 +946,7 @@ def _bring_back(run: Run, slot: int) -> None:
     returned[request].stored = 0
     s.stored -= stored
     s.moved += stored
+    s.cached -= slots[slot].done  # what it holds comes from the host
     produced = slots[slot].resumed
     if produced == 0:
         slots[slot].done = stored
@@ -969,23 +981,26 @@ def _admission(rare: bool) -> Callable[[Run, int, int, float], int]:
                 if row == NOBODY:
                     return _NOBODY_MAY
                 target = run.prompt[request]
+            holds = _cached(run, request)  # as soon as it enters
             stored = 0
             if rare and row == NOBODY:
                 stored = returned[request].stored
+                if stored > 0:
+                    holds = stored
             limit = rules.admission if s.residents > 0 else rules.capacity
-            chunk = min(target - stored, budget, rules.chunk)
-            if rules.whole_prompts and target > budget:
+            chunk = min(target - holds, budget, rules.chunk)
+            if rules.whole_prompts and target - holds > budget:
                 return _NO_ROOM_IN_BATCH
             if rules.reserve > 0:
                 reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
                 if s.reserved + reserved > limit:
                     return _NO_MEMORY
                 s.reserved += reserved
-            elif used + _units(rules, target if rules.whole_prompt else stored + chunk) > limit:
+            elif used + _units(rules, target if rules.whole_prompt else holds + chunk) > limit:
                 return _NO_MEMORY
             slot = _admit(run, 0, max(row, 0), now)
             slots[slot].chunk = chunk
-            used += _units(rules, stored + chunk)
+            used += _units(rules, holds + chunk)
             budget -= chunk
             if rare and stored > 0:
                 _bring_back(run, slot)
@@ -1150,7 +1165,7 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 _sample(run, held, now)
 
             # The decision.
-            preempted, dropped = s.preempted, s.wasted + s.stored
+            preempted = s.preempted
             held_back = s.since_prefill < rules.interval - 1 and s.queue_left == 0 and groups[0].decodes > 0
             ended = _NO_ROOM_IN_BATCH
             resting = False
@@ -1178,7 +1193,9 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                 for j in range(rows.size):  # rule 18
                     rows[j].passed = rows[j].admissions
                 cleared = True
-            held -= s.wasted + s.stored - dropped
+            held = groups[0].held
+            for i in range(s.partials):
+                held += slots[slots[i].partial].done
             if not held_back:
                 s.queue_left = s.waiting + s.returned > 0
 
@@ -1346,7 +1363,7 @@ def _start_block(run: Run, now: float) -> None:
             waiting = groups[j].depth + rows[j].tail - rows[j].head
             for _ in range(min(rows[j].threshold, waiting, rules.slots - s.residents)):
                 slot = _admit(run, j, j, now)
-                slots[slot].chunk = slots[slot].target
+                slots[slot].chunk = slots[slot].target - slots[slot].done
 
 
 @_inline
@@ -1391,7 +1408,6 @@ def wait(run: Run) -> None:
             _sample(run, held, now)
 
         # The decision.
-        wasted = s.wasted
         decodes = reads = 0
         if left > 0:
             decodes, reads = _serve_block(run, now)
@@ -1399,7 +1415,11 @@ def wait(run: Run) -> None:
             left = rules.block_iterations
             _start_block(run, now)
             decodes, reads = _serve_block(run, now)
-        held -= s.wasted - wasted
+        held = 0
+        for j in range(groups.size):
+            held += groups[j].held
+        for i in range(s.partials):
+            held += slots[slots[i].partial].done
 
         # Nobody to serve: wait for an arrival or a timer.
         if decodes + s.partials == 0:
@@ -1439,9 +1459,9 @@ def wait(run: Run) -> None:
             emitted = size = decodes + s.partials
             attention = 0.0
             for i in range(s.partials):
-                prompt = slots[slots[i].partial].target
-                prompts += prompt
-                attention += 0.5 * prompt * prompt
+                slot = slots[i].partial
+                prompts += slots[slot].chunk
+                attention += slots[slot].chunk * (slots[slot].done + 0.5 * slots[slot].chunk)
             tokens = decodes + prompts
             holds = held + tokens
             duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
@@ -1626,7 +1646,7 @@ def _start_segments(run: Run, now: float) -> None:
         waiting = groups[0].depth + rows[0].tail - rows[0].head
         for _ in range(min(segments[0].threshold, waiting, rules.slots - s.residents)):
             slot = _admit(run, 0, 0, now)
-            slots[slot].chunk = slots[slot].target
+            slots[slot].chunk = slots[slot].target - slots[slot].done
 
 
 @_part
@@ -1740,7 +1760,6 @@ def nested(run: Run) -> None:
             _sample(run, held, now)
 
         # The decision.
-        wasted = s.wasted
         decodes = reads = 0
         if left > 0:
             decodes, reads = _serve_segments(run, now)
@@ -1748,7 +1767,11 @@ def nested(run: Run) -> None:
             left = rules.block_iterations
             _start_segments(run, now)
             decodes, reads = _serve_segments(run, now)
-        held -= s.wasted - wasted
+        held = 0
+        for k in range(groups.size):
+            held += groups[k].held + segments[k].held
+        for i in range(s.partials):
+            held += slots[slots[i].partial].done
 
         # Nobody to serve: wait for an arrival or a timer.
         if decodes + s.partials == 0:
@@ -1787,9 +1810,9 @@ def nested(run: Run) -> None:
             emitted = size = decodes + s.partials
             attention = 0.0
             for i in range(s.partials):
-                prompt = slots[slots[i].partial].target
-                prompts += prompt
-                attention += 0.5 * prompt * prompt
+                slot = slots[i].partial
+                prompts += slots[slot].chunk
+                attention += slots[slot].chunk * (slots[slot].done + 0.5 * slots[slot].chunk)
             tokens = decodes + prompts
             holds = held + tokens
             duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
@@ -1843,6 +1866,7 @@ def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
         arrival=runs.arrival,
         prompt=runs.prompt,
         output=runs.output,
+        cached=runs.cached,
         row=runs.row,
         order=runs.order[p * places : (p + 1) * places],
         rows=runs.rows[p * rows : (p + 1) * rows],

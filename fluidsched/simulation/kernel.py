@@ -232,6 +232,9 @@ def choose_replicas(
 
 # ------------------------------------------------------------------ flat arrays for the loops, and back
 
+_NOTHING = np.zeros(0, dtype=np.int64)
+_NOTHING.flags.writeable = False  # as a path's own columns are
+
 
 def _prepare(
     path: ArrivalPath,
@@ -276,6 +279,7 @@ def _prepare(
         arrival=column(path.arrival_s),
         prompt=column(path.prompt_tokens),
         output=output,
+        cached=_NOTHING if path.cached_prompt_tokens is None else column(path.cached_prompt_tokens),
         row=of_request,
         order=order,
         rows=rows,
@@ -372,6 +376,7 @@ COUNTERS = {
     "emitted_tokens": "emitted",
     "preempted": "preempted",
     "wasted_tokens": "wasted",
+    "cached_tokens": "cached",
     "peak_kv": "peak_kv",
     "kv_end": "kv_end",
     "swapped_tokens": "swapped",

@@ -4,7 +4,8 @@ With [w, e] the measured window and, of request i, arrival A_i, admission D_i, f
 
 - *time order*: A ≤ D < F ≤ E ≤ e, F = E exactly when o = 1;
 - *requests are conserved*: each has one status, which its times agree with; a "finished" run leaves none;
-- *tokens are conserved*: Σ tokens of all batches = Σ_{finished} (p + o - 1) + wasted + held and stored at the end;
+- *tokens are conserved*: Σ tokens of all batches + cached = Σ_{finished} (p + o - 1) + wasted + held and stored at
+  the end;
 - *gaps are conserved*: every token in the window that is not its request's first ends one gap; in a run
   measured to its empty end, Σ gaps = Σ_i (E_i - F_i) (neither is asked of restarts, which lose tokens);
 - *Little's law for requests*: ∫ (residents + waiting) dt = Σ_i |[A_i, E_i] ∩ [w, e]|, E_i = e if unfinished;
@@ -89,9 +90,8 @@ def check_laws(
 
     processed = int((path.prompt_tokens + path.output_tokens - 1)[finished].sum())
     accounted = processed + run.wasted_tokens + run.kv_end + run.stored_end
-    _hold(
-        "tokens are conserved", run.batch_token_sum == accounted, f"{run.batch_token_sum:,} and {accounted:,}"
-    )
+    found = run.batch_token_sum + run.cached_tokens
+    _hold("tokens are conserved", found == accounted, f"{found:,} and {accounted:,}")
     if lossless:
         gaps = int(run.gap_counts.sum())
         continued = run.emitted_tokens - int(np.count_nonzero(first > warmup))
@@ -164,6 +164,8 @@ class Audit:
         self.kv_s = dict.fromkeys(range(len(path)), 0.0)
         self.last_s = 0.0
         self.final_kv = (path.prompt_tokens + path.output_tokens - 1).tolist()
+        cached = path.cached_prompt_tokens
+        self.cached = [0] * len(path) if cached is None else cached.tolist()
 
     def observe(self, batch: IterationSummary) -> None:
         """Check one batch against the limits and add its KV to the accounts."""
@@ -175,7 +177,7 @@ class Audit:
             if self.stored is not None and i in batch.preempted:
                 self.stored[i] = held
             if times_in:
-                self.held[i] = self.stored.pop(i, 0) if self.stored else 0
+                self.held[i] = (self.stored or {}).pop(i, self.cached[i])
         before = dict(self.held)
         for i, chunk in batch.prefill:
             self.held[i] += chunk

@@ -151,8 +151,8 @@ def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray
 
     A request never fits if its prompt has the server's `max_model_len` tokens or more, or if its KV at its
     last token, prompt + output - 1 tokens, exceeds the capacity. `orca` and `faster_transformer` set R output
-    tokens aside, so there prompt + R - 1 must fit. Where prompts run whole they must be within the token
-    budget; with `vllm_v0` so must prompt + output - 1, the longest that a recompute can run as one prompt.
+    tokens aside, so there prompt + R - 1 must fit. Where prompts run whole, what is not cached of them must be within
+    the token budget; with `vllm_v0` so must what a recompute can run as one prompt at most, output - 1 tokens more.
     """
     limits = effective_limits(server, table)
     prompt, output = path.prompt_tokens, path.output_tokens
@@ -161,10 +161,15 @@ def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray
         output = np.full_like(output, limits.reserve)
     too_long = -(-(prompt + output - 1) // limits.block) > limits.capacity
     if limits.whole_prompts:
-        too_long |= longest_prompt > limits.budget
+        too_long |= longest_prompt - _cached(path) > limits.budget
     if server.max_model_len is not None:
         too_long |= prompt >= server.max_model_len
     return np.asarray(too_long, dtype=np.bool_)
+
+
+def _cached(path: ArrivalPath) -> NDArray[np.int64] | int:
+    """Prompt tokens found in the prefix cache, (N,); 0 where the path has none."""
+    return 0 if path.cached_prompt_tokens is None else path.cached_prompt_tokens
 
 
 def check_run(
@@ -286,18 +291,19 @@ def _check_reserve(path: ArrivalPath, table: PolicyTable) -> None:
 def _check_cohort(path: ArrivalPath, rows: NDArray[np.int64], budget: int, table: PolicyTable) -> None:
     """Refuse a server whose token budget is below the largest first iteration a block can have.
 
-    All types at once, each with `threshold` newcomers of its longest prompt in this path, and the decodes of
-    the earlier blocks: at most threshold per block, ⌈o_max/k⌉ - 1 blocks; under `nested-wait` the threshold of
-    the segment that the block lies in.
+    All types at once, each with `threshold` newcomers of its longest prompt (less what is cached) in this path,
+    and the decodes of the earlier blocks: at most threshold per block, ⌈o_max/k⌉ - 1 blocks; under `nested-wait`
+    the threshold of the segment that the block lies in.
     """
     assert table.block_iterations is not None
     largest = 0
+    computed = path.prompt_tokens - _cached(path)
     starts = [segment.boundary + 1 for segment in table.segments[:-1]]
     for j, row in enumerate(table.types):
         mine = rows == j
         if mine.any() and row.threshold:
             blocks = -(-int(path.output_tokens[mine].max()) // table.block_iterations)
-            largest += row.threshold * (int(path.prompt_tokens[mine].max()) + blocks - 1)
+            largest += row.threshold * (int(computed[mine].max()) + blocks - 1)
             for start, before, segment in zip(starts, table.segments, table.segments[1:], strict=False):
                 beyond = max(blocks - start // table.block_iterations, 0)
                 largest += beyond * (segment.threshold - before.threshold)

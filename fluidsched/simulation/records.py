@@ -73,18 +73,21 @@ class EngineRun:
     preempted : int
         Number of preemptions.
     wasted_tokens : int
-        KV tokens dropped by preemptions: work to be done again.
+        KV tokens computed and dropped by preemptions: work to be done again.
     peak_kv : int
         Largest KV held during an iteration, in tokens.
     kv_end : int
         KV tokens held at `end_s` (by what an iteration cut off by the horizon had found). Every token pushed
-        through the model is accounted for: batch_token_sum = Σ finished (p + o - 1) + wasted_tokens + kv_end
-        + stored_end.
+        through the model is accounted for: batch_token_sum + cached_tokens = Σ finished (p + o - 1)
+        + wasted_tokens + kv_end + stored_end.
     occupancy : (K, 4) float array or None
         Columns time (s), KV tokens, residents, waiting: the state at decision instants (finishers gone,
         arrivals in, nothing decided yet), at the first one at or after each point of an even grid.
     swapped_tokens, stored_end : int
         KV tokens moved to the host's memory by preemptions, and those that are there at `end_s`.
+    cached_tokens : int
+        Prompt tokens that requests, finished or with KV at `end_s`, found in the prefix cache and so did not
+        compute.
     """
 
     admitted_s: NDArray[np.float64]
@@ -112,6 +115,7 @@ class EngineRun:
     occupancy: NDArray[np.float64] | None = None
     swapped_tokens: int = 0
     stored_end: int = 0
+    cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -146,7 +150,7 @@ class IterationSummary:
     start_s, end_s : float
         Start and end; with a horizon in between the iteration's effects do not happen.
     prefill : tuple of (int, int)
-        (request, prompt tokens) for every chunk, in the order scheduled.
+        (request, tokens) for every chunk, in the order scheduled.
     decode : tuple of int
         Requests that decode, in the order scheduled.
     admitted, preempted : tuple of int

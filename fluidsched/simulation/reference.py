@@ -22,7 +22,10 @@ Time
 
 Requests
   4. A request has `computed` KV tokens, `produced` output tokens, and a `target`. Waiting: computed = 0. On
-     admission target = prompt + produced. While computed < target it *prefills*: a chunk of n tokens raises
+     admission target = prompt + produced, and computed is what is found in the prefix cache: the path's
+     `cached_prompt_tokens`, else 0. The cache keeps its copy, so a request that enters again after a preemption
+     finds as much as before; and a resident holds its whole prompt, found or computed, whoever else holds the
+     same prefix. While computed < target it *prefills*: a chunk of n tokens raises
      computed by n, and the chunk that reaches target emits one token. After that it *decodes*: computed and
      produced rise by one. So a resident holds prompt + produced - 1 tokens once its prompt is done. It leaves
      at the end of the iteration in which produced = output.
@@ -34,16 +37,18 @@ Memory
   7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed + n)
      for it at once; other residents keep units(computed).
   8. Preemption takes the most recently admitted resident: its memory is freed, its computed tokens are wasted
-     (rule 4's computed before this iteration; tokens already scheduled for it in this decision are withdrawn
-     and go back to the budget), and it waits. `recompute` keeps produced; `restart` sets it to 0 and forgets
-     the first-token time. `swap` wastes nothing: produced is kept and the computed tokens move to the host's
-     memory, which has no limit. A request may be preempted in the same decision that admitted it only under `wait`.
+     (rule 4's computed before this iteration, less what came from the prefix cache; tokens already scheduled
+     for it in this decision are withdrawn and go back to the budget), and it waits. `recompute` keeps produced;
+     `restart` sets it to 0 and forgets the first-token time. `swap` wastes nothing: produced is kept and the
+     computed tokens move to the host's memory, which has no limit. A request may be preempted in the same
+     decision that admitted it only under `wait`.
   9. Preempted requests wait in one stack, last preempted first, ahead of all others and whatever their type;
      under `wait` at the front of their own type's queue.
 
   9a. `swap`: a request that enters again holds the tokens it had when it was preempted, and they move back;
-     target is its prompt, so it goes on decoding, or prefilling, where it stopped. It takes 1 token, or a
-     chunk of what is missing of its prompt, as rule 13 says of min(target, …); and by rule 14 it fits if
+     target is its prompt, so it goes on decoding, or prefilling, where it stopped (what came from the prefix
+     cache moves with the rest, and nothing is looked for there again). It takes 1 token, or a chunk of what is
+     missing of its prompt, as rule 13 says of min(target, …); and by rule 14 it fits if
      units(prompt + produced), or without `whole_prompt_admission` units(tokens held + those it takes), do.
      Moving takes the GPU's time, as no part of the batch is computed meanwhile: an iteration lasts T plus
      (tokens moved out + tokens moved in since the one before)/swap_bandwidth, in which KV counts as it does
@@ -59,11 +64,12 @@ Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
      decision is taken again at once (this happens when a decode gives way while prefills are held, rule 16).
  13. Otherwise waiting requests are admitted while budget and slots are left: first the preempted stack, then
      by (priority, arrival, index); rows without priority come after all that have one. The scan ends at the
-     first request that does not fit. An admitted request takes its first chunk, min(target, budget left,
-     chunk_tokens).
- 14. A request fits if memory in use + units(target), or units(first chunk) without `whole_prompt_admission`,
-     is at most the admission limit; the limit is the whole capacity if there is no resident, else
-     ⌊min(capacity - watermark·capacity, kv_limit)⌋. Memory in use is that of rule 7 in this iteration.
+     first request that does not fit. An admitted request takes its first chunk, min(target - found, budget
+     left, chunk_tokens), found in the prefix cache (rule 4).
+ 14. A request fits if memory in use + units(target), or units(found + first chunk) without
+     `whole_prompt_admission`, is at most the admission limit; the limit is the whole capacity if there is no
+     resident, else ⌊min(capacity - watermark·capacity, kv_limit)⌋. Memory in use is that of rule 7 in this
+     iteration.
  15. Slots: residents ≤ min(max_in_service, max_batch_size), partly prefilled ones included.
  16. `prefill_interval` N: an iteration is *held* if fewer than N - 1 iterations have run since the last one
      that prefilled a token, some resident decodes, and the last decision that was not held left nobody
@@ -104,15 +110,15 @@ Orders and look-ahead, with every rule that scans the queue as rule 13 does
 `orca`
  19. Every resident decodes. The scan of rule 13 (preempted stack always empty) admits while the slots, at
      most min(max_in_service, max_batch_size, budget), last; a request fits if Σ over residents and it of
-     units(prompt + R - 1) is at most the limit of rule 14, and its whole prompt fits in the budget left after
-     the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
+     units(prompt + R - 1) is at most the limit of rule 14, and what is to compute of its prompt fits in the
+     budget left after the decodes and earlier newcomers. It prefills whole. R = ⌈lookahead.headroom_tokens⌉.
 
 `faster_transformer`
  19a. As `orca`, but the scan admits only if nobody is resident.
 
 `vllm_v0`
- 19b. First the scan of rule 13, which here ends also at a request whose target is more than the budget left:
-     whoever enters prefills its whole target. If anybody entered, the newcomers are the batch; all other
+ 19b. First the scan of rule 13, which here ends also at a request whose target - found is more than the budget
+     left: whoever enters prefills its whole target. If anybody entered, the newcomers are the batch; all other
      residents pause. Otherwise every resident decodes, with rule 11 and nobody admitted.
 
 `wait`
@@ -200,16 +206,23 @@ Observer = Callable[[IterationSummary], Any]
 class _Request:
     """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23;
     `position`: see rule 27; `token_s`: when it emitted its latest token;
-    `stored`: its KV tokens in the host's memory."""
+    `stored`: its KV tokens in the host's memory; `cached`: those of its prompt in the prefix cache."""
 
     __slots__ = (
-        "admitted_s", "arrival_s", "believed", "computed", "finish_s", "first_token_s", "index", "key", "output",
-        "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "stored", "target",
-        "token_s", "waiting_since",
+        "admitted_s", "arrival_s", "believed", "cached", "computed", "finish_s", "first_token_s", "index", "key",
+        "output", "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "stored",
+        "target", "token_s", "waiting_since",
     )  # fmt: skip
 
     def __init__(
-        self, index: int, row: int, rank: tuple[float, ...], arrival_s: float, prompt: int, output: int
+        self,
+        index: int,
+        row: int,
+        rank: tuple[float, ...],
+        arrival_s: float,
+        prompt: int,
+        output: int,
+        cached: int,
     ):
         self.index = index
         self.row = row
@@ -217,6 +230,7 @@ class _Request:
         self.arrival_s = self.served_s = self.waiting_since = arrival_s
         self.prompt = prompt
         self.output = self.believed = output
+        self.cached = cached
         self.computed = self.produced = self.target = self.scheduled = self.preemptions = self.position = 0
         self.stored = 0
         self.admitted_s = self.first_token_s = self.finish_s = self.token_s = math.nan
@@ -256,6 +270,8 @@ class _System:
         `wait`, `nested-wait`: iterations left in the block, 0 if none runs, and the requests it serves.
     iterations, wasted_tokens, preemption_count, swapped_tokens : int
         Counters of the run.
+    cached_tokens : int
+        KV tokens of residents, finished and swapped out requests that came from the prefix cache.
     stored, moved : int
         KV tokens in the host's memory; tokens that moved there or back since the last iteration (rule 9a).
     """
@@ -284,7 +300,7 @@ class _System:
         self.iterations = 0
         self.wasted_tokens = 0
         self.preemption_count = 0
-        self.swapped_tokens = self.stored = self.moved = 0
+        self.swapped_tokens = self.stored = self.moved = self.cached_tokens = 0
         self.waiting_s = 0.0
 
     def waiting_count(self) -> int:
@@ -307,6 +323,11 @@ class _System:
         request.target = request.prompt + request.produced
         if request.stored:
             self._bring_back(request)
+        elif request.cached:
+            request.computed = request.cached
+            self.used += self.limits.units(request.cached)
+            self.held += request.cached
+            self.cached_tokens += request.cached
         if math.isnan(request.admitted_s):
             request.admitted_s = self.now
         self.waiting_s += max(0.0, self.now - max(request.waiting_since, self.warmup))
@@ -337,7 +358,8 @@ class _System:
             self.stored += victim.computed
             self.moved += victim.computed
         else:
-            self.wasted_tokens += victim.computed
+            self.wasted_tokens += victim.computed - victim.cached
+            self.cached_tokens -= victim.cached
         self.preemption_count += 1
         victim.computed = victim.scheduled = victim.target = victim.position = 0
         victim.preemptions += 1
@@ -414,13 +436,14 @@ def _admit_waiting(system: _System, may_admit: list[int]) -> None:
         if request is None:
             return
         target = request.prompt + request.produced
-        chunk = min(target - request.stored, system.budget, limits.chunk)
-        needed = target if system.table.whole_prompt_admission else request.stored + chunk
-        if limits.whole_prompts and target > system.budget:
+        held = request.stored or request.cached  # as soon as it enters
+        chunk = min(target - held, system.budget, limits.chunk)
+        needed = target if system.table.whole_prompt_admission else held + chunk
+        if limits.whole_prompts and target - held > system.budget:
             return
         if not _fits(system, request, system.used, limits.units(needed)):
             return
-        if system.residents and not _fits_ahead(system, request, chunk):
+        if system.residents and not _fits_ahead(system, request, held + chunk):
             return
         if system.preempted:
             system.preempted.pop()
@@ -431,8 +454,8 @@ def _admit_waiting(system: _System, may_admit: list[int]) -> None:
         system.schedule(request, chunk)
 
 
-def _fits_ahead(system: _System, newcomer: _Request, chunk: int) -> bool:
-    """Rule 32, somebody being resident."""
+def _fits_ahead(system: _System, newcomer: _Request, held: int) -> bool:
+    """Rule 32, somebody being resident; the newcomer would hold `held` tokens after this iteration."""
     limits = system.limits
     if limits.reserve:
         everybody = [*system.residents, newcomer]
@@ -440,10 +463,10 @@ def _fits_ahead(system: _System, newcomer: _Request, chunk: int) -> bool:
             sum(limits.units(request.prompt + limits.reserve - 1) for request in everybody)
             <= limits.admission
         )
-    return not limits.shares or _forecast(system, newcomer, chunk) <= limits.shares * limits.admission
+    return not limits.shares or _forecast(system, newcomer, held) <= limits.shares * limits.admission
 
 
-def _forecast(system: _System, newcomer: _Request, chunk: int) -> int:
+def _forecast(system: _System, newcomer: _Request, held_by_it: int) -> int:
     """Rule 33: the largest memory forecast for an iteration after this one, in units / shares.
 
     Between two ends what is held only grows, so that the iterations at which somebody ends are enough.
@@ -451,13 +474,12 @@ def _forecast(system: _System, newcomer: _Request, chunk: int) -> int:
     limits = system.limits
     incomplete = 0
     last, held, share = [], [], []
-    scheduled = [(request, request.scheduled) for request in system.residents]
-    for request, tokens in [*scheduled, (newcomer, chunk)]:
+    residents = [(request, request.computed + request.scheduled) for request in system.residents]
+    for request, after in [*residents, (newcomer, held_by_it)]:
         lengths = system.table.lookahead.lengths or (request.believed,)
         ahead = [length - request.produced - 1 for length in lengths if length > request.produced]
         weight = limits.shares // max(len(ahead), 1)
         target = request.prompt + request.produced
-        after = request.computed + tokens
         if after < target:
             incomplete += sum(weight * limits.units(target + u) for u in ahead) or (
                 limits.shares * limits.units(target)
@@ -556,11 +578,12 @@ def _decide_orca(system: _System) -> None:
     while queue and len(system.residents) < limits.slots:
         request = queue[0]
         needed = limits.units(request.prompt + limits.reserve - 1)
-        if request.prompt > system.budget or not _fits(system, request, reserved, needed):
+        missing = request.prompt - request.cached
+        if missing > system.budget or not _fits(system, request, reserved, needed):
             return
         queue.popleft()
         system.admit(request)
-        system.schedule(request, request.prompt)
+        system.schedule(request, missing)
         reserved += needed
 
 
@@ -771,17 +794,17 @@ class Engine:
             priority = _priority(table, j)
             return (priority, int(believed[i])) if self.by_length and believed is not None else (priority,)
 
+        cached = path.cached_prompt_tokens
+        columns = (
+            rows,
+            path.arrival_s,
+            path.prompt_tokens,
+            path.output_tokens,
+            np.zeros_like(path.prompt_tokens) if cached is None else cached,
+        )
         self.requests = [
-            _Request(i, j, rank(i, j), arrival_s, prompt, output)
-            for i, (j, arrival_s, prompt, output) in enumerate(
-                zip(
-                    rows.tolist(),
-                    path.arrival_s.tolist(),
-                    path.prompt_tokens.tolist(),
-                    path.output_tokens.tolist(),
-                    strict=True,
-                )
-            )
+            _Request(i, row, rank(i, row), *others)
+            for i, (row, *others) in enumerate(zip(*(column.tolist() for column in columns), strict=True))
         ]
         if believed is not None:
             for request, length in zip(self.requests, believed.tolist(), strict=True):
@@ -1090,5 +1113,6 @@ def _records(
         kv_end=system.held,
         swapped_tokens=system.swapped_tokens,
         stored_end=system.stored,
+        cached_tokens=system.cached_tokens,
         occupancy=occupancy.array(),
     )

@@ -102,11 +102,11 @@ class RequestView:
     def missing(self) -> int:
         """Tokens to prefill before the next output token; 0 if it decodes.
 
-        Of a waiting request all but what is stored in the host's memory.
+        Of a waiting request all but what is stored in the host's memory or cached.
         """
         request = self._request
         if request.target == 0:
-            return request.prompt + request.produced - request.stored
+            return request.prompt + request.produced - (request.stored or request.cached)
         return max(request.target - request.computed, 0)
 
     @property

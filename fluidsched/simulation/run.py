@@ -97,7 +97,7 @@ def simulate(
     ------
     InputError
         Before anything runs: zero replications, a horizon of 0, a warm-up not before the horizon, a
-        repeated policy name, a type with cached prefixes, a table for other types than the path's, a `wait`
+        repeated policy name, a table for other types than the path's, a `wait`
         cohort above the server's token budget, a request that can never fit, several replications of a
         path.
     SimulationError
@@ -171,7 +171,6 @@ def common_paths(
     if isinstance(workload, ArrivalPath):
         paths, horizon = _replayed(workload, horizon, replications)
     elif isinstance(workload, Workload):
-        workload.require_no_cached_prefixes("the simulator")
         paths, horizon = _sampled(workload, horizon, replications, seed)
     else:
         raise InputError("workload", workload, "be a Workload or an ArrivalPath")

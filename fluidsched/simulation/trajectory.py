@@ -3,11 +3,12 @@ r"""Fluid trajectories: a threshold table followed by real-valued cohorts, one s
 Requests of type j arrive at rate λ_j as a fluid. A decision admits x_j of them, and with M the KV that residents
 hold and R their number,
 
-    n_pf = Σ x p,   n_dec = R,   k_dec = M + R,   ΔT = T(n_pf, n_dec, k_dec, q_pf),
+    n_pf = Σ x (p − c),   n_dec = R,   k_dec = M + R,   ΔT = T(n_pf, n_dec, k_dec, Σ x (p² − c²)/2),
     M ← (M + R) + Σ x p − Σ finishers·(p + o − 1),   R ← R + Σ x − Σ finishers,   q_j ← q_j − x_j + λ_j ΔT.
 
 Finishers are known when they are admitted, so a ring of finishing times makes an iteration cost O(types) (for types
-with length laws, O(output lengths)), however long requests stay. Lengths enter by E[p | o] and E[p² | o] alone.
+with length laws, O(output lengths)), however long requests stay. Lengths enter by E[p | o], and E[p − c | o] and
+E[p² − c² | o], c what is cached of a prompt, alone.
 
 Rules with a fluid version, numbered as in `reference`: 10 (whole prompts; a request is infinitesimal, so a token budget
 only bounds how much is admitted), 11 and 12, 13 without priorities (first come, first served is a common arrival
@@ -118,7 +119,8 @@ class _Fluid:
         self.server, self.table = server, table
         self.limits = effective_limits(server, table)
         self.capacity = float(server.kv_capacity)
-        self.kind, self.row, self.output, self.rate, self.prompt, self.square = _classes(workload, table)
+        classes = _classes(workload, table)
+        self.kind, self.row, self.output, self.rate, self.prompt, self.computed, self.attention = classes
         self.backlog = np.zeros_like(self.rate)
         rows = len(table.types)
         self.since = np.full(rows, -1.0)
@@ -176,23 +178,23 @@ class _Fluid:
     def admit(self) -> list[_Cohort]:
         """Rules 13 to 15 and 17: the stack, then newcomers up to a common arrival time."""
         limit = min(self.capacity, float(self.limits.admission))
-        tokens = min(limit - self.kv - self.count, self.limits.budget - self.count)
-        slots = self.limits.slots - self.count
+        left = np.array(  # memory, tokens of the iteration, slots
+            [limit - self.kv - self.count, self.limits.budget - self.count, self.limits.slots - self.count]
+        )
         entering = []
-        while self.stack and tokens > 0.0 and slots > 0.0:
+        while self.stack and (left > 0.0).all():
             piece = self.stack[-1]
-            need, number = float(piece.mass @ (self.prompt + piece.produced)), float(piece.mass.sum())
-            share = min(1.0, tokens / need, slots / number)
+            need = self.needs(piece.mass, piece.produced)
+            share = min(1.0, float((left / need).min()))
             entering.append(_Cohort(piece.mass * share, piece.produced, self.step))
-            tokens -= share * need
-            slots -= share * number
+            left -= share * need
             if share == 1.0:
                 self.stack.pop()
             else:
                 piece.mass = piece.mass * (1.0 - share)
                 return entering
-        if not self.stack and tokens > 0.0 and slots > 0.0:
-            until = self.cut(tokens, slots)
+        if not self.stack and (left > 0.0).all():
+            until = self.cut(left)
             mass = self.arrived(until) - self.arrived(self.since)
             self.since = until
             for window, number in zip(self.windows, self.per_row(mass), strict=True):
@@ -200,6 +202,12 @@ class _Fluid:
             if mass.any():
                 entering.append(_Cohort(mass, 0, self.step))
         return entering
+
+    def needs(self, mass: Floats, produced: int) -> Floats:
+        """Memory, tokens of the iteration and slots that requests with so many tokens produced take to enter."""
+        number = float(mass.sum())
+        more = number * produced
+        return np.array([float(mass @ self.prompt) + more, float(mass @ self.computed) + more, number])
 
     def row_limits(self) -> Floats:
         """Latest arrival time that the threshold and gate of each row let in (rule 17)."""
@@ -223,7 +231,7 @@ class _Fluid:
                 until[j] = allowed / stock[j] - 1.0 if allowed < stock[j] else (allowed - stock[j]) / rates[j]
         return until
 
-    def cut(self, tokens: float, slots: float) -> Floats:
+    def cut(self, left: Floats) -> Floats:
         """Per row, the arrival time up to which newcomers enter: rule 13's scan ends where one limit binds."""
         rows = self.row_limits()
         entered = self.arrived(self.since)
@@ -232,23 +240,19 @@ class _Fluid:
             cuts: Floats = np.minimum(np.maximum(time, self.since), rows)
             return cuts
 
-        def use(time: float) -> tuple[float, float]:
-            mass = self.arrived(until(time)) - entered
-            return float(mass @ self.prompt), float(mass.sum())
+        def use(time: float) -> Floats:
+            return self.needs(self.arrived(until(time)) - entered, 0)
 
         points = sorted({*self.since.tolist(), *rows.tolist(), *((0.0,) if self.now > 0.0 else ())})
 
         def over(time: float) -> bool:
-            needed, number = use(time)
-            return needed > tokens or number > slots
+            return bool((use(time) > left).any())
 
         first = bisect_right(points, False, key=over)
         if first == len(points):
             return rows
         low, high = use(points[first - 1]), use(points[first])
-        share = min(
-            (limit - a) / (b - a) for limit, a, b in zip((tokens, slots), low, high, strict=True) if b > limit
-        )
+        share = min((limit - a) / (b - a) for limit, a, b in zip(left, low, high, strict=True) if b > limit)
         return until(points[first - 1] + share * (points[first] - points[first - 1]))
 
     def idle_until(self) -> float:
@@ -282,13 +286,13 @@ class _Fluid:
                 if math.isinf(self.now):
                     raise InputError("table", self.table.name, "admit a type that arrives")
                 entering = self.admit()
-        prefill = attention = admitted = 0.0
+        prefill = attention = admitted = entered = 0.0
         for cohort in entering:
-            tokens = self.prompt + cohort.produced
-            prefill += float(cohort.mass @ tokens)
-            attention += float(
-                cohort.mass @ (self.square + cohort.produced * (2 * self.prompt + cohort.produced))
-            )
+            memory, tokens, _ = self.needs(cohort.mass, cohort.produced)
+            entered += memory
+            prefill += tokens
+            again = cohort.produced * (2 * self.prompt + cohort.produced)
+            attention += float(cohort.mass @ (self.attention + again))
             admitted += float(cohort.mass.sum())
             self.cohorts.append(cohort)
             for c in np.flatnonzero(cohort.mass).tolist():
@@ -296,7 +300,7 @@ class _Fluid:
                 self.finishing.setdefault(end, []).append((cohort, c))
         duration = float(self.server.iteration_time(prefill, decodes, read, attention / 2))
         start, waiting = self.now, self.waiting()
-        self.kv = read + prefill
+        self.kv = read + entered
         self.count += admitted
         held, residents, completed = self.kv, self.count, 0.0
         for cohort, c in self.finishing.pop(self.step, ()):
@@ -331,7 +335,7 @@ class _Fluid:
 
 
 def _classes(workload: Workload, table: PolicyTable) -> tuple[NDArray[Any], ...]:
-    """Type, row, output length, rate, E[p], E[p²] of every class with arrivals."""
+    """Type, row, output length, rate, E[p], E[p − c], E[p² − c²] of every class with arrivals."""
     parts = []
     for j, kind in enumerate(workload.types):
         prompt, output, weight = kind.law.atoms()
@@ -346,8 +350,12 @@ def _classes(workload: Workload, table: PolicyTable) -> tuple[NDArray[Any], ...]
         keys, which = np.unique(np.stack([row, output]), axis=1, return_inverse=True)
         which = which.reshape(-1)
         share = np.bincount(which, weight)
-        mean, square = (np.bincount(which, weight * prompt.astype(np.float64) ** k) / share for k in (1, 2))
-        parts.append((np.full(len(share), j), *keys, kind.arrival_rate * share, mean, square))
+        first, second = kind.cached_moments()[:, np.searchsorted(kind.law.prompt_law.values, prompt)]
+        means = (
+            np.bincount(which, weight * values) / share
+            for values in (prompt, prompt - first, prompt.astype(np.float64) ** 2 - second)
+        )
+        parts.append((np.full(len(share), j), *keys, kind.arrival_rate * share, *means))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
@@ -365,7 +373,7 @@ def fluid_trajectory(
     Parameters
     ----------
     workload : Workload
-        Types with arrival rates above 0, their length laws, and no cached prefixes.
+        Types with arrival rates above 0 and their length laws.
     server : Server
         With coefficients for its iteration time and without a block size.
     table : PolicyTable
@@ -397,7 +405,6 @@ def fluid_trajectory(
     ('equilibrium', 1382)
     """
     _check_rules(server, table)
-    workload.require_no_cached_prefixes("the fluid trajectory")
     index = {name: j for j, name in enumerate(workload.type_names)}
     waiting, residents = dict(waiting or {}), dict(residents or {})
     for j, rate in enumerate(workload.arrival_rate):

@@ -102,6 +102,9 @@ def bin_path(path: ArrivalPath, types: int, name: str) -> Workload:
     for prompt_range in prompt_ranges:
         chosen = _inside(path.prompt_tokens, prompt_range)
         prompts, outputs = path.prompt_tokens[chosen], path.output_tokens[chosen]
+        cached = (
+            np.zeros_like(prompts) if path.cached_prompt_tokens is None else path.cached_prompt_tokens[chosen]
+        )
         output_ranges = quantile_ranges(outputs, b)
         if output_ranges is None:
             raise _too_few(
@@ -116,6 +119,7 @@ def bin_path(path: ArrivalPath, types: int, name: str) -> Workload:
                     lengths=joint(prompts[kept], outputs[kept]),
                     prompt_range=prompt_range,
                     output_range=output_range,
+                    cached_prefix_fraction=int(cached[kept].sum()) / int(prompts[kept].sum()),
                 )
             )
     return Workload(members, name, f"{types} bins of (prompt, output) of {len(path):,} requests, {path.name}")

@@ -65,19 +65,19 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
-def token_array(argument: str, values: ArrayLike) -> IntArray:
-    """Return `values` as a new int64[N] of whole numbers in 1..2^31 − 1, or name the first offender."""
+def token_array(argument: str, values: ArrayLike, *, minimum: int = 1) -> IntArray:
+    """Return `values` as a new int64[N] of whole numbers in `minimum`..2^31 − 1, or name the first offender."""
     array = np.asarray(values)
     if array.ndim != 1:
         raise InputError(argument, f"an array of shape {array.shape}", "be one-dimensional")
     if array.dtype.kind not in "iuf" and array.size:
         raise InputError(argument, f"values of type {array.dtype}", "be whole numbers of tokens")
     with np.errstate(invalid="ignore"):
-        bad = ~((array >= 1) & (array <= MAX_TOKENS) & (array == np.floor(array)))
+        bad = ~((array >= minimum) & (array <= MAX_TOKENS) & (array == np.floor(array)))
     if bad.any():
         index = int(np.argmax(bad))
         raise InputError(
-            f"{argument}[{index}]", array[index].item(), f"be a whole number in 1..{MAX_TOKENS:,}"
+            f"{argument}[{index}]", array[index].item(), f"be a whole number in {minimum}..{MAX_TOKENS:,}"
         )
     return array.astype(np.int64)
 

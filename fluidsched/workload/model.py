@@ -100,8 +100,8 @@ class RequestType:
         How the requests are spread over time, from `fluidsched.arrivals`; Poisson by default. The fluid program
         sees only the mean rate.
     cached_prefix_fraction : float
-        f in [0, 1), the share of every prompt that the prefix cache already holds. The fluid program knows
-        it; the simulator has no prefix cache.
+        f in [0, 1), the share of every prompt that the prefix cache already holds. Sampled paths carry it as
+        `ArrivalPath.cached_prompt_tokens`.
 
     Attributes
     ----------
@@ -204,10 +204,15 @@ class RequestType:
         >>> RequestType("chat", 1.0, 10, 5, cached_prefix_fraction=0.25).cached_tokens()
         (array([2]), array([0.5]))
         """
-        prompts = self.law.prompt_law.values
-        mean = np.minimum(self.cached_prefix_fraction * prompts, prompts - 1.0)
+        mean = _mean_cached(self.cached_prefix_fraction, self.law.prompt_law.values)
         tokens = np.floor(mean)
         return read_only(tokens.astype(np.int64)), read_only(mean - tokens)
+
+    def cached_moments(self) -> FloatArray:
+        """E[c | p] and E[c² | p] for every prompt length, float64[2, K]."""
+        tokens, one_more = self.cached_tokens()
+        square = tokens.astype(np.float64) ** 2 + (2.0 * tokens + 1.0) * one_more
+        return np.stack([tokens + one_more, square])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: only what was given."""
@@ -246,6 +251,11 @@ class RequestType:
         return (
             f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s{spread}, {self.law!r}{_cached(self)})"
         )
+
+
+def _mean_cached(fraction: float, prompts: IntArray) -> FloatArray:
+    """x = min(f p, p − 1), the mean of what is cached of prompts of p tokens."""
+    return np.asarray(np.minimum(fraction * prompts, prompts - 1.0))
 
 
 def _cached(member: RequestType) -> str:
@@ -451,15 +461,30 @@ class Workload:
         """E[c] and E[c²], (2, J)."""
         moments = np.zeros((2, len(self)))
         for j in np.flatnonzero(self.cached_prefix_fraction):
-            tokens, one_more = self.types[j].cached_tokens()
-            square = tokens.astype(np.float64) ** 2 + (2.0 * tokens + 1.0) * one_more
-            moments[:, j] = np.stack([tokens + one_more, square]) @ self.types[j].law.prompt_law.weights
+            moments[:, j] = self.types[j].cached_moments() @ self.types[j].law.prompt_law.weights
         return read_only(moments)
 
     @cached_property
     def max_prompt_tokens(self) -> IntArray:
         """Largest p, int64[J], tokens (certain only where the law is bounded)."""
         return read_only(np.array([t.law.maximum_prompt for t in self.types], dtype=np.int64))
+
+    @cached_property
+    def max_prefill_tokens(self) -> IntArray:
+        """Most prompt tokens computed, int64[J]: p − ⌊x⌋ of the largest p (certain only where the law is bounded)."""
+        return read_only(self.max_prompt_tokens - self._cached_of_longest)
+
+    @cached_property
+    def max_prefill_attention(self) -> FloatArray:
+        """(p² − ⌊x⌋²)/2 of the largest p, float64[J], tokens²: most attention work of a prompt's computed tokens."""
+        prompts, cached = self.max_prompt_tokens.astype(np.float64), self._cached_of_longest
+        return read_only((prompts**2 - cached.astype(np.float64) ** 2) / 2)
+
+    @cached_property
+    def _cached_of_longest(self) -> IntArray:
+        """⌊x⌋ of the largest prompts, (J,)."""
+        mean = [_mean_cached(t.cached_prefix_fraction, np.array(t.law.maximum_prompt)) for t in self.types]
+        return np.floor(np.array(mean)).astype(np.int64)
 
     @cached_property
     def max_output_tokens(self) -> IntArray:
@@ -484,17 +509,6 @@ class Workload:
             self.max_output_tokens.astype(np.float64),
         )
         return read_only(outputs * prompts + outputs * (outputs - 1) / 2)
-
-    def require_no_cached_prefixes(self, purpose: str) -> None:
-        """Raise `InputError` if a type states cached prefixes, which `purpose` cannot take into account."""
-        if self.cached_prefix_fraction.any():
-            j = int(np.argmax(self.cached_prefix_fraction > 0))
-            raise InputError(
-                f"cached_prefix_fraction of type {self.type_names[j]!r}",
-                self.types[j].cached_prefix_fraction,
-                f"be 0 for {purpose}, which does not know prefix caches",
-                "Use workload.with_cached_prefixes(0): all prompts are then computed in full.",
-            )
 
     def with_cached_prefixes(self, fraction: ArrayLike) -> Workload:
         """The same demand, with this share of prompts in the prefix cache: one number, or one per type.
@@ -644,10 +658,11 @@ class Workload:
     def sample(self, horizon: float, seed: Seed) -> ArrivalPath:
         """Draw a path on [0, horizon): arrivals from each type's process, lengths from its law, independently.
 
-        Each type has its own random streams (times, lengths, predictions), derived from `seed` and the type's
-        *name*. So with one seed a type's requests stay the same when other types are added, removed, reordered or
-        change their rates, and a longer horizon only adds requests. Simultaneous arrivals are ordered by type
-        index. A path holds times and lengths; what is in the prefix cache is no part of it.
+        Each type has its own random streams (times, lengths, predictions, cached tokens), derived from `seed` and
+        the type's *name*. So with one seed a type's requests stay the same when other types are added, removed,
+        reordered or change their rates, and a longer horizon only adds requests. Simultaneous arrivals are ordered
+        by type index. Where a type states cached prefixes, the path says how many tokens of every prompt are
+        cached: ⌊x⌋ of them, and with probability φ one more (see the module).
 
         Parameters
         ----------
@@ -671,7 +686,7 @@ class Workload:
             )
 
         times, prompts, outputs, types = [], [], [], []
-        predicted, minima = [], []
+        predicted, minima, cached = [], [], []
         for index, member in enumerate(self.types):
             key = int.from_bytes(hashlib.sha256(member.name.encode()).digest()[:8], "little")
             time_stream, length_stream = stream(key, 0), stream(key, 1)
@@ -686,6 +701,10 @@ class Workload:
                 predicted.append(prediction)
                 if minimum is not None:
                     minima.append(minimum)
+            if self.cached_prefix_fraction.any():
+                mean = _mean_cached(member.cached_prefix_fraction, prompt)
+                least = np.floor(mean)
+                cached.append(least + (stream(key, 3).random(len(prompt)) < mean - least))
         arrival = np.concatenate(times)
         order = np.argsort(arrival, kind="stable")
         return ArrivalPath(
@@ -698,6 +717,7 @@ class Workload:
             horizon=horizon,
             name=self.name,
             predicted_output_minimum=np.concatenate(minima)[order] if minima else None,
+            cached_prompt_tokens=np.concatenate(cached)[order] if cached else None,
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -54,7 +54,11 @@ TOKEN_COLUMNS = (
     "output_tokens",
     "predicted_output_tokens",
     "predicted_output_minimum",
+    "cached_prompt_tokens",
 )
+LEAST_TOKENS = {"cached_prompt_tokens": 0}
+"""Smallest number of tokens a column may hold, where it is not 1."""
+
 COLUMNS = ("arrival_s", *TOKEN_COLUMNS, "type")
 """The columns a request may have, in the order of exported tables."""
 
@@ -101,6 +105,9 @@ class ArrivalPath:
         Where the path comes from.
     predicted_output_minimum : int64[N], optional
         Lower end of the predicted interval, at most `predicted_output_tokens`; with it only.
+    cached_prompt_tokens : int64[N], optional
+        c, how many tokens of the prompt, from its beginning, the server finds in its prefix cache, 0 to
+        prompt_tokens - 1 (the last token is always computed). None: nothing is cached.
 
     Examples
     --------
@@ -117,6 +124,7 @@ class ArrivalPath:
     horizon: float | None = None
     name: str = "path"
     predicted_output_minimum: IntArray | None = None
+    cached_prompt_tokens: IntArray | None = None
 
     def __post_init__(self) -> None:
         arrivals = _time_array(self.arrival_s)
@@ -124,7 +132,7 @@ class ArrivalPath:
         for field in TOKEN_COLUMNS:
             given = getattr(self, field)
             if given is not None:
-                store[field] = token_array(field, given)
+                store[field] = token_array(field, given, minimum=LEAST_TOKENS.get(field, 1))
         names = tuple(self.type_names)
         for name in names:
             if not isinstance(name, str) or not name:
@@ -143,6 +151,8 @@ class ArrivalPath:
                 read_only(array)
         if self.predicted_output_minimum is not None:
             _check_interval(store["predicted_output_minimum"], store.get("predicted_output_tokens"))
+        if self.cached_prompt_tokens is not None:
+            _check_cached(store["cached_prompt_tokens"], store["prompt_tokens"])
         if self.horizon is not None:
             last = float(arrivals[-1]) if len(arrivals) else 0.0
             remedy = "It is the end of the window, not before the last arrival."
@@ -160,6 +170,7 @@ class ArrivalPath:
         predicted_output_tokens: ArrayLike | None = None,
         *,
         predicted_output_minimum: ArrayLike | None = None,
+        cached_prompt_tokens: ArrayLike | None = None,
         type_names: Sequence[str] = (),
         horizon: float | None = None,
         name: str = "path",
@@ -182,6 +193,7 @@ class ArrivalPath:
             horizon,
             name,
             predicted_output_minimum,  # type: ignore[arg-type]
+            cached_prompt_tokens,  # type: ignore[arg-type]
         )
 
     def __len__(self) -> int:
@@ -209,7 +221,8 @@ class ArrivalPath:
         """Workload of this path: `types` bins of (prompt, output), each with its empirical joint law.
 
         See `fluidsched.workload.binning` for the bins. Each type's rate is its number of requests over
-        `duration`, so the total rate and every moment of the path are conserved.
+        `duration`, so the total rate and every moment of the path are conserved. Of its prompts the share of
+        tokens that the path has cached is cached (`RequestType.cached_prefix_fraction`).
 
         Parameters
         ----------
@@ -495,8 +508,10 @@ class ArrivalPath:
             self.predicted_output_tokens,
             *([] if self.predicted_output_minimum is None else [self.predicted_output_minimum]),
         ]
+        cached = self.cached_prompt_tokens
         return fingerprint(
             {
+                **({} if cached is None else {"cached": fingerprint(cached.astype("<i8").tobytes())}),
                 "columns": [
                     None if a is None else fingerprint(a.astype(a.dtype.newbyteorder("<")).tobytes())
                     for a in arrays
@@ -564,6 +579,18 @@ def _check_interval(minimum: IntArray, predicted: IntArray | None) -> None:
             f"predicted_output_minimum[{index}]",
             int(minimum[index]),
             f"be at most predicted_output_tokens, {int(predicted[index])}",
+        )
+
+
+def _check_cached(cached: IntArray, prompt: IntArray) -> None:
+    above = cached >= prompt
+    if above.any():
+        index = int(np.argmax(above))
+        raise InputError(
+            f"cached_prompt_tokens[{index}]",
+            int(cached[index]),
+            f"be below prompt_tokens, {int(prompt[index])}",
+            "The last token of a prompt is always computed.",
         )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fluidsched._files import whole_file
 from fluidsched.errors import InputError
-from fluidsched.workload.path import TOKEN_COLUMNS
+from fluidsched.workload.path import LEAST_TOKENS, TOKEN_COLUMNS
 from fluidsched.workload.trace_rows import Cells, Columns, Rows, whole_number
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
         elif name == "arrival_s":
             columns[name] = rows.times(name, given)
         else:
-            columns[name] = rows.tokens(name, given, whole_number)
+            columns[name] = rows.tokens(name, given, whole_number, LEAST_TOKENS.get(name, 1))
     return columns
 
 

@@ -50,16 +50,16 @@ class Rows:
         remedy = f"Correct or remove the {'row' if self.unit == 'line' else self.unit}."
         raise InputError(f"{self.place}, {self.unit} {self.numbers[index]}", received, required, remedy)
 
-    def tokens(self, column: str, given: Cells, count: Callable[[Any], int]) -> IntArray:
-        """Whole numbers of at least 1; `count` turns a cell into one, 0 if it is none. (Arrays of numbers: at once.)"""
+    def tokens(self, column: str, given: Cells, count: Callable[[Any], int], minimum: int = 1) -> IntArray:
+        """Whole numbers from `minimum` on; `count` turns a cell into one, -1 if none. (Arrays of numbers: at once.)"""
         if isinstance(given, np.ndarray) and given.dtype != object:
-            if np.all((given >= 1) & (given <= MAX_TOKENS) & (given == np.floor(given))):
+            if np.all((given >= minimum) & (given <= MAX_TOKENS) & (given == np.floor(given))):
                 return given.astype(np.int64)
             given = given.tolist()
         values = [count(value) for value in given]
-        if min(values) < 1 or max(values) > MAX_TOKENS:
-            index = next(i for i, value in enumerate(values) if not 1 <= value <= MAX_TOKENS)
-            required = f"be a whole number of tokens in 1..{MAX_TOKENS:,}"
+        if min(values) < minimum or max(values) > MAX_TOKENS:
+            index = next(i for i, value in enumerate(values) if not minimum <= value <= MAX_TOKENS)
+            required = f"be a whole number of tokens in {minimum}..{MAX_TOKENS:,}"
             self.refuse(index, f"{column} {given[index]!r}", required)
         return np.array(values, dtype=np.int64)
 
@@ -102,7 +102,7 @@ class Rows:
 
 
 def whole_number(value: Any) -> int:
-    """The value if it is a whole number (of any numeric type but bool), else 0."""
+    """The value if it is a whole number (of any numeric type but bool), else -1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-        return 0
-    return int(value) if abs(value) <= MAX_TOKENS else 0
+        return -1
+    return int(value) if abs(value) <= MAX_TOKENS else -1

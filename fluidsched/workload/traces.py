@@ -16,9 +16,9 @@ ShareGPT-style JSON   ``[{"conversations": [..]}, ..]``, or                none:
 ====================  ===================================================  =====================================
 
 Columns may come in any order and further columns are ignored, but for ``predicted_output_tokens``,
-``predicted_output_minimum`` and ``type`` (a label) of the plain forms, which `ArrivalPath.to_csv` and `to_parquet`
-write, and BurstGPT's ``Model``, which becomes the label. Mooncake's ``hash_ids`` are ignored. Lines may end with LF
-or CRLF; empty lines at the end are ignored.
+``predicted_output_minimum``, ``cached_prompt_tokens`` (0 or more) and ``type`` (a label) of the plain forms, which
+`ArrivalPath.to_csv` and `to_parquet` write, and BurstGPT's ``Model``, which becomes the label. Mooncake's
+``hash_ids`` are ignored. Lines may end with LF or CRLF; empty lines at the end are ignored.
 
 Rows are sorted by arrival time; rows of equal time keep the order of the file. Every request needs at least
 one prompt and one output token (so have all rows of the published Azure 2023 and Mooncake files): a row with
@@ -49,7 +49,7 @@ import numpy as np
 from fluidsched._files import read_text
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import FloatArray
-from fluidsched.workload.path import ArrivalPath
+from fluidsched.workload.path import LEAST_TOKENS, TOKEN_COLUMNS, ArrivalPath
 from fluidsched.workload.trace_json import is_trace, read_json
 from fluidsched.workload.trace_parquet import MAGIC, read_parquet
 from fluidsched.workload.trace_rows import Columns, Rows
@@ -171,7 +171,7 @@ _FORMATS = (
         "prompt_tokens",
         "output_tokens",
         label="type",
-        optional=("predicted_output_tokens", "predicted_output_minimum"),
+        optional=TOKEN_COLUMNS[2:],
     ),
     _Format("Timestamp", "Request tokens", "Response tokens", label="Model", has_failures=True),
 )
@@ -205,7 +205,7 @@ def _csv(place: str, text: str) -> Columns:
     }
     for name in known.optional:
         if name in by_name:
-            columns[name] = rows.tokens(name, by_name[name], _count)
+            columns[name] = rows.tokens(name, by_name[name], _count, LEAST_TOKENS.get(name, 1))
     if known.label in by_name:
         columns["type"] = rows.labels(known.label, by_name[known.label])
     return columns
@@ -234,6 +234,6 @@ def _cells(place: str, text: str, width: int) -> tuple[list[list[str]], Rows]:
 
 
 def _count(text: str) -> int:
-    """A whole number written with digits only (a final .0 is allowed), else 0."""
+    """A whole number written with digits only (a final .0 is allowed), else -1."""
     whole = text if text.isdigit() else text.strip().removesuffix(".0")
-    return int(whole) if whole.isdigit() and whole.isascii() and len(whole) < 20 else 0
+    return int(whole) if whole.isdigit() and whole.isascii() and len(whole) < 20 else -1

@@ -1,4 +1,4 @@
-"""Cached prefixes: what the fluid program makes of them, and what refuses them."""
+"""Cached prefixes: what the fluid program makes of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluidsched as fs
-from fluidsched.bounds import stability_conditions, wait_bounds
+from fluidsched.bounds import stability_conditions
 from fluidsched.errors import InputError
 from fluidsched.fluid import block_kv_work, busy_work, chunk_overhead, solve_pools
-from fluidsched.policy import wait_curve
 
 fractions = st.one_of(st.sampled_from([0.1, 0.5, 0.75, 0.999]), st.floats(0.0, 1.0, exclude_max=True))
 lengths = st.tuples(st.integers(1, 200), st.integers(1, 40))
@@ -246,25 +245,8 @@ def test_a_cap_takes_the_reduced_work() -> None:
         assert value == pytest.approx(1.0 / (2.0 * slowest))
 
 
-def test_what_knows_no_prefix_cache_refuses() -> None:
-    """WAIT and gated tables, the simulator and a plan name the type and the way out; bounds say why not."""
-    workload = chat(0.6)
-    fluid = fs.solve_fluid(workload, PAPER)
-    refusals: list[Any] = [
-        lambda: fs.compile_policy(fluid, "wait"),
-        lambda: fs.compile_policy(fluid, "gated"),
-        lambda: wait_curve(fluid),
-        lambda: fs.simulate(workload, PAPER, fs.baselines.vllm(), horizon=10.0, replications=1),
-        lambda: fs.simulate(workload, PAPER, fs.baselines.vllm(), horizon=10.0, engine="reference"),
-        lambda: fs.plan(workload, PAPER),
-    ]
-    for refused in refusals:
-        with pytest.raises(InputError, match=r"of type 'chat'.*0\.6.*with_cached_prefixes\(0\)"):
-            refused()
-    plain = workload.with_cached_prefixes(0)
-    table = fs.compile_policy(fs.solve_fluid(plain, PAPER), "wait")
-    assert fs.simulate(plain, PAPER, table, horizon=10.0, replications=1).policies == ("wait",)
-    assert {b.value is None or math.isnan(b.value) for b in wait_bounds(table, workload, PAPER)} == {True}
-    refused_bound, applies = (stability_conditions(w, PAPER)[0] for w in (workload, plain))
+def test_bounds_that_take_prompts_for_their_kv_say_so() -> None:
+    """Where a source's formula has prompts cost what they hold, cached prefixes are named as the reason."""
+    refused_bound, applies = (stability_conditions(w, PAPER)[0] for w in (chat(0.6), chat(0.0)))
     assert "cached" in str(refused_bound)
     assert "cached" not in str(applies)

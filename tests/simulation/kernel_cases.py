@@ -70,12 +70,14 @@ def cases(draw: st.DrawFn, kind: str, dyadic: bool) -> Case:
     gaps = [_number(draw, dyadic, 0, burst, 0.25, "time") for _ in range(count)]
     prompts = [draw(st.integers(1, longest_prompt)) for _ in range(count)]
     outputs = [draw(st.integers(1, longest_output)) for _ in range(count)]
+    cached = [draw(st.integers(0, p - 1)) for p in prompts] if draw(st.booleans()) else None
     types = draw(st.integers(1, 3)) if kind in ("gated", "wait") else 1
     path = ArrivalPath.from_arrays(
         np.cumsum(np.array(gaps, dtype=np.float64)),
         np.array(prompts, dtype=np.int64),
         np.array(outputs, dtype=np.int64),
         np.array([draw(st.integers(0, types - 1)) for _ in range(count)], dtype=np.int64),
+        cached_prompt_tokens=cached,
         type_names=tuple("abc"[:types]),
     )
     server = draw(servers(kind, dyadic, longest_prompt + longest_output))
@@ -210,7 +212,7 @@ def assert_same_gaps(kernel: Any, reference: Any, *, exact: bool) -> None:
 def assert_same_run(kernel: EngineRun, reference: EngineRun, *, exact: bool = False) -> None:
     """Everything discrete equal; everything measured within 1e-9 relative; `exact`: gaps in equal buckets."""
     for name in ("verdict", "starved_types", "iterations", "batch_size_sum", "batch_token_sum",
-                 "emitted_tokens", "preempted", "wasted_tokens", "swapped_tokens", "stored_end",
+                 "emitted_tokens", "preempted", "wasted_tokens", "swapped_tokens", "stored_end", "cached_tokens",
                  "peak_kv", "kv_end"):  # fmt: skip
         assert getattr(kernel, name) == getattr(reference, name), name
     for name in ("preemptions", "status"):
