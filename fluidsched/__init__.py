@@ -44,6 +44,7 @@ if (
     from fluidsched.policy import adapt as adapt
     from fluidsched.policy import baselines as baselines
     from fluidsched.policy import compile_policy as compile_policy
+    from fluidsched.reporting import report as report
     from fluidsched.reporting import show_versions as show_versions
     from fluidsched.server import IterationTime as IterationTime
     from fluidsched.server import Pool as Pool
@@ -109,6 +110,7 @@ _PUBLIC = {
     "verify_capacity": "fluidsched.fleets",
     "plan": "fluidsched.planning",
     "plots": "fluidsched.plots",
+    "report": "fluidsched.reporting",
     "examples": "fluidsched.examples",
     "show_versions": "fluidsched.reporting",
 }

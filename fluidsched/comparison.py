@@ -218,24 +218,34 @@ class Comparison:
             f"~ {difference}" if uncertain and policy != self.baseline else difference,
         ]
 
-    def __repr__(self) -> str:
+    def tables(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Rates and latencies as they are printed: rows of cells, the header first."""
         rates = ["policy", "req/s", "of bound", "preemptions", "verdict"]
         latencies = ["policy", "TTFT [s]", "p99 TTFT [s]", "TPOT [ms]", "E2E [s]", "TTFT − baseline's [s]"]
-        table = aligned([rates, *map(self._rates, self.policies)])
-        delays = aligned([latencies, *map(self._latencies, self.policies)], last_is_number=True)
-        parts = [self.title, table, "", delays]
-        if self.bounds:
-            parts += ["", bounds_text(self.bounds)]
+        return (
+            [rates, *map(self._rates, self.policies)],
+            [latencies, *map(self._latencies, self.policies)],
+        )
+
+    def notes(self) -> str:
+        """What the signs in `tables` mean."""
+        cells = [cell for table in self.tables() for row in table for cell in row]
         notes = (
             "± half width of the 95 % interval" if self.replications > 1 else "one replication: no intervals"
         )
         notes += f"; baseline {self.baseline}, differences paired by path"
-        text = "\n".join(parts)
-        if "≥ " in table + delays:
+        if any("≥ " in cell for cell in cells):
             notes += "; ≥ at least: some requests were still without the event at the end"
-        if "~" in delays:
+        if any("~" in cell for cell in cells):
             notes += "; ~ difference of such an estimate"
-        return f"{text}\n{textwrap.fill(notes, WIDTH)}"
+        return notes
+
+    def __repr__(self) -> str:
+        rates, latencies = self.tables()
+        parts = [self.title, aligned(rates), "", aligned(latencies, last_is_number=True)]
+        if self.bounds:
+            parts += ["", bounds_text(self.bounds)]
+        return "\n".join([*parts, textwrap.fill(self.notes(), WIDTH)])
 
     def _repr_html_(self) -> str:
         frame = self.to_frame()

@@ -36,7 +36,7 @@ import numpy as np
 from fluidsched._files import to_jsonable
 from fluidsched.comparison import WIDTH
 from fluidsched.policy import PolicyTable
-from fluidsched.simulation.measures import UNITS, interval
+from fluidsched.simulation.measures import UNITS, interval, latency_statistic
 from fluidsched.simulation.result import aligned
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ GAINS = {
 }
 """Measures that gains are stated for: sign of better, and name for people."""
 
-_ENGINE_NAMES = {"vllm": "vLLM", "sarathi": "Sarathi"}
+ENGINE_NAMES = {"vllm": "vLLM", "sarathi": "Sarathi"}
 
 
 @dataclass(frozen=True)
@@ -339,18 +339,19 @@ class Recommendation:
         for engine in dict.fromkeys(gain.engine for gain in self.gains):
             lines += [
                 "",
-                f"Gain of {self.policy} over {_ENGINE_NAMES[engine]} as it comes, in % of its value",
+                f"Gain of {self.policy} over {ENGINE_NAMES[engine]} as it comes, in % of its value",
             ]
-            lines.append(aligned(self._rows(engine), last_is_number=True))
+            lines.append(aligned(self.gain_rows(engine), last_is_number=True))
         if self.gains:
-            lines += ["", *textwrap.wrap(self._notes(), WIDTH)]
+            lines += ["", *textwrap.wrap(self.notes(), WIDTH)]
         lines += ["", "When one more server is needed"]
         for line in self.reach.lines(self.policy):
             lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="  ")
         lines += ["", *self.engine_lines()]
         return "\n".join(lines)
 
-    def _rows(self, engine: str) -> list[list[str]]:
+    def gain_rows(self, engine: str) -> list[list[str]]:
+        """The gains over one engine as they are printed: rows of cells, a row per load, the header first."""
         rows = [["load", "req/s", *(f"{name}  " for _, name in GAINS.values())]]
         mine = [gain for gain in self.gains if gain.engine == engine]
         for load in sorted({gain.load for gain in mine}):
@@ -361,7 +362,8 @@ class Recommendation:
             rows.append([f"{load:.2f}{now}", f"{rate:.2f}", *cells])
         return rows
 
-    def _notes(self) -> str:
+    def notes(self) -> str:
+        """What the signs in `gain_rows` mean."""
         notes = "positive: better (less latency, more throughput)"
         if self.replications > 1:
             notes += (
@@ -494,7 +496,11 @@ def gains_over(runs: SimulationResult, policy: str, load: float, arrival_rate: f
 
 
 def judge(runs: SimulationResult, policy: str, targets: Mapping[str, float]) -> bool | None:
-    """Whether a policy keeps up and meets the targets: True and False with confidence, None if it cannot be told."""
+    """Whether a policy keeps up and meets the targets: True and False with confidence, None if it cannot be told.
+
+    Targets are judged on the requests that arrived before the last sixth of the measured time: those after it are still
+    in service at the end.
+    """
     outcome = runs.outcome(policy)
     if "stuck" in outcome.verdicts:
         return False
@@ -503,9 +509,14 @@ def judge(runs: SimulationResult, policy: str, targets: Mapping[str, float]) -> 
         _, low, high = interval(outcome.values["backlog_growth"])
         tolerated = RESOLUTION * interval(outcome.values["request_throughput"])[0]
         answers = [True if high <= tolerated else False if low > 0.0 else None]
+    until = math.inf if runs.horizon is None else runs.horizon - (runs.horizon - runs.warmup) / 6
     for measure, limit in targets.items():
-        estimate, low, high = interval(outcome.values[measure])
-        censored = bool(outcome.lower_bounds[measure].any())
+        judged = [
+            latency_statistic(path, runs.run(policy, r), runs.warmup, until, measure)
+            for r, path in enumerate(runs.paths)
+        ]
+        estimate, low, high = interval(np.array([value for value, _ in judged]))
+        censored = any(is_bound for _, is_bound in judged)
         if math.isnan(estimate):  # no request has it: none can be late
             answers.append(True)
         elif low > limit:

@@ -7,6 +7,7 @@ reports versions. It computes no result of its own.
 from __future__ import annotations
 
 from fluidsched.reporting.files import figures, plan_summary, run_directory, write_plan
+from fluidsched.reporting.page import report
 from fluidsched.reporting.text import catalog_text, plan_text
 from fluidsched.reporting.versions import show_versions
 
@@ -15,6 +16,7 @@ __all__ = [
     "figures",
     "plan_summary",
     "plan_text",
+    "report",
     "run_directory",
     "show_versions",
     "write_plan",

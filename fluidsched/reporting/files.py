@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluidsched import __version__
-from fluidsched._files import dumps, fingerprint, whole_file, write_whole
+from fluidsched._files import dumps, fingerprint, write_whole
 from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from fluidsched.planning import Plan
 
-__all__ = ["figures", "plan_summary", "run_directory", "write_plan"]
+__all__ = ["figures", "pictures", "plan_summary", "run_directory", "write_plan"]
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def run_directory(out: str | os.PathLike[str] | None, *, force: bool = False) ->
 
 
 def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write policy.json, policies/, summary.json, comparison.csv, the pictures and, last, manifest.json.
+    """Write policy.json, policies/, summary.json, comparison.csv, pictures, report.html and, last, manifest.json.
 
     Each file appears whole or not at all; the manifest, written last, names all the others with their SHA-256 and,
     of JSON files, the schema.
@@ -118,6 +119,8 @@ def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = F
     InputError
         If the directory is in use and `force` is not given.
     """
+    from fluidsched.reporting.page import page
+
     with run_directory(directory, force=force) as root:
         files = {
             "policy.json": plan.recommended_table.to_json(),
@@ -134,10 +137,9 @@ def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = F
         (root / "policies").mkdir(exist_ok=True)
         written = [write_whole(root / name, text) for name, text in files.items()]
         schemas = {name: json.loads(text)["schema"] for name, text in files.items() if name.endswith(".json")}
-        for name, figure in figures(plan):
-            with whole_file(root / name) as temporary:
-                figure.savefig(temporary, format="png")
-            written.append(root / name)
+        images = dict(pictures(plan))
+        written += [write_whole(root / name, data) for name, data in images.items()]
+        written.append(write_whole(root / "report.html", page(plan, images)))
         manifest = {
             "schema": "fluidsched.manifest/1",
             "library": {"name": "fluidsched", "version": __version__},
@@ -157,6 +159,14 @@ def write_plan(plan: Plan, directory: str | os.PathLike[str], *, force: bool = F
         }
         write_whole(root / "manifest.json", dumps(manifest))
     return root
+
+
+def pictures(plan: Plan) -> Iterator[tuple[str, bytes]]:
+    """Yield (file name, PNG) of each of `figures`."""
+    for name, figure in figures(plan):
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png")
+        yield name, stream.getvalue()
 
 
 def figures(plan: Plan) -> Iterator[tuple[str, Figure]]:

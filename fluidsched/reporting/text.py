@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fluidsched.policy import PolicyTable
     from fluidsched.server.catalog import CatalogEntry
 
-__all__ = ["catalog_text", "plan_text"]
+__all__ = ["catalog_text", "certificate_rows", "plan_text"]
 
 _GUARANTEES = {
     "certain": "always",
@@ -36,16 +36,20 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _certificate(table: PolicyTable) -> list[str]:
-    """The entries of a certificate, a line each."""
-    if not table.certificate:
-        return []
-    lines = [f"Certificate of {table.name!r}"]
+def certificate_rows(table: PolicyTable) -> list[list[str]]:
+    """The entries of a certificate: name, value, unit, in which sense it holds."""
+    rows = []
     for name, entry in table.certificate.items():
         value = entry["value"]
         text = f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
-        lines.append(f"  {name:<21} {text:>10} {entry['unit']:<36} {_GUARANTEES[entry['guarantee']]}")
-    return lines
+        rows.append([name, text, entry["unit"], _GUARANTEES[entry["guarantee"]]])
+    return rows
+
+
+def _certificate(table: PolicyTable) -> list[str]:
+    rows = certificate_rows(table)
+    lines = [f"  {name:<21} {value:>10} {unit:<36} {holds}" for name, value, unit, holds in rows]
+    return [f"Certificate of {table.name!r}", *lines] if lines else []
 
 
 def _heading(title: str) -> str:

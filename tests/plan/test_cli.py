@@ -58,6 +58,7 @@ class TestPlan:
         manifest = json.loads((directory / "manifest.json").read_text())
         assert manifest["schema"] == "fluidsched.manifest/1"
         expected = {"policy.json", "summary.json", "comparison.csv", "kv_occupancy.png", "latency.png"}
+        expected.add("report.html")
         assert expected <= set(manifest["files"])
         on_disk = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
         assert on_disk == {*manifest["files"], "manifest.json"}
