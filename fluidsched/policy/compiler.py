@@ -111,7 +111,8 @@ def compile_policy(
     segment_count : int, optional
         "nested-wait" only: L. None with "optimal": the number that needs least memory.
     buffer : {"exact", "lundberg"}, optional
-        "nested-wait" only: exact first-passage buffers (default) or the exponential bound.
+        "nested-wait" only: exact first-passage buffers (default) or the exponential bound. Where that bound is above
+        512 requests it is taken instead of the exact one: the certificate's "buffer" says which, for each segment.
     mode : {"law", "known", "reserve"}, optional
         "lookahead" only: forecasts by the law of outputs (default), by each request's own length, or R tokens per
         request, with R the quantile of outputs that one exceeds with probability δ.
@@ -261,9 +262,9 @@ def _reach(
         share = min(capped.share_carried(problem, fluid, budget) / (1.0 + slack), 1.0)
         return share, lambda offered: ["memory" if capped.plan_cap(offered)[1] == 0 else "time"]
     if kind == "wait":
-        lengths = wait.block_lengths(problem.mean_profile.stages, block_iterations)
+        lengths = wait.block_lengths(problem.mean_profile.stages, block_iterations, problem.size)
         return (
-            largest_share(fluid, problem, lambda offered: wait.wait_exists(offered, slack, lengths)),
+            largest_share(fluid, problem, lambda offered, k: wait.wait_exists(offered, slack, k), lengths),
             lambda offered: wait.why_not(offered, slack, lengths),
         )
     if kind == "nested-wait":
@@ -272,12 +273,20 @@ def _reach(
         )
         nested_wait.check_bounded(problem)
         return (
-            largest_share(fluid, problem, lambda offered: nested_wait.nested_exists(offered, options)),
+            largest_share(
+                fluid,
+                problem,
+                lambda offered, k: nested_wait.nested_exists(offered, options, k),
+                nested_wait.lengths_to_try(problem, options),
+            ),
             lambda offered: nested_wait.why_not(offered, options),
         )
     return (
         largest_share(
-            fluid, problem, lambda offered: gated.gated_exists(offered, slack, budget, block_iterations)
+            fluid,
+            problem,
+            lambda offered, k: gated.gated_exists(offered, slack, budget, k),
+            gated.windows_to_try(problem, budget, block_iterations),
         ),
         lambda offered: gated.why_not(offered, slack, budget, block_iterations),
     )

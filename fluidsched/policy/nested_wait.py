@@ -45,20 +45,22 @@ s √(n_1 S)(1 − √p_k)/n_{k−1}. Several s are tried.
 
     cost(i → j) = n(i) Σ_{i≤b<j} held(b) + (p + jℓ − 1)( n(j) + c/θ(n(i), p_ij, n(j)) ),      c = ln(L(1 + H/(ℓ c0))/δ),
 
-and the best cuts are a shortest path. c depends on the number L of segments: the path for c at L̂ is a bound for
-all L ≥ L̂ and a solution for L ≤ L̂, so L̂ = 1, 2, … is raised until the bound meets the best solution. A
-solution on a coarse grid first bounds the cost, and cuts that would waste more in base memory alone are never
-looked at; with every better solution edges through which no path is better still are dropped.
+and the best cuts are a shortest path. c depends on the number L of segments: a path for the c of an assumed L̂ is a
+bound for all L ≥ L̂, so L̂ = 1 and then the length of the path last found are assumed until the bound meets the best
+solution; fewer segments than that are looked at one number at a time, as long as they cost less. A solution on a
+coarser grid first bounds the cost; edges through which no path is as good are dropped, first by base memory, then
+with an upper bound on θ (`exponents_at_most`), then with θ itself.
 
 **Choosing ℓ and n_1.** For each ℓ the smallest n_1 that keeps up with margin ε, or with ``slack="auto"`` the largest
-that memory holds; of all ℓ the one with the smallest mean time spent waiting at the entry and at boundaries.
+that memory holds; of all ℓ the one with the smallest mean time spent waiting at the entry and at boundaries. While
+these are compared, cuts lie on a coarse grid and buffers are Lundberg's; the plan chosen is then refined.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,7 @@ from fluidsched.policy.profiles import FloatArray
 from fluidsched.policy.table import Segment
 from fluidsched.policy.wait import block_lengths
 from fluidsched.queues import embedded_queue_mean, exact_buffer, lundberg_buffer, lundberg_exponents
+from fluidsched.queues.lundberg import exponents_at_most
 
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
@@ -98,10 +101,14 @@ HORIZON = 3600.0
 RESERVES = (0.25, 0.5, 1.0, 2.0, 4.0)  # s of the thresholds
 MOST_CUTS = 4096
 COARSE_CUTS = 128
+PAIRS = 1 << 17  # of cuts looked at together: what the processor's cache holds
 RELAXATIONS = 3
+REFINEMENTS = 3
+EXACT_STATES = 512  # largest Lundberg buffer below which the exact one is computed
 MOST_UNSTABLE = 64  # first thresholds tried in a row that no whole thresholds after them make stable
 BUFFERS = ("exact", "lundberg")
 CHOICES = ("optimal", "quantiles")
+_NO_EDGES = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,8 @@ class NestedPlan:
         n_1/(Λ T(n)) − 1.
     wait : float
         Estimate of the mean time a request spends waiting at the entry and at boundaries, s; picks ℓ.
+    method : tuple of str, length L
+        How each buffer was found: "exact" or "lundberg"; "none" for the first.
     """
 
     block_iterations: int
@@ -193,6 +202,7 @@ class NestedPlan:
     first_iteration: float
     slack: float
     wait: float
+    method: tuple[str, ...]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -247,12 +257,10 @@ class Stream:
         self._present, self._prompt = pooled(profile.present), pooled(profile.prompt)
         square = pooled(profile.prompt_square)
         alive = self._present[::block]
-        longest = np.array(
-            [
-                problem.workload.max_prompt_tokens[problem.workload.max_output_tokens > s].max()
-                for s in range(0, stages, block)
-            ]
-        )
+        by_output = np.argsort(-problem.workload.max_output_tokens, kind="stable")
+        longest_prompt = np.maximum.accumulate(problem.workload.max_prompt_tokens[by_output])
+        still = np.searchsorted(-problem.workload.max_output_tokens[by_output], -np.arange(0, stages, block))
+        longest = longest_prompt[still - 1]  # of the types whose outputs can be longer than s
         mean = self._prompt[::block] / alive
         end = np.arange(1, len(alive) + 1) * block - 1.0 + problem.padding
         self.share = alive
@@ -361,123 +369,174 @@ def shortest_cuts(
     if len(cuts) > 2 * COARSE_CUTS:
         thinned = np.unique(np.linspace(0, len(cuts) - 1, len(cuts) // 4).astype(np.int64))
         limit, _ = shortest_cuts(stream, threshold, cuts[thinned], log, count)
-    graph = _Graph(stream, threshold, cuts, limit * (1 + 1e-9))
+    graph = _Graph(stream, threshold, cuts, log, limit * (1 + 1e-9))
     if count is not None:
         value, path = graph.path_of_length(log + math.log(count), count)
         return value, cuts[path]
     best, chosen = math.inf, np.zeros(1, dtype=np.int64)
-    for assumed in range(1, len(cuts) + 1):
+    assumed = 1
+    while True:
         bound, path = graph.shortest_path(log + math.log(assumed))
-        if bound >= best or math.isinf(bound):
-            break
+        if math.isinf(bound):
+            return math.inf, cuts[chosen]
         value = graph.cost_of(path, log + math.log(len(path)))
         if value < best:
             best, chosen = value, path
-            graph.prune(log + math.log(assumed), best)
+            graph.prune(best)
+        if bound >= best * (1 - 1e-12):
+            break
+        assumed = max(assumed + 1, len(path))
+    for fewer in range(len(chosen) - 1, 0, -1):  # whose own logarithm is smaller than any assumed so far
+        value, path = graph.path_of_length(log + math.log(fewer), fewer)
+        if value >= best:
+            break
+        best, chosen = value, path
     return best, cuts[chosen]
 
 
 class _Graph:
-    """Segments as edges i → j between cuts; Q cuts and the end, columns j hold the edges into cut j."""
+    """Segments as edges i → j between cuts, the end the last; those into j lie together, from `start[j − 1]` on.
 
-    def __init__(self, stream: Stream, threshold: FloatArray, cuts: IntArray, limit: float) -> None:
+    Edges on no path that costs at most `limit`, at `log` or more, are left out.
+    """
+
+    def __init__(
+        self, stream: Stream, threshold: FloatArray, cuts: IntArray, log: float, limit: float
+    ) -> None:
         self.size = len(cuts)
-        n, share = threshold[cuts], stream.share[cuts]
-        below = np.append(stream.below[cuts], stream.below[-1])
-        queue = stream.entry_held[cuts]
+        self.log = log
+        self._threshold, self._share = threshold[cuts], stream.share[cuts]
+        self._below = np.append(stream.below[cuts], stream.below[-1])
+        self._queue = stream.entry_held[cuts]
         # Least base memory of the blocks from each cut on, had every block its own threshold.
         least = np.append(np.cumsum((np.minimum.accumulate(threshold) * stream.held)[::-1])[::-1], 0.0)
         rest = least[np.append(cuts, stream.blocks)]
-        self.base: list[FloatArray] = []
-        self.per_log: list[FloatArray] = []
-        self.source: list[IntArray] = []
-        for j in range(1, self.size + 1):
-            base = n[:j] * (below[j] - below[:j])
-            if j == self.size:
-                self._add(np.arange(j), base, np.zeros(j))
-                continue
-            base = base + queue[j] * n[j]
-            p = share[j] / share[:j]
-            stable = (n[:j] > n[j]) & (p * n[:j] < n[j]) & (p < 1.0)
-            at = np.flatnonzero(stable & (rest[0] - rest[:j] + base + rest[j] <= limit))
-            self._add(at, base[at], queue[j] / lundberg_exponents(p[at], n[j] / n[at]))
+        columns = max(1, PAIRS // self.size)
+        parts = [
+            self._edges(first, min(first + columns, self.size), rest, limit)
+            for first in range(1, self.size, columns)
+        ]
+        source, target, base = (np.concatenate(x) for x in zip(*parts, strict=True)) if parts else _NO_EDGES
+        last = np.arange(self.size)
+        base = np.append(base, self._threshold * (self._below[-1] - self._below[:-1]))
+        self._keep(np.append(source, last), np.append(target, np.full(self.size, self.size)), base)
+        if math.isfinite(limit):  # exponents cost most: first with quick bounds on them
+            self.per_log = self._buffers(exponents_at_most)
+            self.prune(limit)
+        self.per_log = self._buffers(lundberg_exponents)
+        if math.isfinite(limit):
+            self.prune(limit)
 
-    def _add(self, source: IntArray, base: FloatArray, per_log: FloatArray) -> None:
-        self.source.append(source)
-        self.base.append(base)
-        self.per_log.append(per_log)
+    def _edges(
+        self, first: int, last: int, rest: FloatArray, limit: float
+    ) -> tuple[IntArray, IntArray, FloatArray]:
+        """Stable edges into the cuts first..last − 1 that base memory does not rule out."""
+        n, share = self._threshold, self._share
+        into = np.arange(first, last)[:, None]
+        own, mine = n[into], share[into]
+        base = n[: last - 1] * (self._below[into] - self._below[: last - 1]) + self._queue[into] * own
+        stable = (n[: last - 1] > own) & (mine * n[: last - 1] < own * share[: last - 1])
+        stable &= (mine < share[: last - 1]) & (np.arange(last - 1) < into)
+        stable &= base - rest[: last - 1] <= limit - rest[0] - rest[into]
+        target, source = np.nonzero(stable)
+        return source, target + first, base[target, source]
+
+    def _keep(self, source: IntArray, target: IntArray, base: FloatArray) -> None:
+        self.source, self.target, self.base = source, target, base
+        self.start = np.searchsorted(target, np.arange(1, self.size + 2)).tolist()
+
+    def _buffers(self, exponents: Callable[[FloatArray, FloatArray], FloatArray]) -> FloatArray:
+        """Tokens of the buffer of each edge per unit of log; 0 into the end."""
+        inner = self.start[-2]
+        i, j = self.source[:inner], self.target[:inner]
+        n, share = self._threshold, self._share
+        theta = exponents(share[j] / share[i], n[j] / n[i])
+        return np.append(self._queue[j] / theta, np.zeros(len(self.source) - inner))
+
+    def _forward(self, cost: FloatArray) -> tuple[FloatArray, IntArray]:
+        """Least cost from the first cut to each, and the edge it ends with."""
+        value = np.full(self.size + 1, math.inf)
+        edge = np.zeros(self.size + 1, dtype=np.int64)
+        value[0] = 0.0
+        source, low = self.source, self.start[0]
+        for j, high in enumerate(self.start[1:], start=1):
+            if high > low:
+                reached = value[source[low:high]]
+                reached += cost[low:high]
+                i = reached.argmin()
+                value[j], edge[j] = reached[i], low + i
+            low = high
+        return value, edge
 
     def shortest_path(self, log: float) -> tuple[float, IntArray]:
         """Least cost of any number of segments and their cuts."""
-        value = np.full(self.size + 1, math.inf)
-        before = np.zeros(self.size + 1, dtype=np.int64)
-        value[0] = 0.0
-        for j in range(1, self.size + 1):
-            self._relax(j, value, value, before, log)
-        return float(value[-1]), self._trace([before] * self.size)
+        value, edge = self._forward(self.base + log * self.per_log)
+        if math.isinf(value[-1]):
+            return math.inf, np.zeros(1, dtype=np.int64)
+        path, j = [], self.size
+        while j:
+            j = int(self.source[edge[j]])
+            path.append(j)
+        return float(value[-1]), np.array(path[::-1], dtype=np.int64)
 
-    def prune(self, log: float, limit: float) -> None:
-        """Drop edges on no path that costs at most `limit`, at `log` or more."""
-        there = np.full(self.size + 1, math.inf)
-        there[0] = 0.0
-        before = np.zeros(self.size + 1, dtype=np.int64)
-        for j in range(1, self.size + 1):
-            self._relax(j, there, there, before, log)
+    def prune(self, limit: float) -> None:
+        """Drop edges on no path that costs at most `limit`, at the graph's log or more."""
+        cost = self.base + self.log * self.per_log
+        there, _ = self._forward(cost)
         back = np.full(self.size + 1, math.inf)
         back[-1] = 0.0
+        high = self.start[-1]
         for j in range(self.size, 0, -1):
-            source, cost = self.source[j - 1], self.base[j - 1] + log * self.per_log[j - 1]
-            back[source] = np.minimum(back[source], cost + back[j])
-            kept = there[source] + cost + back[j] <= limit * (1 + 1e-9)
-            self.source[j - 1] = source[kept]
-            self.base[j - 1] = self.base[j - 1][kept]
-            self.per_log[j - 1] = self.per_log[j - 1][kept]
+            low = self.start[j - 1]
+            if high > low and back[j] < math.inf:
+                source = self.source[low:high]
+                back[source] = np.minimum(back[source], cost[low:high] + back[j])
+            high = low
+        kept = there[self.source] + cost + back[self.target] <= limit * (1 + 1e-9)
+        self.per_log = self.per_log[kept]
+        self._keep(self.source[kept], self.target[kept], self.base[kept])
 
     def path_of_length(self, log: float, count: int) -> tuple[float, IntArray]:
         """Least cost of exactly `count` segments and their cuts."""
-        value = np.full(self.size + 1, math.inf)
-        value[0] = 0.0
-        layers = []
-        for _ in range(count):
-            following = np.full(self.size + 1, math.inf)
-            before = np.zeros(self.size + 1, dtype=np.int64)
-            for j in range(1, self.size + 1):
-                self._relax(j, value, following, before, log)
-            value = following
-            layers.append(before)
-        if math.isinf(value[-1]):
+        cost = self.base + log * self.per_log
+        value = np.full((self.size + 1, count + 1), math.inf)  # by cut and segments so far
+        edge = np.zeros((self.size + 1, count + 1), dtype=np.int64)
+        value[0, 0] = 0.0
+        low = self.start[0]
+        for j, high in enumerate(self.start[1:], start=1):
+            if high > low:
+                reached = value[self.source[low:high], :-1] + cost[low:high, None]
+                i = reached.argmin(axis=0)
+                value[j, 1:], edge[j, 1:] = reached[i, np.arange(count)], low + i
+            low = high
+        if math.isinf(value[-1, count]):
             return math.inf, np.zeros(1, dtype=np.int64)
-        return float(value[-1]), self._trace(layers[::-1])
-
-    def _relax(self, j: int, value: FloatArray, into: FloatArray, before: IntArray, log: float) -> None:
-        source = self.source[j - 1]
-        if source.size:
-            reached = value[source] + self.base[j - 1] + log * self.per_log[j - 1]
-            i = int(reached.argmin())
-            into[j], before[j] = reached[i], source[i]
-
-    def _trace(self, layers: Sequence[IntArray]) -> IntArray:
-        path = []
-        j = self.size
-        for before in layers:
-            j = int(before[j])
+        path, j = [], self.size
+        for left in range(count, 0, -1):
+            j = int(self.source[edge[j, left]])
             path.append(j)
-            if j == 0:
-                break
-        return np.array(path[::-1], dtype=np.int64)
+        return float(value[-1, count]), np.array(path[::-1], dtype=np.int64)
 
     def cost_of(self, path: IntArray, log: float) -> float:
         """Cost of given cuts; infinite if one of its edges is not there."""
         total = 0.0
         for i, j in zip(path.tolist(), [*path[1:].tolist(), self.size], strict=True):
-            at = np.flatnonzero(self.source[j - 1] == i)
+            low, high = self.start[j - 1], self.start[j]
+            at = low + np.flatnonzero(self.source[low:high] == i)
             if not at.size:
                 return math.inf
-            total += float(self.base[j - 1][at[0]] + log * self.per_log[j - 1][at[0]])
+            total += float(self.base[at[0]] + log * self.per_log[at[0]])
         return total
 
 
 # ------------------------------------------------------------------ plans
+
+
+def _spread(cuts: IntArray, most: int) -> IntArray:
+    """At most so many of the cuts, evenly spread, the first among them."""
+    if len(cuts) <= most:
+        return cuts
+    return np.asarray(cuts[np.unique(np.linspace(0, len(cuts) - 1, most).astype(np.int64))])
 
 
 class _Planner:
@@ -491,9 +550,7 @@ class _Planner:
         self.fixed = self._given_cuts()
         share = self.stream.share
         cuts = np.append(0, 1 + np.flatnonzero(np.diff(share) < 0.0))
-        if len(cuts) > MOST_CUTS:
-            cuts = cuts[np.unique(np.linspace(0, len(cuts) - 1, MOST_CUTS).astype(np.int64))]
-        self.cuts = cuts
+        self.cuts = _spread(cuts, MOST_CUTS)
 
     def _given_cuts(self) -> IntArray | None:
         """First blocks where boundaries are given or quantiles; checked."""
@@ -538,40 +595,49 @@ class _Planner:
                 )
         return np.array(first[:-1], dtype=np.int64)
 
-    def choose(self, n: float, whole: bool = True) -> tuple[IntArray, FloatArray] | None:
-        """First blocks and thresholds for n_1 = n, of least memory over the reserves; None if none is stable."""
-        best: tuple[float, IntArray, FloatArray] | None = None
-        for reserve in RESERVES:
-            threshold = self.stream.thresholds(n, reserve, whole)
-            if self.fixed is None:
-                coarse = self.cuts
-                if len(coarse) > 4 * COARSE_CUTS:
-                    coarse = coarse[np.unique(np.linspace(0, len(coarse) - 1, COARSE_CUTS).astype(np.int64))]
-                value, first = shortest_cuts(
-                    self.stream, threshold, coarse, self.log, self.options.segment_count
-                )
-            else:
-                first = self.fixed
-                value = self._cost(first, threshold)
-            if math.isfinite(value) and (best is None or value < best[0]):
-                best = (value, first, threshold)
-        if best is None:
+    def choose(self, n: float, whole: bool = True, fine: bool = False) -> tuple[IntArray, FloatArray] | None:
+        """First blocks and thresholds for n_1 = n, of least memory over the reserves; None if none is stable.
+
+        Cuts are those of a coarse grid, unless `fine`. Memory is U-shaped in the reserve: few reserves are tried
+        unless none of these is stable.
+        """
+        tried: dict[int, tuple[float, IntArray, FloatArray]] = {}
+
+        def memory(i: int) -> float:
+            if i not in tried:
+                threshold = self.stream.thresholds(n, RESERVES[i], whole)
+                tried[i] = (*self._cut(threshold, _spread(self.cuts, COARSE_CUTS)), threshold)
+            return tried[i][0]
+
+        best = len(RESERVES) // 2
+        if math.isinf(memory(best)):
+            best = min(range(len(RESERVES)), key=memory)
+        for step in (-1, 1):
+            while 0 <= best + step < len(RESERVES) and memory(best + step) < memory(best):
+                best += step
+        value, first, threshold = tried[best]
+        if math.isinf(value):
             return None
-        value, first, threshold = best
-        if self.fixed is None and len(self.cuts) > 4 * COARSE_CUTS:
-            finer, cuts = shortest_cuts(
-                self.stream, threshold, self.cuts, self.log, self.options.segment_count
-            )
+        if fine and len(self.cuts) > COARSE_CUTS:
+            finer, cuts = self._cut(threshold, self.cuts)
             first = cuts if finer <= value else first
         return first, threshold[first]
 
+    def _cut(self, threshold: FloatArray, cuts: IntArray) -> tuple[float, IntArray]:
+        if self.fixed is not None:
+            return self._cost(self.fixed, threshold), self.fixed
+        return shortest_cuts(self.stream, threshold, cuts, self.log, self.options.segment_count)
+
     def _cost(self, first: IntArray, threshold: FloatArray) -> float:
-        graph = _Graph(self.stream, threshold, first, math.inf)
+        graph = _Graph(self.stream, threshold, first, self.log, math.inf)
         return graph.cost_of(np.arange(len(first)), self.log + math.log(len(first)))
 
-    def plan(self, n: int) -> NestedPlan | None:
-        """The plan for n_1 = n; None if no cuts are stable."""
-        chosen = self.choose(n)
+    def plan(self, n: int, fine: bool = False) -> NestedPlan | None:
+        """The plan for n_1 = n; None if no cuts are stable.
+
+        With coarse cuts and Lundberg buffers, which need more memory, unless `fine`.
+        """
+        chosen = self.choose(n, fine=fine)
         if chosen is None:
             return None
         stream, problem = self.stream, self.stream.problem
@@ -582,27 +648,25 @@ class _Planner:
         exponent = np.append(math.inf, lundberg_exponents(share[1:], threshold[1:] / threshold[:-1]))
         buffer = np.zeros(count)
         delta = problem.overflow_probability / count
-        bound = exact_buffer if self.options.buffer == "exact" else lundberg_buffer
-        waiting = [0.0] * count
+        method = ["lundberg"] * count
         for k in range(1, count):
-            trials, size = int(sizes[k - 1]), int(sizes[k])
-            buffer[k] = bound(trials, float(share[k]), size, self.cycles, delta)
-            waiting[k] = embedded_queue_mean(size, trials * float(share[k]), trials)
+            args = int(sizes[k - 1]), float(share[k]), int(sizes[k])
+            buffer[k] = lundberg_buffer(*args, self.cycles, delta)
+            if fine and self.options.buffer == "exact" and buffer[k] <= EXACT_STATES:
+                buffer[k], method[k] = exact_buffer(*args, self.cycles, delta), "exact"
         memory = stream.memory(first, threshold, buffer, self.log + math.log(count))
         times = stream.times(first, threshold)
         cycle = float(times.sum())
         arrivals = stream.rate * cycle
-        queue = (n - 1) / 2.0
-        if arrivals < n:
-            queue += float(queue_estimate(np.array([float(n)]), np.array([arrivals]))[0])
-        else:
-            queue = math.inf
+        mean = np.append(arrivals, share[1:] * threshold[:-1])
+        spread = np.append(arrivals, mean[1:] * (1.0 - share[1:]))
+        queues = (threshold - 1.0) / 2.0 + queue_estimate(threshold, mean, spread)
         return NestedPlan(
             stream.block, stream.blocks, first, sizes, buffer, share, exponent,
             memory.base, memory.needed, memory.certain, memory.prompts,
             float(np.repeat(threshold, np.diff([*first.tolist(), stream.blocks])).sum() + buffer.sum()),
             cycle, float(stream.longest_times(first, threshold).sum()), float(times[0]),
-            n / arrivals - 1.0, (queue + sum(waiting)) / stream.rate + cycle / 2.0,
+            n / arrivals - 1.0, float(queues.sum()) / stream.rate + cycle / 2.0, ("none", *method[1:]),
         )  # fmt: skip
 
     def exceeded(self, plan: NestedPlan) -> str | None:
@@ -617,18 +681,28 @@ class _Planner:
             return "tokens"
         return None
 
-    def solve(self) -> NestedPlan | str:
-        """The plan with the slack asked for, or why there is none."""
+    def solve(self, explain: bool = True) -> NestedPlan | str:
+        """A plan with the slack asked for, fine only where it has to be, or why there is none.
+
+        Without `explain` the reason may be "memory" where it is "rounding".
+        """
         problem, stream = self.stream.problem, self.stream
         margin = 0.0 if self.options.slack == "auto" else self.options.slack
         low, high = problem.equilibrium(1.0 + margin, stream.block)
         if low > high:
             return "time"
         n = max(1, math.ceil(stream.rate * low * (1 - 1e-12)))
-        if n * float(np.minimum(stream.share, 1.0) @ (stream.held - stream.block)) > 4.0 * problem.capacity:
+        if n * float(stream.share @ (stream.held - stream.block)) > 4.0 * problem.capacity:
             return "memory"
+
+        def full() -> str:
+            return self._relaxed(margin, low) if explain else "memory"
+
         unstable = 0
         while True:  # boundaries decide how long a run takes, not buffers: those are for the last n alone
+            # Whatever the cuts, a block has at least the places that the flow past it fills.
+            if float(np.ceil(n * stream.share * (1 - 1e-9)) @ stream.held) > problem.capacity * (1 + 1e-12):
+                return full()
             chosen = self.choose(n)
             if chosen is None:
                 unstable += 1
@@ -640,18 +714,56 @@ class _Planner:
             needed = math.ceil((1.0 + margin) * stream.rate * cycle * (1 - 1e-12))
             if needed <= n and stream.rate * cycle < n:
                 break
-            base = stream.memory(*chosen, np.zeros(len(chosen[0])), self.log).base
-            if base > problem.capacity:
-                return self._relaxed(margin, low)
+            if stream.memory(*chosen, np.zeros(len(chosen[0])), self.log).base > problem.capacity:
+                return full()
             n = max(needed, n + 1)
             if stream.rate * high < n:
                 return "time"
-        plan = self.plan(n)
-        assert plan is not None
-        broken = self.exceeded(plan)
-        if broken is not None:
-            return self._relaxed(margin, low) if broken == "memory" else broken
+        plan = self._within(n, margin)
+        if isinstance(plan, str):
+            return full() if plan == "memory" else plan
         return plan if self.options.slack != "auto" else self._largest(plan)
+
+    def _within(self, n: int, margin: float) -> NestedPlan | str:
+        """The plan for n_1 = n if it keeps up within the server's limits, fine only if the coarse one does not."""
+        broken = "time"
+        for fine in (False, True):
+            plan = self.plan(n, fine)
+            if plan is None:
+                return "rounding"
+            broken = self.exceeded(plan) or ("" if plan.slack >= margin and plan.slack > 0.0 else "time")
+            if not broken:
+                return plan
+            if broken == "memory" and plan.base > self.stream.problem.capacity:
+                break
+        return broken
+
+    def finish(self, plan: NestedPlan) -> NestedPlan:
+        """The fine plan in place of a coarse one, and with ``slack="auto"`` the slack that it has room for besides."""
+        margin = 0.0 if self.options.slack == "auto" else self.options.slack
+        n = int(plan.threshold[0])
+
+        def at(n: int) -> NestedPlan | None:
+            found = self.plan(n, fine=True)
+            good = (
+                found is not None and not self.exceeded(found) and found.slack >= margin and found.slack > 0.0
+            )
+            return found if good else None
+
+        plan = at(n) or plan
+        if self.options.slack == "auto":
+            for _ in range(REFINEMENTS):
+                n = int(n * min(self.stream.problem.capacity / plan.memory, 2.0))
+                if n <= plan.threshold[0]:
+                    break
+                found = at(n)
+                if found is None or found.slack <= plan.slack:
+                    n = (n + int(plan.threshold[0])) // 2
+                    found = at(n)
+                    if found is None or found.slack <= plan.slack:
+                        break
+                plan = found
+        return plan
 
     def _relaxed(self, margin: float, low: float) -> str:
         """Whether memory forbids even thresholds that need not be whole, or only rounding does.
@@ -684,7 +796,7 @@ class _Planner:
         high = 2 * low
         while (found := at(high)) is not None and found.slack > plan.slack:
             plan, low, high = found, high, 2 * high
-        while high - low > max(1, low // 64):
+        while high - low > max(1, low // 32):
             middle = (low + high) // 2
             found = at(middle)
             if found is None:
@@ -695,7 +807,8 @@ class _Planner:
         return plan
 
 
-def _lengths(problem: Problem, options: NestedOptions) -> list[int]:
+def lengths_to_try(problem: Problem, options: NestedOptions) -> list[int]:
+    """Block lengths ℓ: the one given, those that divide given boundaries, or a selection up to the longest output."""
     lengths = block_lengths(problem.mean_profile.stages, options.block_iterations)
     if not isinstance(options.segments, str):
         if options.block_iterations is None:
@@ -703,11 +816,6 @@ def _lengths(problem: Problem, options: NestedOptions) -> list[int]:
             lengths = [k for k in lengths if divides % k == 0]
         return lengths
     return lengths if len(lengths) < 40 else [*lengths[:4], *lengths[4:24:4], *lengths[24::3]]
-
-
-def _plans(problem: Problem, options: NestedOptions) -> Iterator[NestedPlan | str]:
-    for block in _lengths(problem, options):
-        yield _Planner(problem, options, block).solve()
 
 
 def check_bounded(problem: Problem) -> None:
@@ -742,20 +850,28 @@ def plan_nested(problem: Problem, fluid: FluidSolution, options: NestedOptions) 
             "be a number where KV memory is not limited: there is no largest slack",
             "Give 0.1.",
         )
-    best: NestedPlan | None = None
+    lengths = lengths_to_try(problem, options)
+    if not lengths:
+        raise InfeasibleError("no block length divides all the boundaries given", "rounding")
+    best: tuple[_Planner, NestedPlan] | None = None
     reasons = []
-    for found in _plans(problem, options):
+    for block in lengths:
+        planner = _Planner(problem, options, block)
+        found = planner.solve()
         if isinstance(found, str):
             reasons.append(found)
-        elif best is None or found.wait < best.wait:
-            best = found
+        elif best is None or found.wait < best[1].wait:
+            best = planner, found
     if best is not None:
-        return best
-    margin = 0.0 if options.slack == "auto" else options.slack
-    if not reasons:
-        raise InfeasibleError("no block length divides all the boundaries given", "rounding")
+        return best[0].finish(best[1])
     raise no_table(
-        "Nested WAIT table", problem, fluid, margin, reasons, lambda offered: nested_exists(offered, options)
+        "Nested WAIT table",
+        problem,
+        fluid,
+        0.0 if options.slack == "auto" else options.slack,
+        reasons,
+        lambda offered, k: nested_exists(offered, options, k),
+        lengths,
     )
 
 
@@ -764,14 +880,15 @@ def _least(options: NestedOptions) -> NestedOptions:
     return dataclasses.replace(options, slack=0.0) if options.slack == "auto" else options
 
 
-def nested_exists(problem: Problem, options: NestedOptions) -> bool:
-    """Whether a table with this slack exists for any block length."""
-    return any(not isinstance(plan, str) for plan in _plans(problem, _least(options)))
+def nested_exists(problem: Problem, options: NestedOptions, block: int) -> bool:
+    """Whether a table with this slack exists in blocks of ℓ iterations."""
+    return not isinstance(_Planner(problem, _least(options), block).solve(explain=False), str)
 
 
 def why_not(problem: Problem, options: NestedOptions) -> list[str]:
     """What forbids a table, per block length."""
-    return [plan for plan in _plans(problem, _least(options)) if isinstance(plan, str)]
+    plans = [_Planner(problem, _least(options), k).solve() for k in lengths_to_try(problem, options)]
+    return [plan for plan in plans if isinstance(plan, str)]
 
 
 def nested_certificate(problem: Problem, plan: NestedPlan, options: NestedOptions) -> dict[str, Any]:
@@ -808,7 +925,11 @@ def nested_certificate(problem: Problem, plan: NestedPlan, options: NestedOption
             holds_for="independent requests of the admitted mix, from an empty start, without max_hold_s",
         ),
         "buffer": entry(
-            plan.buffer, "requests", f"x_k: {named[options.buffer]}", "probability", method=options.buffer
+            plan.buffer,
+            "requests",
+            "x_k: " + "; ".join(f"{name}: {named[name]}" for name in named if name in plan.method),
+            "probability",
+            method=list(plan.method),
         ),
         "boundary_queue": entry(
             [0.0, *queues],

@@ -434,23 +434,36 @@ def boundary_problem(fluid: FluidSolution, problem: Problem) -> Problem:
     )
 
 
-def largest_share(fluid: FluidSolution, problem: Problem, exists: Callable[[Problem], bool]) -> float:
-    """Largest share of the fluid boundary, along the offered mix, at which `exists`; 0 if nowhere.
+def largest_share(
+    fluid: FluidSolution, problem: Problem, exists: Callable[[Problem, int], bool], lengths: Sequence[int]
+) -> float:
+    """Largest share of the fluid boundary, along the offered mix, at which `exists` for a length; 0 if nowhere.
 
-    By bisection to within 0.001, rounded down. `exists` must be monotone: what exists at a load exists
-    below it.
+    In whole thousandths, rounded down. `exists` must be monotone in the load: what exists at a load exists below
+    it. Every length is asked only whether it goes further than the best so far, a few spread over all of them
+    first.
     """
     boundary = boundary_problem(fluid, problem)
     if len(boundary.rate) == len(problem.rate):
         boundary = problem.at_rate(boundary.rate)  # the same types: lengths need no second look
-    low, high = 0.0, 1.0
-    while high - low > SHARE_TOLERANCE / 2:
-        middle = (low + high) / 2
-        if exists(boundary.at_rate(middle * boundary.rate)):
-            low = middle
-        else:
-            high = middle
-    return math.floor(low / SHARE_TOLERANCE) * SHARE_TOLERANCE
+
+    def reaches(thousandths: int, length: int) -> bool:
+        return exists(boundary.at_rate(thousandths * SHARE_TOLERANCE * boundary.rate), length)
+
+    whole = round(1.0 / SHARE_TOLERANCE)
+    best = 0
+    for length in (*lengths[3::8], *(k for i, k in enumerate(lengths) if i % 8 != 3)):
+        if best == whole or not reaches(best + 1, length):
+            continue
+        low, high = best + 1, whole + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if reaches(middle, length):
+                low = middle
+            else:
+                high = middle
+        best = low
+    return best * SHARE_TOLERANCE
 
 
 def least_severe(reasons: Iterable[str]) -> str:
@@ -464,11 +477,12 @@ def no_table(
     fluid: FluidSolution,
     margin: float,
     reasons: Iterable[str],
-    exists: Callable[[Problem], bool],
+    exists: Callable[[Problem, int], bool],
+    lengths: Sequence[int],
 ) -> InfeasibleError:
     """The error that no table `what` exists: the least severe reason, the largest load at which one does."""
     reason = least_severe(reasons)
-    share = largest_share(fluid, problem, exists)
+    share = largest_share(fluid, problem, exists, lengths)
     until = (
         f"One exists up to {share:.3f} of the fluid boundary."
         if share > 0.0
@@ -546,14 +560,18 @@ def check_slack(slack: Any) -> Slack:
     return check_real("slack", slack, minimum=0.0, remedy='Use "auto" for the largest feasible one.')
 
 
-def queue_estimate(threshold: FloatArray, mean_arrivals: FloatArray) -> FloatArray:
+def queue_estimate(
+    threshold: FloatArray, mean_arrivals: FloatArray, variance: FloatArray | None = None
+) -> FloatArray:
     """Approximate mean of V' = max(V + X − n, 0), X ~ Poisson(m): quick, for choosing among tables.
+
+    X of another variance than m where `variance` is given.
 
     The mean of the maximum of a Gaussian random walk with drift m − n and variance m, expanded for a drift
     of x standard deviations, √m (1/(2x) − 0.5826 + x/4 − 0.0415 x²), and continued as a normal tail beyond
     x = 1. Certificates use the exact mean (`fluidsched.queues.embedded_queue_mean`).
     """
-    deviation = np.sqrt(mean_arrivals)
+    deviation = np.sqrt(mean_arrivals if variance is None else variance)
     drift = (threshold - mean_arrivals) / deviation
     with np.errstate(divide="ignore", over="ignore"):
         near = 0.5 / drift - 0.5826 + drift / 4.0 - 0.0415 * drift * drift

@@ -56,7 +56,6 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
-WIDE = 1_000  # values per block, all rows together, from which blocks are added one by one
 
 
 def normal_quantile(overflow_probability: float) -> float:
@@ -89,6 +88,8 @@ class StageProfile:
         E[p; S > s] and E[p²; S > s], tokens and tokens².
     padding : int
         Tokens added to every held amount for paging: block size − 1, or 0.
+
+    Arrays are best in stage-major order, as `fold` says.
     """
 
     present: FloatArray
@@ -119,26 +120,36 @@ class StageProfile:
         return self.held(-1)
 
     @cached_property
-    def decoding(self) -> tuple[FloatArray, FloatArray]:
-        """Decodes at each stage and the KV tokens they read, in the mean, (J, L) each; none at stage 0."""
-        decoding = self.present.copy()
-        decoding[:, 0] = 0.0
-        read = self.prompt + np.arange(self.stages) * self.present
-        read[:, 0] = 0.0
-        return decoding, read
+    def present_variance(self) -> FloatArray:
+        """Variance of the presence itself, (J, L)."""
+        return np.asarray(self.present * (1.0 - self.present))
+
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether every type has one length, so that nothing varies."""
+        return not self.kv[1].any() and not self.present_variance.any()
 
     def block(self, k: int) -> BlockProfile:
         """How stages add up in blocks of k iterations, 1 ≤ k ≤ L."""
-        mean, variance = self.kv
-        paused_mean, paused_variance = (x[:, k::k].sum(axis=1) for x in self.paused_kv)
-        decoding, read = self.decoding
+        kv, variance = self.kv
+        mean, present = fold(kv, k), fold(self.present, k)
+        entering_kv, entering = kv[:, 0], self.present[:, 0]
+        # Of stages ik, i ≥ 1, what is held before the stage's own token: p + ik − 1.
+        paused = (mean[:, 0] - entering_kv) - (present[:, 0] - entering)
+        decodes, read = present.copy(order="K"), mean - self.padding * present
+        decodes[:, 0] -= entering
+        read[:, 0] -= entering_kv - self.padding * entering
+        none = np.zeros_like(present)
+        fixed = self.is_fixed
+        if not fixed:
+            paused_variance = self.paused_kv[1][:, k::k].sum(axis=1)
         return BlockProfile(
-            mean=np.maximum(fold(mean, k), paused_mean[:, None]),
-            variance=np.maximum(fold(variance, k), paused_variance[:, None]),
-            in_service=fold(self.present, k).max(axis=1),
-            in_service_variance=fold(self.present * (1.0 - self.present), k).max(axis=1),
-            decodes=fold(decoding, k),
-            decode_kv=fold(read, k),
+            mean=np.maximum(mean, paused[:, None]),
+            variance=none if fixed else np.maximum(fold(variance, k), paused_variance[:, None]),
+            in_service=present.max(axis=1),
+            in_service_variance=none[:, 0] if fixed else fold(self.present_variance, k).max(axis=1),
+            decodes=decodes,
+            decode_kv=read,
         )
 
     def spaced(self, lag: NDArray[np.int64]) -> SpacedProfile:
@@ -148,18 +159,23 @@ class StageProfile:
         counts with the largest of the stages s − lag..s.
         """
         mean, variance = self.kv
-        rows = (mean, variance, self.present, self.present * (1.0 - self.present))
+        rows = (mean, variance, self.present, self.present_variance)
         last = np.count_nonzero(self.present, axis=1) + lag
         width = int(last.max())
-        shift = np.arange(width) - (width - last)[:, None]  # stage at each right-aligned column
-        aligned = np.zeros((len(rows), len(last), width))
-        for values, out in zip(rows, aligned, strict=True):
-            for e in np.unique(lag):
-                mine = lag == e
-                behind = _running_maximum(values[mine], int(e))
-                column = np.clip(shift[mine], 0, behind.shape[1] - 1)
-                out[mine] = np.where(shift[mine] >= 0, np.take_along_axis(behind, column, axis=1), 0.0)
-        return SpacedProfile(aligned)
+        aligned = np.zeros((width, len(rows), len(last)))
+        stage = np.arange(width)[:, None] - (
+            width - last
+        )  # at each age, counted so that the last is at the end
+        for e in np.unique(lag):
+            mine = np.flatnonzero(lag == e)
+            index = np.maximum(stage[:, mine], 0)
+            for i, values in enumerate(rows):
+                if self.is_fixed and i % 2:
+                    continue  # nothing varies
+                behind = _running_maximum(values[mine], int(e)).T
+                found = np.take_along_axis(behind, np.minimum(index, len(behind) - 1), axis=0)
+                aligned[:, i, mine] = np.where(stage[:, mine] >= 0, found, 0.0)
+        return SpacedProfile(np.moveaxis(aligned, 0, -1))
 
 
 @dataclass(frozen=True)
@@ -179,12 +195,12 @@ class SpacedProfile:
 
         The largest of each run of k ages, counted back from the last, added up.
         """
-        quantities, rows, ages = self.by_age.shape
-        k = min(k, ages)
-        runs = -(-ages // k)
-        padded = np.zeros((quantities, rows, runs * k))
-        padded[:, :, runs * k - ages :] = self.by_age
-        return np.asarray(padded.reshape(quantities, rows, runs, k).max(axis=3).sum(axis=2))
+        by_age = np.moveaxis(self.by_age, -1, 0)
+        rest = len(by_age) % min(k, len(by_age))
+        bound = by_age[rest:].reshape(-1, min(k, len(by_age)), *by_age.shape[1:]).max(axis=1).sum(axis=0)
+        if rest:
+            bound += by_age[:rest].max(axis=0)
+        return np.asarray(bound)
 
 
 @dataclass(frozen=True)
@@ -210,30 +226,27 @@ class BlockProfile:
 
 
 def fold(values: FloatArray, k: int) -> FloatArray:
-    """Sum the columns r, k + r, 2k + r, … : (…, J, L) → (…, J, k)."""
-    *rows, stages = values.shape
-    blocks = -(-stages // k)
-    if k > 1 and values.size > WIDE * blocks:
-        result = np.array(values[..., :k])
-        for start in range(
-            k, stages, k
-        ):  # wide rows: numpy's sum over the middle axis is several times slower
-            block = values[..., start : start + k]
-            result[..., : block.shape[-1]] += block
-        return result
-    padded = np.zeros((*rows, blocks * k))
-    padded[..., :stages] = values
-    return np.asarray(padded.reshape(*rows, blocks, k).sum(axis=-2))
+    """Sum the columns r, k + r, 2k + r, … : (…, J, L) → (…, J, k), 1 ≤ k ≤ L.
+
+    Fast, and as its result, in stage-major order (columns lie together): whole blocks are added at once.
+    """
+    by_stage = np.moveaxis(values, -1, 0)
+    whole = len(by_stage) // k * k
+    result = by_stage[:whole].reshape(-1, k, *by_stage.shape[1:]).sum(axis=0)
+    result[: len(by_stage) - whole] += by_stage[whole:]
+    return np.moveaxis(result, 0, -1)
 
 
 def _running_maximum(values: FloatArray, lag: int) -> FloatArray:
     """Largest of the last lag + 1 columns, with `lag` more columns at the end: (J, L) → (J, L + lag)."""
-    if lag == 0:
-        return values
-    rows, stages = values.shape
-    padded = np.zeros((rows, stages + 2 * lag))
-    padded[:, lag : lag + stages] = values
-    return np.asarray(np.lib.stride_tricks.sliding_window_view(padded, lag + 1, axis=1).max(axis=2))
+    result, width = values, 1  # windows of `width`, doubled, the last ones overlapping
+    while width <= lag:
+        shift = min(width, lag + 1 - width)
+        wider = np.zeros((result.shape[1] + shift, len(result))).T
+        wider[:, : result.shape[1]] = result
+        np.maximum(wider[:, shift:], result, out=wider[:, shift:])
+        result, width = wider, width + shift
+    return result
 
 
 def mean_profile(workload: Workload, padding: int = 0) -> StageProfile:
@@ -258,7 +271,7 @@ def mean_profile(workload: Workload, padding: int = 0) -> StageProfile:
     def beyond(mass: FloatArray) -> FloatArray:
         """Mass of the outputs above s, for s = 0..L − 1: reverse cumulative sums."""
         table = np.bincount(cells, mass, minlength=len(laws) * stages).reshape(len(laws), stages)
-        return np.ascontiguousarray(np.cumsum(table[:, ::-1], axis=1)[:, ::-1])
+        return np.asfortranarray(np.cumsum(table[:, ::-1], axis=1)[:, ::-1])
 
     present = np.minimum(beyond(weights), 1.0)
     present[:, 0] = 1.0
@@ -269,5 +282,5 @@ def worst_profile(workload: Workload, padding: int = 0) -> StageProfile:
     """Stage profile with every request as long as its type allows: p_max and o_max tokens."""
     prompts = workload.max_prompt_tokens.astype(np.float64)[:, None]
     outputs = workload.max_output_tokens[:, None]
-    present = (np.arange(outputs.max()) < outputs).astype(np.float64)
+    present = np.asfortranarray((np.arange(outputs.max()) < outputs).astype(np.float64))
     return StageProfile(present, prompts * present, prompts**2 * present, padding)

@@ -356,9 +356,11 @@ def _root_gaps(n: int, m: float, trials: int | None) -> _Complex:
     The roots nearest to 1 decide the sums, so the iteration is on u = 1 − z, whose digits survive there:
     u = −expm1(log ω + log A(1 − u)/n).
     """
-    angle = 2.0 * np.pi * np.arange(1, n) / n
+    if n == 1:
+        return np.zeros(0, dtype=np.complex128)
+    angle = 2.0 * np.pi * np.arange(1, n // 2 + 1) / n  # the other half are their conjugates
     u: _Complex
-    log_omega = 1j * np.where(angle > np.pi, angle - 2.0 * np.pi, angle)
+    log_omega = 1j * angle
     if trials is None:
         from scipy.special import lambertw
 
@@ -376,7 +378,7 @@ def _root_gaps(n: int, m: float, trials: int | None) -> _Complex:
             log_root, slope = power * _log1p(-p * u), -power * p / (1.0 - p * u)
         image = -np.expm1(log_omega + log_root)
         if np.all(np.abs(u - image) <= _ROOT_TOLERANCE * np.abs(u)):
-            return np.asarray(u, dtype=np.complex128)
+            return np.concatenate([u, u[: (n - 1) // 2][::-1].conj()])
         newton = u - (u - image) / (1.0 + slope * (1.0 - image))
         u = np.where(np.abs(1.0 - newton) < 1.0, newton, image)
     raise SolverError(f"the roots of z^{n} = A(z) did not settle in {_NEWTON_STEPS} Newton steps")

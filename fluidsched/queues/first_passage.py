@@ -114,9 +114,14 @@ def exact_buffer(
 
 
 def _binomial_law(trials: int, probability: float) -> _Array:
-    from scipy.stats import binom
-
-    return np.asarray(binom.pmf(np.arange(trials + 1), trials, probability), dtype=np.float64)
+    """Probabilities of 0..N successes, each within a few N roundings: products of ratios away from the mode."""
+    mode = min(int((trials + 1) * probability), trials)
+    up, down = np.arange(mode, trials), np.arange(mode, 0, -1)
+    odds = probability / (1.0 - probability)
+    above = np.cumprod((trials - up) / (up + 1.0) * odds)
+    below = np.cumprod(down / (trials - down + 1.0) / odds)
+    law = np.concatenate([below[::-1], [1.0], above])
+    return np.asarray(law / law.sum(), dtype=np.float64)
 
 
 def _killed_chain(law: _Array, n: int, x: int) -> tuple[_Array, _Array]:

@@ -13,6 +13,7 @@ from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy.nested_wait import Stream, shortest_cuts
 from fluidsched.policy.problem import Problem
 from fluidsched.queues import exact_buffer, lundberg_buffer, lundberg_exponent, lundberg_exponents
+from fluidsched.queues.lundberg import exponents_at_most
 
 TIME = fs.IterationTime.affine(0.05, 1e-4, 1e-4, 1e-6)
 
@@ -84,6 +85,18 @@ def test_exponents_of_many_are_those_of_one() -> None:
     np.testing.assert_allclose(many, one, rtol=1e-9)
 
 
+def test_quick_exponents_are_upper_bounds() -> None:
+    """What prunes edges never exceeds the truth: over all of 0 < p < q < 1, and close where θ is small."""
+    grid = np.concatenate(
+        [np.geomspace(1e-8, 0.02, 60), np.linspace(0.03, 0.97, 60), 1 - np.geomspace(1e-6, 0.02, 60)]
+    )
+    p, q = (x.ravel() for x in np.meshgrid(grid, grid))
+    p, q = p[p < q * (1 - 1e-6)], q[p < q * (1 - 1e-6)]
+    ratio = lundberg_exponents(p, q) / exponents_at_most(p, q)
+    assert ratio.max() <= 1.0 + 1e-12
+    assert ratio[lundberg_exponents(p, q) < 0.3].min() > 0.95
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_cuts_are_the_best_of_all_subsets(seed: int) -> None:
     """Dynamic programming against all 2^8 sets of cuts, for each number of segments and for any."""
@@ -148,6 +161,17 @@ def test_a_compiled_table_keeps_its_conditions_and_survives_files(tmp_path: obje
         args = (before.threshold, float(p), segment.threshold, cycles, delta)
         assert segment.buffer == exact_buffer(*args) <= lundberg_buffer(*args)
     assert "freezing" in " ".join(table.to_vllm_args().lost)
+
+
+def test_large_queues_take_the_exponential_buffer_and_say_so() -> None:
+    """Thousands of requests per run: the exact chain would be too large, and the certificate names what is used."""
+    table = fs.compile_policy(solved(mix(20_000.0), 4e7), "nested-wait", slack=0.2, block_iterations=1)
+    buffer = table.certificate["buffer"]
+    assert buffer["method"][0] == "none"
+    for size, method in zip(table.certificate["buffer"]["value"][1:], buffer["method"][1:], strict=True):
+        assert method == ("lundberg" if size > 512 else "exact")
+    assert "lundberg" in buffer["method"]
+    assert "ln(L b/δ)/θ_k" in buffer["formula"]
 
 
 def test_the_largest_slack_fills_memory_and_a_larger_server_gives_more() -> None:
