@@ -16,7 +16,6 @@ the policy respects it; `fluidsched.bounds.verdicts` has the rules.
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import textwrap
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluidsched._checks import check_choice, check_count, check_fields, check_real
+from fluidsched._display import Tabular
 from fluidsched._files import dumps, loads, read_text, write_whole
 from fluidsched.bounds.hindsight import Hindsight
 from fluidsched.bounds.verdicts import BOUNDED, VERDICTS, BoundRow, judge
@@ -36,6 +36,7 @@ from fluidsched.simulation.result import SimulationResult, aligned, plus_minus
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.fluid import FluidSolution
     from fluidsched.policy import PolicyTable
@@ -89,7 +90,7 @@ _BOUND_FIELDS = tuple(field.name for field in fields(BoundRow))
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Tabular):
     """What `compare` returns.
 
     Attributes
@@ -247,11 +248,18 @@ class Comparison:
             parts += ["", bounds_text(self.bounds)]
         return "\n".join([*parts, textwrap.fill(self.notes(), WIDTH)])
 
-    def _repr_html_(self) -> str:
-        frame = self.to_frame()
-        wide = frame.pivot(index="measure", columns="policy", values=["estimate", "difference"])
-        wide = wide.reindex(index=[measure for measure in UNITS if measure in wide.index])
-        return f"<p>{html.escape(self.title)}; baseline {html.escape(self.baseline)}</p>{wide.to_html()}"
+    def _summary(self) -> list[tuple[str, str]]:
+        return [("simulated", self.title), ("baseline", self.baseline)]
+
+    def _shown_frame(self) -> pd.DataFrame:
+        wide = self.to_frame().pivot(index="measure", columns="policy", values=["estimate", "difference"])
+        return wide.reindex(index=[measure for measure in UNITS if measure in wide.index])
+
+    def plot(self, measure: str = "mean_ttft", ax: Axes | None = None) -> Axes:
+        """Draw a measure of every policy with its interval; see `fluidsched.plots.estimates`."""
+        from fluidsched import plots
+
+        return plots.estimates(self, measure, ax=ax)
 
 
 def bounds_text(bounds: Sequence[BoundRow]) -> str:

@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_count, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid import CapacityPlan
 from fluidsched.policy import PolicyTable, baselines
@@ -100,7 +101,7 @@ class FleetCheck:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VerifiedCapacity:
+class VerifiedCapacity(Tabular):
     """A fleet that meets its latency targets in simulation. P pools, J types.
 
     Attributes

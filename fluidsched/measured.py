@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched import _files
+from fluidsched._display import Tabular
 from fluidsched._files import to_jsonable
 from fluidsched.errors import InputError
 from fluidsched.policy import PolicyTable, baselines
@@ -72,7 +73,7 @@ class Explanation:
 
 
 @dataclass(frozen=True, repr=False)
-class MeasuredComparison:
+class MeasuredComparison(Tabular):
     """Measured and simulated, field by field.
 
     Attributes
@@ -135,10 +136,8 @@ class MeasuredComparison:
             rows.append([name, f"{value:,.4g}", f"{other:,.4g}", f"{value / other:.3f}" if other else ""])
         return f"{self.requests:,} requests of {self.source} under {self.policy!r}\n{aligned(rows)}\n{self.verdict()}"
 
-    def _repr_html_(self) -> str:
-        import html
-
-        return f"{self.to_frame().to_html()}<p>{html.escape(self.verdict())}</p>"
+    def _summary(self) -> list[tuple[str, str]]:
+        return [("verdict", self.verdict())]
 
 
 def compare_measured(

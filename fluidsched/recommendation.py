@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluidsched._display import Tabular
 from fluidsched._files import to_jsonable
 from fluidsched.comparison import WIDTH
 from fluidsched.policy import PolicyTable
@@ -212,7 +213,7 @@ class Reach:
 
 
 @dataclass(frozen=True, repr=False)
-class Recommendation:
+class Recommendation(Tabular):
     """What to run, why, what it gains, and how far it goes.
 
     Attributes

@@ -28,7 +28,6 @@ until it is empty again, so nothing is censored; a table that gets stuck is out.
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import tempfile
@@ -43,12 +42,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_count, check_real
+from fluidsched._display import Tabular
 from fluidsched._files import to_jsonable, write_whole
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy.table import PolicyTable, Segment
 from fluidsched.server import Server
 from fluidsched.simulation import simulate
-from fluidsched.simulation.measures import LATENCIES, QUANTILES, Requests, check_slo, interval, meets
+from fluidsched.simulation.measures import LATENCIES, check_slo, interval, meets
 from fluidsched.sweeps import sweep
 from fluidsched.workload import ArrivalPath, Workload, read_trace
 
@@ -60,7 +60,7 @@ __all__ = ["AIMS", "KNOBS", "Candidate", "Tuning", "knobs_of", "tune", "tuning_c
 AIMS = (
     "goodput",
     "stable_rate",
-    *(f"{statistic}_{name}" for statistic in ("mean", *QUANTILES) for name in LATENCIES),
+    *(f"{statistic}_{name}" for statistic in ("mean", "p50", "p90", "p99") for name in LATENCIES),
 )
 """What `tune` can aim at; the first two are made large, latencies small."""
 
@@ -268,7 +268,7 @@ def tuning_cell(parameters: Mapping[str, Any], seed: np.random.SeedSequence) -> 
     row: dict[str, Any] = {"stuck": 0}
     values = {name: float(column[0]) for name, column in runs.measures(table.name).items()}
     if slo:
-        met = np.count_nonzero(meets(Requests.of(path, run), slo))
+        met = np.count_nonzero(meets(path, run, slo))
         row["met"] = met / max(len(path), 1)
         row.update({f"mean_{name}": values[f"mean_{name}"] for name in slo})
         values["goodput"] = met / horizon
@@ -363,7 +363,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, repr=False)
-class Tuning:
+class Tuning(Tabular):
     """What `tune` found.
 
     Attributes
@@ -454,8 +454,8 @@ class Tuning:
             f"  {self.summary()}\n  winner changes {changed}"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self.summary())}</p>{self.to_frame().head(10).to_html(index=False)}"
+    def _shown_frame(self) -> pd.DataFrame:
+        return self.to_frame().head(10)
 
 
 def _mean(scores: NDArray[np.float64]) -> float:

@@ -14,6 +14,7 @@ PACKAGE = Path(fs.__file__).parent
 ORDER = (
     "errors",
     "_checks",
+    "_display",
     "_files",
     "workload",
     "server",

@@ -99,7 +99,7 @@ def calibrate(
         from fluidsched import plots
 
         with plots.style():
-            figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+            figure = Figure(figsize=(3.4, 3.0), layout="constrained")
             plots.calibration(fitted, ax=figure.subplots())
         with _files.whole_file(plot) as temporary:
             figure.savefig(temporary)

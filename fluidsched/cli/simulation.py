@@ -20,6 +20,7 @@ from fluidsched.cli.inputs import (
     SeedOption,
     ServerOption,
     TpOption,
+    WarmupOption,
     WorkloadOption,
     load_server,
     load_solution,
@@ -50,13 +51,7 @@ def simulate(
     tp: TpOption = None,
     server: ServerOption = None,
     horizon: HorizonOption = None,
-    warmup: Annotated[
-        str | None,
-        typer.Option(
-            help="Seconds left out of the measures (default: a sixth of the horizon), or mser5: until the start of "
-            "the runs is over by that rule."
-        ),
-    ] = None,
+    warmup: WarmupOption = None,
     replications: ReplicationsOption = None,
     seed: SeedOption = None,
     engine: Annotated[str | None, typer.Option(help="kernel (the default) or reference.")] = None,
@@ -78,8 +73,6 @@ def simulate(
     from fluidsched.workload import ArrivalPath
 
     sampling = sampling_options(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
-    if warmup not in (None, "mser5"):
-        sampling["warmup"] = _seconds("--warmup", warmup)
     policies = _load_differently_named(tables)
     options: dict[str, Any] = {"check": check} if engine is None else {"engine": engine, "check": check}
     if solution is not None:
@@ -126,13 +119,6 @@ def simulate(
             **options,
         )
     return show(result, out, force, as_json)
-
-
-def _seconds(option: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(option, text, "be a number of seconds, or mser5") from None
 
 
 def _load_differently_named(files: list[str]) -> list[PolicyTable]:

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError, SolverError
 from fluidsched.fluid._assembly import Assembly
 from fluidsched.fluid.pools import (
@@ -55,7 +56,7 @@ _MISSED = 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CapacityPlan:
+class CapacityPlan(Tabular):
     """Integer replicas of each server, with the demand they carry. P servers, J types.
 
     Attributes

@@ -47,6 +47,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError, SolverError
 from fluidsched.fluid.certificate import TOLERANCE, Certificate
 from fluidsched.fluid.model import FluidModel, build_model
@@ -73,7 +74,7 @@ _WIDEST = 1e4
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FairSolution:
+class FairSolution(Tabular):
     """An α-fair admission. J types.
 
     Attributes
@@ -252,16 +253,6 @@ class FairSolution:
         if shown < len(names):
             lines.append(f"  … and {len(names) - shown} more types: see to_frame()")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        cell = "style='text-align:left'"
-        rows = "".join(
-            f"<tr><th {cell}>{escape(name)}</th><td {cell}>{escape(value)}</td></tr>"
-            for name, value in self._summary()
-        )
-        return f"<table>{rows}</table>{self.to_frame().to_html(index=False)}"
 
 
 def solve_fair(

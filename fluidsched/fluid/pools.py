@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
+from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid._assembly import ASSEMBLY_TOLERANCE, Assembly
 from fluidsched.fluid.certificate import Certificate
@@ -96,7 +97,7 @@ class PoolsModel:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PoolsSolution:
+class PoolsSolution(Tabular):
     """The optimum over several pools. P pools, J types.
 
     Attributes

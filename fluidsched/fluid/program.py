@@ -90,6 +90,19 @@ class FluidProgram:
         )
         self._scaled = _Scaled(self.model, self.model.rate_alone)
 
+    def __getstate__(self) -> dict[str, FluidModel]:
+        """The model alone: a solver cannot be pickled, and is made again."""
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, FluidModel]) -> None:
+        self.model = state["model"]
+        self._scaled = _Scaled(self.model, self.model.rate_alone)
+
+    def __repr__(self) -> str:
+        workload, rows = self.model.workload, ", ".join(self.model.row_names)
+        types = f"{len(workload.types)} type{'s' if len(workload.types) != 1 else ''}"
+        return f"FluidProgram of {workload.name!r} on {self.model.server.name!r}: {types}, rows {rows}"
+
     def solve(self, arrival_rate: ArrayLike | None = None) -> FluidSolution:
         """Solve for the workload's rates, or for others; starts from the last solve's basis.
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_choice
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.fluid.model import TOLERANCE, build_model
 from fluidsched.server import Server
@@ -35,7 +36,7 @@ SCHEMA = "fluidsched.stability-region/1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StabilityRegion:
+class StabilityRegion(Tabular):
     """A polytope of offered rates, made by `stability_region`. J types, H half-spaces.
 
     Attributes

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError, SolverError
 from fluidsched.fluid.export import to_highs
 from fluidsched.fluid.program import FluidProgram
@@ -44,7 +45,7 @@ _ON_LINE = 1e-10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RateSweep:
+class RateSweep(Tabular):
     """The optimum along a line of offered rates, exact between its K points.
 
     Attributes

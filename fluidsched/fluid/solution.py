@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_choice, check_count, check_fields, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.fluid.certificate import Certificate
 from fluidsched.fluid.model import TOLERANCE, FluidModel, Objective, build_model
@@ -42,6 +43,7 @@ from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["Certificate", "FluidSolution"]
 
@@ -56,7 +58,7 @@ _REWARD_UNITS = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FluidSolution:
+class FluidSolution(Tabular):
     """The optimum of a fluid program. J types, R rows.
 
     Attributes
@@ -351,6 +353,12 @@ class FluidSolution:
             }
         )
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw admitted beside offered rates; see `fluidsched.plots.admitted_rates`."""
+        from fluidsched import plots
+
+        return plots.admitted_rates(self, ax=ax)
+
     def _summary(self) -> list[tuple[str, str]]:
         offered, admitted = float(self.arrival_rate.sum()), float(self.admitted_rate.sum())
         count = len(self.arrival_rate)
@@ -398,16 +406,6 @@ class FluidSolution:
         if shown < len(names):
             lines.append(f"  … and {len(names) - shown} more types: see to_frame()")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        cell = "style='text-align:left'"
-        rows = "".join(
-            f"<tr><th {cell}>{escape(name)}</th><td {cell}>{escape(value)}</td></tr>"
-            for name, value in self._summary()
-        )
-        return f"<table>{rows}</table>{self.to_frame().to_html(index=False)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, schema first; what can be computed from the rest stands under "derived"."""

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched import _files
+from fluidsched._display import Tabular
 from fluidsched.fluid.model import TOLERANCE, FluidModel
 from fluidsched.fluid.solution import Certificate
 
@@ -115,7 +116,7 @@ class TransientModel:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TransientSolution:
+class TransientSolution(Tabular):
     """The cheapest plan against demand that varies in time. J types, T periods, R rows.
 
     Attributes
@@ -442,13 +443,3 @@ class TransientSolution:
 
     def __repr__(self) -> str:
         return "\n".join(["TransientSolution", *(f"  {name:<15} {value}" for name, value in self._summary())])
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        cell = "style='text-align:left'"
-        rows: list[Any] = [
-            f"<tr><th {cell}>{escape(name)}</th><td {cell}>{escape(value)}</td></tr>"
-            for name, value in self._summary()
-        ]
-        return f"<table>{''.join(rows)}</table>{self.to_frame().to_html(index=False, max_rows=20)}"

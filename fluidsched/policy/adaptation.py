@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy.compiler import COMPILED_KINDS, compile_policy
 from fluidsched.policy.problem import match_of, predictor_of
@@ -47,7 +48,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, repr=False)
-class Adaptation:
+class Adaptation(Tabular):
     """What `adapt` found and did. J types.
 
     Attributes

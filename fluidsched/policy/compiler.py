@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.policy import capped, gated, lookahead, nested_wait, wait
 from fluidsched.policy.problem import (
@@ -42,6 +43,7 @@ from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.fluid import FluidSolution
     from fluidsched.server import Server
@@ -293,7 +295,7 @@ def _reach(
 
 
 @dataclass(frozen=True)
-class ReachCurve:
+class ReachCurve(Tabular):
     """How far tables reach against the number of request types; K lines, one per number of types and kind.
 
     Attributes
@@ -329,6 +331,12 @@ class ReachCurve:
 
         names = ("types", "kind", "share", "reason")
         return pd.DataFrame({name: getattr(self, name) for name in names})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the shares against the number of types; see `fluidsched.plots.reach_curve`."""
+        from fluidsched import plots
+
+        return plots.reach_curve(self, ax=ax)
 
 
 def reach_curve(

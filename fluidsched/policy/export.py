@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class EngineArguments:
 
 
 def _engine_arguments(engine: str, arguments: dict[str, Any], lost: list[str]) -> EngineArguments:
-    return EngineArguments(engine, MappingProxyType(arguments), tuple(lost))
+    return EngineArguments(engine, arguments, tuple(lost))
 
 
 _AS_THEY_COME = "requests are admitted as they come. Run the table in a scheduler of its own."

@@ -31,7 +31,6 @@ certificate nor provenance, because what a hand may have changed they no longer 
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_count, check_real
+from fluidsched._display import Tabular
 from fluidsched._files import dumps, fingerprint, loads, read_text, to_jsonable, write_whole
 from fluidsched.errors import InputError
 from fluidsched.policy.csv_form import csv_to_rows, rows_to_csv
@@ -51,6 +51,7 @@ from fluidsched.policy.export import EngineArguments, sglang_arguments, vllm_arg
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.workload import ArrivalPath
 
@@ -280,7 +281,7 @@ class Lookahead:
 
 
 @dataclass(frozen=True, repr=False)
-class PolicyTable:
+class PolicyTable(Tabular):
     """What a scheduler does, as numbers: schema "fluidsched.policy/1", validated when made and when read.
 
     Parameters
@@ -529,9 +530,6 @@ class PolicyTable:
             if not open_requests.size:
                 break
             match = row.match
-            if match == Match():  # whoever is left
-                rows[open_requests] = j
-                return rows
             hit = _within(path.prompt_tokens[open_requests], match.prompt)
             if match.output is not None:
                 if output is None:
@@ -682,6 +680,12 @@ class PolicyTable:
         index = pd.Index(self.type_names, name="type")
         return pd.DataFrame(rows, columns=["match", *numbers], index=index)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw thresholds or segments; see `fluidsched.plots.thresholds`."""
+        from fluidsched import plots
+
+        return plots.thresholds(self, ax=ax)
+
     def _headline(self) -> str:
         count = len(self.types)
         parts = [f"kind {self.kind}", f"{count} type{'s' if count > 1 else ''}"]
@@ -718,9 +722,6 @@ class PolicyTable:
                 f"threshold {segment.threshold:,}, buffer {segment.buffer:,.1f}"
             )
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self._headline())}</p>{self.to_frame().to_html()}"
 
 
 def _with_infinities(value: Any) -> Any:

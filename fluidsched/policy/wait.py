@@ -59,6 +59,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_count
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.policy.problem import (
     Problem,
@@ -74,6 +75,7 @@ from fluidsched.queues import embedded_queue_mean
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.fluid import FluidSolution
 
@@ -547,8 +549,8 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
     }
 
 
-@dataclass(frozen=True)
-class WaitCurve:
+@dataclass(frozen=True, repr=False)
+class WaitCurve(Tabular):
     """Memory and wait against the block length, K lengths; NaN where no table exists.
 
     Attributes
@@ -574,12 +576,29 @@ class WaitCurve:
     reason: tuple[str | None, ...]
     capacity: float
 
+    def __repr__(self) -> str:
+        exists = ~np.isnan(self.wait)
+        head = f"WaitCurve: tables at {np.count_nonzero(exists)} of {len(exists)} block lengths"
+        if not exists.any():
+            return head
+        best = int(np.nanargmin(self.wait))
+        return (
+            f"{head}; shortest mean wait {self.wait[best]:.3g} s at k = {self.block_iterations[best]}, "
+            f"with {self.kv[best]:,.0f} of {self.capacity:,.0f} KV tokens"
+        )
+
     def to_frame(self) -> pd.DataFrame:
         """One row per block length."""
         import pandas as pd
 
         columns = {name: getattr(self, name) for name in ("slack", "kv", "wait", "reason")}
         return pd.DataFrame(columns, index=pd.Index(self.block_iterations, name="block_iterations"))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw memory and wait against the block length; see `fluidsched.plots.wait_curve`."""
+        from fluidsched import plots
+
+        return plots.wait_curve(self, ax=ax)
 
 
 def wait_curve(

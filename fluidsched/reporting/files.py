@@ -176,17 +176,17 @@ def figures(plan: Plan) -> Iterator[tuple[str, Figure]]:
     from fluidsched import plots
 
     with plots.style():
-        figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+        figure = Figure(figsize=(6.8, 3.0), layout="constrained")
         plots.kv_occupancy(plan.runs, bound=plan.fluid, ax=figure.add_subplot())
         yield "kv_occupancy.png", figure
 
-        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        figure = Figure(figsize=(6.8, 2.8), layout="constrained")
         for position, measure in enumerate(("ttft", "e2e"), start=1):
             plots.latency_distribution(plan.runs, measure, ax=figure.add_subplot(1, 2, position))
         yield "latency.png", figure
 
         if plan.curve is not None:
-            figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+            figure = Figure(figsize=(6.8, 3.0), layout="constrained")
             panels = (
                 ("request_throughput", "throughput (req/s)", "linear"),
                 ("mean_ttft", "mean TTFT (s)", "log"),
@@ -206,7 +206,7 @@ def figures(plan: Plan) -> Iterator[tuple[str, Figure]]:
         measures = ("request_throughput", "mean_ttft", "mean_e2e")
         gained = {gain.measure for gain in plan.recommendation.gains if gain.of_engine > 0.0}
         if plan.curve is not None and gained.issuperset(measures):
-            figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+            figure = Figure(figsize=(6.8, 2.7), layout="constrained")
             for position, measure in enumerate(measures, start=1):
                 plots.gains(plan.recommendation, measure, ax=figure.add_subplot(1, 3, position))
             yield "gains.png", figure

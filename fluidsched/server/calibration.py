@@ -37,12 +37,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_choice, check_count, check_fields, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.server.iteration import IterationTime
 from fluidsched.server.server import Server
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["Calibration", "Form", "IterationPoints", "calibrate"]
 
@@ -165,7 +167,7 @@ class IterationPoints:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Calibration:
+class Calibration(Tabular):
     """A server whose iteration time was fitted to measured iterations; made by `calibrate`.
 
     Attributes
@@ -293,9 +295,6 @@ class Calibration:
         lines.append("  " + repr(self.server).replace("\n", "\n  "))
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        return str(self.to_frame().to_html(index=False))
-
     def to_frame(self) -> pd.DataFrame:
         """One row per point: its columns, the fitted time, the relative error, and whether the fit used it."""
         import pandas as pd
@@ -312,6 +311,12 @@ class Calibration:
                 "is_fitted": self.is_fitted,
             }
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw measured against fitted times; see `fluidsched.plots.calibration`."""
+        from fluidsched import plots
+
+        return plots.calibration(self, ax=ax)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, schema first; the errors and remarks are there for readers and follow from the rest."""

@@ -14,7 +14,7 @@ __all__ = ["Pool", "Stage"]
 Stage = Literal["whole", "prefill", "decode"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pool:
     """Replicas of one server.
 
@@ -45,3 +45,9 @@ class Pool:
         check_choice("stage", self.stage, get_args(Stage))
         if not self.name:
             object.__setattr__(self, "name", self.server.name)
+
+    def __repr__(self) -> str:
+        limit = "" if self.max_iteration_time is None else f", iterations up to {self.max_iteration_time:g} s"
+        stage = "" if self.stage == "whole" else f", {self.stage} only"
+        own = f" of {self.server.name!r}" if self.name != self.server.name else ""
+        return f"Pool {self.name!r}: {self.replicas:g} replica{'s' if self.replicas != 1.0 else ''}{own}{stage}{limit}"

@@ -11,6 +11,7 @@ from fluidsched.simulation.records import STATUSES, EngineRun
 from fluidsched.simulation.result import SimulationResult
 from fluidsched.simulation.rules import Decision, UserRule
 from fluidsched.simulation.run import simulate
+from fluidsched.simulation.timeline import PolicyTimeline, policy_timeline
 from fluidsched.simulation.trajectory import FluidTrajectory, fluid_trajectory
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "Decision",
     "EngineRun",
     "FluidTrajectory",
+    "PolicyTimeline",
     "SimulationResult",
     "UserRule",
     "booking_limit",
     "fluid_trajectory",
     "nested_booking_limit",
+    "policy_timeline",
     "simulate",
 ]

@@ -6,41 +6,26 @@ Letters: R replications, N_r requests of path r. The measures are those of
 
 from __future__ import annotations
 
-import html
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_count, check_fields, check_real
+from fluidsched._display import Tabular
 from fluidsched._files import dumps, loads, read_text, write_whole
 from fluidsched.errors import InputError
 from fluidsched.server import Server
-from fluidsched.simulation.limits import UNLIMITED, effective_limits
-from fluidsched.simulation.measures import (
-    OF_REQUESTS,
-    QUANTILES,
-    UNITS,
-    Requests,
-    alone_s,
-    check_slo,
-    interval,
-    intervals,
-    latencies,
-    measure_requests,
-    measure_run,
-)
+from fluidsched.simulation.measures import UNITS, check_slo, interval, latencies, measure_run
 from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
-from fluidsched.simulation.steady import batch_means
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.policy.table import PolicyTable
     from fluidsched.workload import ArrivalPath
@@ -82,13 +67,9 @@ class PolicyOutcome:
         for array in (*self.values.values(), *self.lower_bounds.values()):
             array.flags.writeable = False
 
-    def intervals(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Means of all measures over replications and ends of their intervals, in the order of `values`."""
-        return intervals(np.array(list(self.values.values())))
-
 
 @dataclass(frozen=True, repr=False, eq=False)
-class SimulationResult:
+class SimulationResult(Tabular):
     """Runs of several policies on the same R arrival paths.
 
     Made by `simulate`; read back from JSON it has the measures of every replication but no request
@@ -118,11 +99,6 @@ class SimulationResult:
         The policies; empty when read from a file.
     paths : tuple of ArrivalPath
         The R common paths; empty when read from a file.
-    replicas : tuple of Server
-        Servers behind `server`: itself, or the replicas of a cluster; empty when read from a file.
-    transients : dict of str to float
-        Policy → end of its start as MSER-5 sees it, s, of which `warmup` is the latest; NaN where the first
-        half of the run shows no end. Empty with a fixed warm-up.
     """
 
     outcomes: tuple[PolicyOutcome, ...]
@@ -137,8 +113,6 @@ class SimulationResult:
     tables: tuple[PolicyTable, ...] = ()
     paths: tuple[ArrivalPath, ...] = ()
     engine_runs: tuple[tuple[EngineRun, ...], ...] = ()
-    replicas: tuple[Server, ...] = ()
-    transients: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def collect(
@@ -153,29 +127,15 @@ class SimulationResult:
         engine: str,
         workload: str,
         server: Server,
-        replicas: Sequence[Server] = (),
-        transients: Mapping[str, float] | None = None,
         slo: Mapping[str, float] | None = None,
     ) -> SimulationResult:
-        """Measure every run: `engine_runs[k][r]` is table k on path r; `replicas` are `server` alone by default."""
+        """Measure every run: `engine_runs[k][r]` is table k on path r."""
         slo = check_slo(slo)
-        replicas = tuple(replicas) or (server,)
-        alone = [_alone(path, replicas) for path in paths]
         outcomes = []
         for table, runs in zip(tables, engine_runs, strict=True):
-            slots = sum(effective_limits(replica, table).slots for replica in replicas)
             measured = [
-                measure_run(
-                    path,
-                    run,
-                    warmup=warmup,
-                    kv_capacity=server.kv_capacity,
-                    slots=slots if slots < UNLIMITED else math.inf,
-                    alone=alone[r],
-                    type_of=_types(path, table)[0],
-                    slo=slo,
-                )
-                for r, (path, run) in enumerate(zip(paths, runs, strict=True))
+                measure_run(path, run, warmup=warmup, kv_capacity=server.kv_capacity, slo=slo)
+                for path, run in zip(paths, runs, strict=True)
             ]
             names = measured[0][0]
             starved = {name for run in runs for name in run.starved_types}
@@ -201,8 +161,6 @@ class SimulationResult:
             tuple(tables),
             tuple(paths),
             tuple(map(tuple, engine_runs)),
-            replicas,
-            dict(transients or {}),
         )
 
     # ------------------------------------------------------------------ by policy
@@ -260,9 +218,11 @@ class SimulationResult:
 
         run = self.run(policy, replication)
         path = self.paths[replication]
-        of_request, names = _types(path, self.tables[self.policies.index(policy)])
-        codes = np.zeros(len(path), dtype=np.int64) if of_request is None else of_request
-        types = np.asarray(names, dtype=object)[codes]
+        if path.type is not None:
+            types = np.asarray(path.type_names, dtype=object)[path.type]
+        else:
+            table = self.tables[self.policies.index(policy)]
+            types = np.asarray(table.type_names, dtype=object)[table.classify(path)]
         return pd.DataFrame(
             {
                 "arrival_s": path.arrival_s,
@@ -277,16 +237,11 @@ class SimulationResult:
             }
         )
 
-    def latencies(self, policy: str, measure: str) -> tuple[FloatArray, int]:
-        """A latency of every measured request, all replications pooled, s; and how many are censored."""
-        pooled, censored = [], 0
-        for replication, path in enumerate(self.paths or (None,)):
-            run = self.run(policy, replication)
-            assert path is not None
-            observed, at_least = latencies(path, run, self.warmup, measure)
-            pooled.append(observed)
-            censored += len(at_least)
-        return np.concatenate(pooled), censored
+    def latencies(self, policy: str, measure: str, replication: int = 0) -> tuple[FloatArray, int]:
+        """A latency of every measured request of one run, s; and how many are censored."""
+        run = self.run(policy, replication)
+        observed, at_least = latencies(self.paths[replication], run, self.warmup, measure)
+        return observed, len(at_least)
 
     def occupancy(self, policy: str, replication: int = 0) -> FloatArray:
         """The decimated series of one run, shape (K, 4): time (s), KV tokens, residents, waiting."""
@@ -313,137 +268,27 @@ class SimulationResult:
         """
         import pandas as pd
 
-        frames = []
+        rows = []
         for outcome in self.outcomes:
-            estimate, low, high = outcome.intervals()
-            columns = {
-                "policy": outcome.name,
-                "measure": list(outcome.values),
-                "unit": [UNITS[name] for name in outcome.values],
-                "estimate": estimate,
-                "low": low,
-                "high": high,
-                "replications": self.replications,
-                "lower_bound": [bool(outcome.lower_bounds[name].any()) for name in outcome.values],
-            }
-            frames.append(pd.DataFrame(columns))
-        return pd.concat(frames, ignore_index=True)
+            for name, values in outcome.values.items():
+                estimate, low, high = interval(values)
+                rows.append(
+                    {
+                        "policy": outcome.name,
+                        "measure": name,
+                        "unit": UNITS[name],
+                        "estimate": estimate,
+                        "low": low,
+                        "high": high,
+                        "replications": self.replications,
+                        "lower_bound": bool(outcome.lower_bounds[name].any()),
+                    }
+                )
+        return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
         """The same as `summary`."""
         return self.summary()
-
-    def by_type(self) -> pd.DataFrame:
-        """Tidy frame of the measures of every request type's own requests; see `summary`.
-
-        Columns policy, type, measure, unit, estimate, low, high, replications, lower_bound. Types are the path's
-        labels, or the rows of each policy's table where the path has none. Measures are those that can be read
-        off requests: latencies and slowdown, throughputs, goodput under the stated SLOs, counts.
-        """
-        import pandas as pd
-
-        self._need_records()
-        rows = []
-        for k, table in enumerate(self.tables):
-            measured: dict[str, list[tuple[dict[str, float], set[str]]]] = {}
-            for path, run in zip(self.paths, self.engine_runs[k], strict=True):
-                of_request, names = _types(path, table)
-                requests = Requests.of(path, run, _alone(path, self.replicas))
-                for j, name in enumerate(names):
-                    own = requests if of_request is None else requests.at(of_request == j)
-                    found = measure_requests(own, start=self.warmup, end=run.end_s, slo=self.slo)
-                    measured.setdefault(name, []).append(found)
-            for name, runs in measured.items():
-                for measure in OF_REQUESTS:
-                    if measure not in runs[0][0]:
-                        continue  # goodput without SLOs
-                    estimate, low, high = interval(np.array([values[measure] for values, _ in runs]))
-                    rows.append(
-                        {
-                            "policy": table.name,
-                            "type": name,
-                            "measure": measure,
-                            "unit": UNITS[measure],
-                            "estimate": estimate,
-                            "low": low,
-                            "high": high,
-                            "replications": self.replications,
-                            "lower_bound": any(measure in bounds for _, bounds in runs),
-                        }
-                    )
-        return pd.DataFrame(rows)
-
-    def batch_means(
-        self,
-        policy: str,
-        *,
-        replication: int = 0,
-        baseline: str | None = None,
-        confidence: float = 0.95,
-    ) -> pd.DataFrame:
-        """Intervals of one long run from its own batches; `fluidsched.simulation.steady` has the method.
-
-        Parameters
-        ----------
-        policy : str
-        replication : int
-            Which run.
-        baseline : str, optional
-            Another policy: the frame is then of the differences to it, batch by batch. Both ran on the same
-            path, so what batches of busy times add to both cancels.
-        confidence : float
-            Of the intervals, in (0, 1).
-
-        Returns
-        -------
-        DataFrame
-            Columns measure, unit, estimate, low, high, batches, independence (p-value of independent batches).
-            `low` and `high` are NaN where the run is too short for batches that pass the test.
-
-        Examples
-        --------
-        >>> import fluidsched as fs
-        >>> workload = fs.Workload([fs.RequestType("chat", 4.0, prompt_tokens=512, output_tokens=128)])
-        >>> server = fs.Server(137_000, fs.IterationTime.paper(d0=0.01, d1=3.3e-7))
-        >>> runs = fs.simulate(workload, server, fs.baselines.vllm(), horizon=3600.0, replications=1, seed=7)
-        >>> row = runs.batch_means("vllm").set_index("measure").loc["request_throughput"]
-        >>> print(f"{row.low:.2f} to {row.high:.2f} from {row.batches} batches")
-        3.95 to 4.10 from 64 batches
-        """
-        import pandas as pd
-
-        check_real("confidence", confidence, above=0.0, below=1.0)
-        names = [m for m in BATCHED if m != "goodput" or self.slo]
-        whole, parts = self._batches(policy, replication, names)
-        if baseline is not None:
-            other, other_parts = self._batches(baseline, replication, names)
-            mine = parts
-            whole = whole - other
-            parts = lambda count: mine(count) - other_parts(count)  # noqa: E731
-        rows = []
-        for m, name in enumerate(names):
-            found = batch_means(float(whole[m]), lambda count, m=m: parts(count)[:, m], confidence)  # type: ignore[misc]
-            rows.append({"measure": name, "unit": UNITS[name], **found._asdict()})
-        return pd.DataFrame(rows)
-
-    def _batches(
-        self, policy: str, replication: int, names: Sequence[str]
-    ) -> tuple[FloatArray, Callable[[int], FloatArray]]:
-        """Measures of a run, (M,), and a function that gives them in each of K batches, (K, M)."""
-        run, path = self.run(policy, replication), self.paths[replication]
-        requests = Requests.of(path, run, _alone(path, self.replicas))
-
-        def measured(start: float, stop: float) -> list[float]:
-            values, _ = measure_requests(requests, start=start, stop=stop, end=run.end_s, slo=self.slo)
-            return [values[name] for name in names]
-
-        @cache
-        def parts(count: int) -> FloatArray:
-            edges = np.linspace(self.warmup, run.end_s, count + 1)
-            edges[-1] = math.inf
-            return np.array([measured(*pair) for pair in pairwise(edges.tolist())])
-
-        return np.array(measured(self.warmup, math.inf)), parts
 
     def with_slo(self, slo: Mapping[str, float]) -> SimulationResult:
         """The same runs measured under these SLOs: latency name → limit per request, s."""
@@ -459,35 +304,29 @@ class SimulationResult:
             engine=self.engine,
             workload=self.workload,
             server=self.server,
-            replicas=self.replicas,
-            transients=self.transients,
             slo=slo,
         )
 
     def to_serve_summary(self) -> list[dict[str, Any]]:
         """One row per policy in the field names of ``vllm bench serve``, means over replications.
 
-        Times in ms, rates per second. `duration` is the measured window; ``request_goodput`` needs SLOs. Token
-        totals are those of the requests completed.
+        Times in ms, rates per second. `duration` is the measured window. Per-token gaps are not recorded,
+        so there are no ``itl`` fields; ``request_goodput`` needs SLOs.
         """
         rows = []
         for outcome in self.outcomes:
-            mean = dict(zip(outcome.values, outcome.intervals()[0].tolist(), strict=True))
+            mean = {name: interval(values)[0] for name, values in outcome.values.items()}
             row: dict[str, Any] = {"policy": outcome.name, "completed": mean["completed"]}
             row["failed"] = mean["rejected"]
             row["unfinished"] = mean["unfinished"]
             row["duration"] = (
                 mean["completed"] / mean["request_throughput"] if mean["completed"] > 0 else math.nan
             )
-            inputs = mean["total_token_throughput"] - mean["effective_throughput"]
-            row["total_input_tokens"] = inputs * row["duration"]
-            row["total_output_tokens"] = mean["effective_throughput"] * row["duration"]
             for name in ("request_throughput", "output_throughput", "total_token_throughput"):
                 row[name] = mean[name]
             row["request_goodput"] = mean.get("goodput", math.nan)
-            for ours in ("mean", *QUANTILES):
-                word = "median" if ours == "p50" else ours
-                for latency in ("ttft", "tpot", "itl", "e2e"):
+            for word, ours in (("mean", "mean"), ("median", "p50"), ("p90", "p90"), ("p99", "p99")):
+                for latency in ("ttft", "tpot", "e2e"):
                     field = f"{word}_{'e2el' if latency == 'e2e' else latency}_ms"
                     row[field] = 1000.0 * mean[f"{ours}_{latency}"]
             rows.append(row)
@@ -508,7 +347,6 @@ class SimulationResult:
             "warmup_s": self.warmup,
             "seed": self.seed,
             "slo_s": dict(self.slo),
-            "transients_s": {name: None if math.isnan(end) else end for name, end in self.transients.items()},
             "policies": [
                 {
                     "name": outcome.name,
@@ -539,7 +377,6 @@ class SimulationResult:
             "warmup_s",
             "seed",
             "slo_s",
-            "transients_s",
             "policies",
         )
         values = dict(zip(fields, check_fields(argument, data, SCHEMA, fields), strict=True))
@@ -549,9 +386,8 @@ class SimulationResult:
         for name in ("workload", "engine"):
             if not isinstance(values[name], str):
                 raise InputError(f"{argument}.{name}", values[name], "be a string")
-        for name in ("slo_s", "transients_s"):
-            if not isinstance(values[name], Mapping):
-                raise InputError(f"{argument}.{name}", values[name], "be an object of numbers")
+        if not isinstance(values["slo_s"], Mapping):
+            raise InputError(f"{argument}.slo_s", values["slo_s"], "be an object of limits")
         horizon, seed = values["horizon_s"], values["seed"]
         return cls(
             tuple(
@@ -566,12 +402,6 @@ class SimulationResult:
             values["workload"],
             None if values["server"] is None else Server.from_dict(values["server"], f"{argument}.server"),
             check_slo(values["slo_s"]),
-            transients={
-                name: math.nan
-                if end is None
-                else check_real(f"{argument}.transients_s.{name}", end, minimum=0.0)
-                for name, end in values["transients_s"].items()
-            },
         )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -593,11 +423,9 @@ class SimulationResult:
         """What was simulated, in a line."""
         until = "until empty" if self.horizon is None else f"over {self.horizon:,.6g} s"
         count = f"{self.replications} replication{'s' if self.replications > 1 else ''}"
-        rule = ""
-        if self.transients:
-            unseen = [name for name, end in self.transients.items() if math.isnan(end)]
-            rule = f" (MSER-5{': no end of the start seen for ' + ', '.join(unseen) if unseen else ''})"
-        return f"{self.workload} {until}, measured from {self.warmup:,.6g} s on{rule}, {count}, {self.engine} engine"
+        return (
+            f"{self.workload} {until}, measured from {self.warmup:,.6g} s on, {count}, {self.engine} engine"
+        )
 
     def _rows(self) -> list[list[str]]:
         rows = []
@@ -618,10 +446,18 @@ class SimulationResult:
         ]
         return f"{self.title}\n{aligned([header, *self._rows()])}\n{FOOTNOTE}"
 
-    def _repr_html_(self) -> str:
+    def _summary(self) -> list[tuple[str, str]]:
+        return [("simulated", self.title)]
+
+    def _shown_frame(self) -> pd.DataFrame:
         wide = self.summary().pivot(index="measure", columns="policy", values="estimate")
-        wide = wide.reindex(index=[m for m in UNITS if m in wide.index], columns=list(self.policies))
-        return f"<p>{html.escape(self.title)}</p>{wide.to_html()}"
+        return wide.reindex(index=[m for m in UNITS if m in wide.index], columns=list(self.policies))
+
+    def plot(self, measure: str = "ttft", ax: Axes | None = None) -> Axes:
+        """Draw the distribution of a latency; see `fluidsched.plots.latency_distribution`."""
+        from fluidsched import plots
+
+        return plots.latency_distribution(self, measure, ax=ax)
 
 
 FOOTNOTE = (
@@ -638,22 +474,6 @@ _SHOWN = (
     ("preemptions", "preemptions", 1.0, ""),
 )
 """Columns of the printed table: measure, heading, factor, unit."""
-
-
-BATCHED = tuple(name for name in OF_REQUESTS if name not in ("completed", "unfinished", "rejected"))
-"""Measures that batches of a run have: those of requests that do not grow with its length."""
-
-
-def _types(path: ArrivalPath, table: PolicyTable) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Type of every request and the types' names: the path's labels, else the table's rows (None: all its one)."""
-    if path.type is not None:
-        return path.type, path.type_names
-    return table.classify(path) if len(table.types) > 1 else None, table.type_names
-
-
-def _alone(path: ArrivalPath, replicas: Sequence[Server]) -> FloatArray | None:
-    """Time of every request alone on the quickest replica; equal replicas are one object."""
-    return alone_s(path, list({id(server): server for server in replicas}.values()))
 
 
 def plus_minus(estimate: float, half_width: float, lower_bound: bool = False) -> str:
@@ -711,9 +531,9 @@ def _read_outcome(place: str, data: Any, replications: int) -> PolicyOutcome:
         where = f"{place}.measures.{measure}"
         check_choice(where, measure, tuple(UNITS))
         _, numbers, bounds = check_fields(where, entry, None, ("unit", "values", "lower_bounds"))
-        for entries, items in (("values", numbers), ("lower_bounds", bounds)):
+        for field, items in (("values", numbers), ("lower_bounds", bounds)):
             if not isinstance(items, list) or len(items) != replications:
-                raise InputError(f"{where}.{entries}", items, f"have {replications} entries")
+                raise InputError(f"{where}.{field}", items, f"have {replications} entries")
         if not all(isinstance(flag, bool) for flag in bounds):
             raise InputError(f"{where}.lower_bounds", bounds, "hold true or false")
         values[measure] = np.array(

@@ -11,7 +11,6 @@ Everything that can be wrong with the input is found before anything runs.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -23,11 +22,10 @@ from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation.laws import Audit, check_agreement, check_laws
 from fluidsched.simulation.limits import check_kernel, check_run, never_fits, within_model_length
-from fluidsched.simulation.records import STATUSES, EngineRun
+from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
 from fluidsched.simulation.result import SimulationResult
 from fluidsched.simulation.rules import UserRule
-from fluidsched.simulation.steady import GRID, mser5, number_in_system
 from fluidsched.workload import ArrivalPath, Workload
 from fluidsched.workload.path import Seed, seed_sequence
 
@@ -51,7 +49,7 @@ def simulate(
     policies: Policy | Sequence[Policy],
     *,
     horizon: float | None = None,
-    warmup: float | Literal["mser5"] | None = None,
+    warmup: float | None = None,
     replications: int | None = None,
     seed: Seed = 0,
     engine: Literal["kernel", "reference"] = "kernel",
@@ -72,12 +70,9 @@ def simulate(
     horizon : float, optional
         End of every run, s. Required for a workload. A path without one runs until it is empty or stuck;
         one that was sampled ends at its own horizon at the latest.
-    warmup : float or "mser5", optional
+    warmup : float, optional
         Start of the measured window, s, before the horizon. Default: a sixth of the horizon; 0 for a path
-        that runs until empty. "mser5" looks for it in runs of all policies, made twice for that: the latest
-        end of the start of any policy, so that all are measured over one window
-        (`fluidsched.simulation.steady`). Where a policy's start shows no end in the first half of the run,
-        as in overload, it is the half, and the result's `transients` and print say so.
+        that runs until empty.
     replications : int, optional
         R, independent paths drawn from the workload; 16 by default. A path is one replication.
     seed : int, SeedSequence or Generator
@@ -127,11 +122,7 @@ def simulate(
         server.iteration_time.require_coefficients('engine="kernel"')
         for table in tables:
             check_kernel(table)
-    found_by_rule = isinstance(warmup, str)
-    if isinstance(warmup, str):
-        check_choice("warmup", warmup, ("mser5",), "Or give seconds.")
-        warmup = None
-    paths, horizon, start = common_paths(workload, horizon, warmup, replications, seed)
+    paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
     paths = [within_model_length(path, server) for path in paths]
     for table in tables:
         for path in paths:
@@ -139,18 +130,11 @@ def simulate(
             if oversize == "raise":
                 _refuse_oversize(path, server, table)
 
-    transients: dict[str, float] = {}
-    if found_by_rule:
-        for policy in given:
-            runs = _runs(paths, _Settings(server, policy, horizon, 0.0), engine)
-            transients[policy.name] = _transient(paths, runs, horizon)
-        half = _length(paths, horizon) / 2.0
-        start = max(half if math.isnan(end) else end for end in transients.values())
     engine_runs: list[list[EngineRun]] = []
     for policy in given:
         stage = f"simulate {policy.name}"
         done = len(engine_runs) * len(paths)
-        settings = _Settings(server, policy, horizon, start)
+        settings = _Settings(server, policy, horizon, warmup)
         runs = _kernel_runs(paths, settings) if engine == "kernel" else []
         for r, path in enumerate(paths):
             if engine == "reference":
@@ -159,7 +143,7 @@ def simulate(
                 check_agreement(runs[0], _reference_run(path, settings, audited=True))
             if check:
                 lossless = tables[len(engine_runs)].preemption != "restart"
-                check_laws(path, server, runs[r], warmup=start, lossless=lossless)
+                check_laws(path, server, runs[r], warmup=warmup, lossless=lossless)
             if progress is not None:
                 progress(stage, done + r + 1, len(tables) * len(paths))
         engine_runs.append(runs)
@@ -168,12 +152,11 @@ def simulate(
         paths,
         engine_runs,
         horizon=horizon,
-        warmup=start,
+        warmup=warmup,
         seed=int(seed) if isinstance(seed, (int, np.integer)) and isinstance(workload, Workload) else None,
         engine=engine,
         workload=workload.name,
         server=server,
-        transients=transients,
     )
 
 
@@ -201,31 +184,6 @@ class _Settings(NamedTuple):
     policy: Policy
     horizon: float | None
     warmup: float
-
-
-def _runs(paths: Sequence[ArrivalPath], settings: _Settings, engine: str) -> list[EngineRun]:
-    if engine == "kernel":
-        return _kernel_runs(paths, settings)
-    return [_reference_run(path, settings, audited=False) for path in paths]
-
-
-def _length(paths: Sequence[ArrivalPath], horizon: float | None) -> float:
-    """The time in which requests come: the horizon, or the last arrival of a path that runs until empty."""
-    if horizon is not None:
-        return horizon
-    return max((float(path.arrival_s[-1]) for path in paths if len(path)), default=0.0)
-
-
-def _transient(paths: Sequence[ArrivalPath], runs: Sequence[EngineRun], horizon: float | None) -> float:
-    """End of the start of a policy's runs by MSER-5, s; NaN if there is none in the first half."""
-    step = _length(paths, horizon) / GRID
-    instants = step * np.arange(1.0, GRID + 1.0)
-    series = np.zeros(GRID)
-    for path, run in zip(paths, runs, strict=True):
-        rejected = run.status == STATUSES.index("rejected")  # never in the system
-        series += number_in_system(path.arrival_s[~rejected], run.finish_s[~rejected], instants)
-    cut = mser5(series / len(runs))
-    return math.nan if cut is None else step * cut
 
 
 def _kernel_runs(paths: Sequence[ArrivalPath], settings: _Settings) -> list[EngineRun]:

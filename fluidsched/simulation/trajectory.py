@@ -26,13 +26,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
@@ -41,6 +41,7 @@ from fluidsched.workload import ArrivalPath
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.workload import Workload
 
@@ -48,7 +49,7 @@ __all__ = ["FluidTrajectory", "fluid_trajectory"]
 
 
 @dataclass(frozen=True, repr=False)
-class FluidTrajectory:
+class FluidTrajectory(Tabular):
     """What a fluid following a table did, one entry per iteration (I of them).
 
     Attributes
@@ -88,6 +89,12 @@ class FluidTrajectory:
         import pandas as pd
 
         return pd.DataFrame({name: getattr(self, name) for name in _SERIES})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the KV held over time; see `fluidsched.plots.trajectory`."""
+        from fluidsched import plots
+
+        return plots.trajectory(self, ax=ax)
 
 
 _SERIES = (
@@ -431,7 +438,7 @@ def fluid_trajectory(
         array.setflags(write=False)
     verdict, evidence = _judge(series, float(workload.arrival_rate.sum()), longest)
     named: dict[str, Any] = dict(zip(_SERIES, series, strict=True))
-    return FluidTrajectory(policy=table.name, verdict=verdict, evidence=MappingProxyType(evidence), **named)
+    return FluidTrajectory(policy=table.name, verdict=verdict, evidence=evidence, **named)
 
 
 def _check_type(name: str, index: Mapping[str, int]) -> None:

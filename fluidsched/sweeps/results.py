@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import html
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import fluidsched
+from fluidsched._display import Tabular
 from fluidsched._files import dumps, whole_file, write_whole
 from fluidsched.errors import InputError
 from fluidsched.sweeps.journal import Journal
@@ -34,7 +34,7 @@ ROWS_PER_GROUP = 4096  # of a Parquet file; also how many rows are in memory at 
 
 
 @dataclass(frozen=True, repr=False)
-class SweepResult:
+class SweepResult(Tabular):
     """A finished sweep: where its table lies, and how many cells it has.
 
     Parameters
@@ -64,9 +64,6 @@ class SweepResult:
     def __repr__(self) -> str:
         failures = f", {self.failed:,} failed" if self.failed else ""
         return f"<SweepResult {self.spec.name!r}: {self.cells:,} cells{failures}, in {self.path}>"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.to_frame().to_html(max_rows=20)}"
 
 
 def choose_format(format: Format) -> Literal["parquet", "csv"]:

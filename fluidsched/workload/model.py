@@ -44,6 +44,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
 from fluidsched._checks import check_count, check_keys, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.workload import arrivals as processes
 from fluidsched.workload.arrivals import ArrivalProcess
@@ -65,6 +66,7 @@ from fluidsched.workload.predictions import from_dict as prediction_from_dict
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.server import Server
 
@@ -331,7 +333,7 @@ def _joint_from_dict(place: str, data: object) -> JointLaw:
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class Workload:
+class Workload(Tabular):
     """The offered demand: J request types with their rates.
 
     Parameters
@@ -706,11 +708,7 @@ class Workload:
                 least = np.floor(mean)
                 cached.append(least + (stream(key, 3).random(len(prompt)) < mean - least))
         arrival = np.concatenate(times)
-        order = np.argsort(arrival)
-        if (
-            np.diff(arrival[order]) == 0.0
-        ).any():  # several at one instant: the slower sort that keeps their order
-            order = np.argsort(arrival, kind="stable")
+        order = np.argsort(arrival, kind="stable")
         return ArrivalPath(
             arrival[order],
             np.concatenate(prompts)[order],
@@ -742,6 +740,12 @@ class Workload:
             },
             index=pd.Index(self.type_names, name="type"),
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the lengths and rates of the types; see `fluidsched.plots.request_types`."""
+        from fluidsched import plots
+
+        return plots.request_types(self, ax=ax)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data in the schema ``fluidsched.workload/1``."""
@@ -805,8 +809,3 @@ class Workload:
                 f"output {output:8.6g}  KV work {work:10.6g}{own}{_cached(member)}"
             )
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<p>{escape(repr(self).splitlines()[0])}</p>" + str(self.to_frame()._repr_html_())  # type: ignore[operator]

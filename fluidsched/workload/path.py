@@ -32,12 +32,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched._checks import check_real
+from fluidsched._display import Tabular
 from fluidsched._files import fingerprint, write_whole
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import FloatArray, IntArray, read_only, token_array
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.workload.model import Workload
     from fluidsched.workload.predictions import Prediction
@@ -82,7 +84,7 @@ def seed_sequence(seed: Seed) -> np.random.SeedSequence:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ArrivalPath:
+class ArrivalPath(Tabular):
     """N requests in order of arrival.
 
     Parameters
@@ -471,6 +473,12 @@ class ArrivalPath:
 
         return pd.DataFrame(self._columns())
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the arrival rate over time; see `fluidsched.plots.arrivals`."""
+        from fluidsched import plots
+
+        return plots.arrivals(self, ax=ax)
+
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """The path as CSV text, written whole to `path` if given.
 
@@ -533,11 +541,6 @@ class ArrivalPath:
         rate = "all at once" if math.isinf(self.rate) else f"{self.rate:.4g} req/s"
         return f"ArrivalPath({self.name!r}: {len(self):,} requests in {self.duration:,.6g} s, {rate})"
 
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<p>{escape(repr(self))}</p>" + str(self.to_frame()._repr_html_())  # type: ignore[operator]
-
 
 def _time_array(times: ArrayLike) -> FloatArray:
     try:
@@ -546,12 +549,13 @@ def _time_array(times: ArrayLike) -> FloatArray:
         raise InputError("arrival_s", times, "be numbers (seconds)") from None
     if array.ndim != 1:
         raise InputError("arrival_s", f"an array of shape {array.shape}", "be one-dimensional")
-    if array.size and not (array.min() >= 0 and array.max() < np.inf):  # NaN fails too
-        index = int(np.argmax(~(np.isfinite(array) & (array >= 0))))
+    bad = ~(np.isfinite(array) & (array >= 0))
+    if bad.any():
+        index = int(np.argmax(bad))
         raise InputError(
             f"arrival_s[{index}]", array[index].item(), "be finite and at least 0 (seconds from the start)"
         )
-    falls = array[1:] < array[:-1]
+    falls = np.diff(array) < 0
     if falls.any():
         index = int(np.argmax(falls)) + 1
         raise InputError(
@@ -599,7 +603,8 @@ def _index_array(types: ArrayLike, count: int) -> IntArray:
         raise InputError(
             "type", f"an array of {array.dtype}, shape {array.shape}", "be whole numbers, one per request"
         )
-    if array.size and (array.min() < 0 or array.max() >= count):
-        index = int(np.argmax((array < 0) | (array >= count)))
+    bad = (array < 0) | (array >= count)
+    if bad.any():
+        index = int(np.argmax(bad))
         raise InputError(f"type[{index}]", array[index].item(), f"index one of the {count} type_names")
     return array.astype(np.int64)

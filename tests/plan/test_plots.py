@@ -16,7 +16,7 @@ def test_style_returns_the_settings_but_keeps_what_a_backend_switched(before: bo
     try:
         mpl.interactive(before)
         with plots.style():
-            assert mpl.rcParams["font.size"] == 9.0
+            assert mpl.rcParams["font.size"] == 8.0
             mpl.interactive(after)
         assert mpl.is_interactive() is after
         assert mpl.rcParams["font.size"] == size

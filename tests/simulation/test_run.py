@@ -258,9 +258,9 @@ class TestResult:
         assert unlabelled.requests("vllm")["type"].tolist() == ["*"]
 
     def test_latencies_and_occupancy(self, runs):
-        values, censored = runs.latencies("vllm", "ttft")
-        measured = sum(np.count_nonzero(path.arrival_s >= 10.0) for path in runs.paths)
-        assert len(values) + censored == measured
+        for replication, path in enumerate(runs.paths):
+            values, censored = runs.latencies("vllm", "ttft", replication)
+            assert len(values) + censored == np.count_nonzero(path.arrival_s >= 10.0)
         series = runs.occupancy("vllm", 1)
         assert series.shape[1] == 4
         assert series.shape[0] <= 1024
