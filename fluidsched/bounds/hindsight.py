@@ -12,8 +12,8 @@ let x_{c,t} be how many of class c start at round t and y_{c,t} how many still w
          Σ_c Σ_{k=1..o_c} (p_c + k − 1) x_{c,t−k+1} ≤ C                       in every round t
          x ≥ 0 integer, y ≥ 0.
 
-A window of H rounds is used; those that wait at its end cost nothing further and take no memory, which can
-only lower the value. A solution that leaves nobody waiting is a schedule, hence optimal for every H.
+In the LP relaxation a window of H rounds is used; those that wait at its end cost nothing further and take no
+memory, which can only lower the value.
 
 **LP relaxation and its certificate.** For any prices π_t ≥ 0 on memory,
 
@@ -21,6 +21,13 @@ only lower the value. A solution that leaves nobody waiting is a schedule, hence
 
 is a lower bound, equal to the LP's value at its duals. The bound returned is L at the solver's duals,
 evaluated here: the solver's tolerance cannot overstate it.
+
+**How the optimum is found and proved.** L(π) splits over requests and rounds, so what a decision costs beyond it
+is known at once: a start at t costs its excess over the request's best start, a token left unused in round t costs
+π_t. Latencies are whole rounds; with a schedule of total F at hand only starts whose excess is at most F − 1 − L(π)
+can be part of a better one. A search over rounds (`_layers`) that keeps the most promising states finds F, and proves
+it if it had to drop none. Otherwise the integer program is solved over the remaining starts (`_starts`), often a tenth
+of all, asking for F − 1 or less: a better schedule, a proof that there is none, or a bound when the time is up.
 
 **What is covered.** A request that pauses and keeps its KV holds at every round at least what it would if
 its whole service were moved back against its end; so pausing (WAIT) never helps, nor does restarting from
@@ -63,7 +70,9 @@ _Real = npt.NDArray[np.float64]
 
 _SOURCE = "arXiv 2502.07115"
 _GRID = 1e-9  # relative distance from whole rounds that counts as rounding of the arrival times
-_ANNEALING_STEPS = 200_000
+_BEAMS = ((2_000, 0.5, 0.5), (20_000, 0.5, 0.5), (20_000, 0.3, 0.65), (20_000, 0.5, 0.3))
+# (width, weight, decay) of the searches, tuned on the named family: no ranking is the best on all instances.
+_BEAM_BYTES = 64e6  # of the states of one search
 _PROOF_TOLERANCE = 1e-3  # rounds; the solver's own feasibility tolerance is 1e-6 per row
 _COVERS = {
     "integer program": "no preemption that keeps tokens; unit iterations",
@@ -153,12 +162,22 @@ class _Instance:
     def output(self) -> _Int:
         return np.asarray(self.length[self.kind])
 
+    def total(self, start: _Int) -> int:
+        """Σ latency of a schedule, rounds; it is checked to be one."""
+        used = np.zeros(int(start.max()) + self.held.shape[1])
+        for k in range(self.held.shape[1]):
+            np.add.at(used, start + k, self.held[self.kind, k])
+        assert (start >= self.arrival).all()
+        assert used.max() <= self.capacity
+        return int((start + self.output - self.arrival).sum())
+
 
 def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 30.0) -> Hindsight:
     """Best schedule of a short path in hindsight, by the integer program.
 
-    A schedule found by annealing starts the solver and fixes the window. If the limit is reached before the
-    proof is complete, the best schedule and the proved lower bound are returned; their distance is `gap_of(upper)`.
+    A search over rounds finds a schedule, and proves those of short paths best; else the solver is asked for a
+    better one. If its limit is reached before the proof is complete, the best schedule and the proved lower bound
+    are returned; their distance is `gap_of(upper)`. The search takes seconds, whatever the limit.
 
     Parameters
     ----------
@@ -184,23 +203,24 @@ def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 
     >>> best, best.start.tolist()
     (Hindsight: 2 requests, total latency ≥ 9 s by integer program, attained, [2, 0])
     """
-    from fluidsched.bounds._local_search import anneal
-
     limit = check_real("time_limit", time_limit, above=0.0)
     case = _instance(path, server)
-    steps = min(200 * len(path) ** 2, _ANNEALING_STEPS)
-    start = anneal(case.arrival, case.kind, case.held, case.length, case.capacity, steps)
-    found = int((start + case.output - case.arrival).sum())
-    window = int((start + case.output).max()) + int(case.length.max())
-    program = _Program(case, window)
-    lower, solution = program.integer(start, limit)
-    if solution is not None:
-        better = program.starts(solution)
-        total = int((better + case.output - case.arrival).sum())
-        if total < found and program.is_schedule(better):
-            start, found = better, total
-    # Latencies are whole rounds, so the proved bound may be rounded up (and never above what was found).
-    least = min(math.ceil(lower - _PROOF_TOLERANCE), found)
+    start = _first_fit(case)
+    program = _Program(case, int((start + case.output).max()) + 1)
+    price, relaxed = program.relaxed(limit)
+    found, least = case.total(start), _whole(relaxed)
+    for width, weight, decay in _BEAMS:
+        if least >= found:
+            break
+        better, dropped = _beam(case, price, relaxed, found, width, weight, decay)
+        if better is not None:
+            start, found = better, case.total(better)
+        least = max(least, min(_whole(dropped), found))
+    if least < found:
+        better, proved = program.improved(price, relaxed, found, limit)
+        if better is not None:
+            start, found = better, case.total(better)
+        least = min(max(least, _whole(proved)), found)
     return Hindsight(
         least * case.round_s, found * case.round_s, start, "integer program", len(path), case.round_s
     )
@@ -245,8 +265,8 @@ def hindsight_bound(
     if method == "combinatorial":
         rounds, name = _mean_busy_bound(case), "combinatorial"
     else:
-        window = int((_shortest_first(case) + case.output).max()) + 1
-        rounds, name = _Program(case, window).relaxed(limit), "LP relaxation"
+        window = int((_first_fit(case) + case.output).max()) + 1
+        rounds, name = _Program(case, window).relaxed(limit)[1], "LP relaxation"
     return Hindsight(rounds * case.round_s, None, None, name, len(path), case.round_s)
 
 
@@ -302,11 +322,62 @@ def _instance(path: ArrivalPath, server: Server) -> _Instance:
     )
 
 
-def _shortest_first(case: _Instance) -> _Int:
-    """Starts of the schedule that places requests by (arrival, KV work): it bounds the window of the LP."""
-    from fluidsched.bounds._local_search import anneal
+def _whole(rounds: float) -> float:
+    """Totals are whole rounds, so a lower bound may be rounded up, rounding errors aside."""
+    return rounds if math.isinf(rounds) else float(math.ceil(rounds - _PROOF_TOLERANCE))
 
-    return anneal(case.arrival, case.kind, case.held, case.length, case.capacity, 0)
+
+def _first_fit(case: _Instance) -> _Int:
+    """A schedule to begin with: its end is the window of the LP."""
+    from fluidsched.bounds._layers import first_fit
+
+    return first_fit(case.arrival, case.kind, case.held, case.length, case.capacity)
+
+
+def _start_costs(case: _Instance, price: _Real) -> _Real:
+    """(K, H): t + Σ_k π_{t+k} held for a start at t; the part of a service beyond H is free."""
+    rounds = np.arange(len(price))
+    costs = np.empty((len(case.length), len(price)))
+    for c, o in enumerate(case.length):
+        padded = np.append(price, np.zeros(o))
+        costs[c] = rounds + np.correlate(padded, case.held[c, :o], mode="valid")[: len(price)]
+    return costs
+
+
+def _best_costs(costs: _Real) -> _Real:
+    """(K, H): the least cost of a start at t or later; it is at most H, the cost of any start beyond."""
+    capped = np.append(costs, np.full((len(costs), 1), float(costs.shape[1])), axis=1)
+    return np.asarray(np.minimum.accumulate(capped[:, ::-1], axis=1)[:, ::-1][:, :-1])
+
+
+def _beam(
+    case: _Instance, price: _Real, bound: float, found: int, width: int, weight: float, decay: float
+) -> tuple[_Int | None, float]:
+    """A schedule better than `found` in total, if the search meets one; the least bound of what it dropped."""
+    from fluidsched.bounds._layers import search
+
+    # Nobody in a better schedule starts later than this, since a start at t ≥ H exceeds its best by t − H.
+    rounds = len(price) + math.ceil(found - bound) + 1
+    longer = np.append(price, np.zeros(rounds - len(price)))
+    costs = _start_costs(case, longer)
+    costs = np.append(costs, np.full((len(costs), 1), float(rounds)), axis=1)
+    state = 4 * len(case.length) + 8 * case.held.shape[1] + 4 * len(case.arrival)
+    width = max(min(width, int(_BEAM_BYTES / (4 * state))), 1)
+    return search(
+        case.arrival,
+        case.kind,
+        case.held,
+        case.length,
+        case.capacity,
+        longer,
+        costs,
+        _best_costs(costs),
+        bound,
+        found - 1.0 + _PROOF_TOLERANCE,
+        width,
+        weight,
+        decay,
+    )
 
 
 class _Program:
@@ -341,8 +412,8 @@ class _Program:
         np.add.at(arrivals, (case.kind, case.arrival), 1.0)
         self.arrivals = arrivals
 
-    def relaxed(self, time_limit: float) -> float:
-        """L(π) at the duals of the LP relaxation, in rounds."""
+    def relaxed(self, time_limit: float) -> tuple[_Real, float]:
+        """Memory prices (H,), the duals of the LP relaxation, and L at them, in rounds."""
         solver = self._solver(time_limit)
         solver.setOptionValue("solver", "ipm")
         solver.setOptionValue("run_crossover", "off")  # a basis is not needed, and takes longest
@@ -352,65 +423,47 @@ class _Program:
             raise SolverError(
                 f"HiGHS returned no duals: {solver.modelStatusToString(solver.getModelStatus())}"
             )
-        return self.lagrangian(np.maximum(-duals[: self.window], 0.0))
+        price = np.maximum(-duals[: self.window], 0.0)
+        return price, self.lagrangian(price)
 
     def lagrangian(self, price: _Real) -> float:
         """L(π) of the module's text for prices (H,), in rounds."""
-        case, window = self.case, self.window
+        case = self.case
         total = float(case.output.sum()) - case.capacity * float(price.sum())
-        rounds = np.arange(window)
-        for c in range(len(case.length)):
-            o = int(case.length[c])
-            # A start so late that the window cuts its service off pays for the part inside.
-            padded = np.append(price, np.zeros(o))
-            cost = rounds + np.array(np.correlate(padded, case.held[c, :o], mode="valid"))[:window]
-            best = np.minimum.accumulate(np.append(cost, float(window))[::-1])[::-1][:window]
-            total += float(self.arrivals[c] @ (best - rounds))
-        return total
+        best = _best_costs(_start_costs(case, price))
+        return total + float(np.sum(self.arrivals * (best - np.arange(self.window))))
 
-    def integer(self, start: _Int, time_limit: float) -> tuple[float, _Real | None]:
-        """Proved lower bound in rounds and the best solution's columns (None: none better), from a schedule."""
-        import highspy
+    def improved(
+        self, price: _Real, bound: float, found: int, time_limit: float
+    ) -> tuple[_Int | None, float]:
+        """A schedule of less than `found` rounds in total, from the starts that can be part of one; a lower bound.
 
-        solver = self._solver(time_limit)
-        for option, value in (("mip_rel_gap", 0.0), ("mip_abs_gap", 0.999)):  # values are whole numbers
-            solver.setOptionValue(option, value)
-        index = np.arange(self.cells, dtype=np.int32)
-        kinds = np.full(self.cells, int(highspy.HighsVarType.kInteger), dtype=np.uint8)
-        solver.changeColsIntegrality(self.cells, index, kinds)
-        guess = highspy.HighsSolution()
-        guess.col_value = list(self._columns(start))
-        solver.setSolution(guess)
-        solver.run()
-        info, output = solver.getInfo(), float(self.case.output.sum())
-        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-            return info.mip_dual_bound + output, None
-        return info.mip_dual_bound + output, np.asarray(solver.getSolution().col_value)
+        The bound is infinite if there is proved to be none.
+        """
+        from fluidsched.bounds._starts import best_starts
 
-    def starts(self, columns: _Real) -> _Int:
-        """Start rounds (N,) of an integer solution, first come first within a class; H for those left waiting."""
-        counts = np.rint(columns[: self.cells]).astype(np.int64).reshape(len(self.case.length), self.window)
-        start = np.full(len(self.case.arrival), self.window, dtype=np.int64)
-        for c, row in enumerate(counts):
-            members = np.flatnonzero(self.case.kind == c)
-            members = members[np.argsort(self.case.arrival[members], kind="stable")]
-            times = np.repeat(np.arange(self.window), row)
-            start[members[: len(times)]] = times
-        return start
-
-    def is_schedule(self, start: _Int) -> bool:
-        """Whether everybody starts within the window and the memory suffices, beyond it too."""
-        if not (start < self.window).all():
-            return False
-        used = np.zeros(self.window + self.case.held.shape[1])
-        for k in range(self.case.held.shape[1]):
-            np.add.at(used, start + k, self.case.held[self.case.kind, k])
-        return bool(used.max() <= self.case.capacity)
-
-    def _columns(self, start: _Int) -> _Real:
-        x = np.zeros((len(self.case.length), self.window))
-        np.add.at(x, (self.case.kind, start), 1.0)
-        return np.concatenate([x.ravel(), np.cumsum(self.arrivals - x, axis=1).ravel()])
+        case = self.case
+        budget = found - 1.0 - bound + _PROOF_TOLERANCE
+        longer = np.append(price, np.zeros(math.ceil(max(budget, 0.0)) + 1))
+        costs = _start_costs(case, longer)
+        best = _best_costs(costs)
+        excess = np.full(
+            costs.shape, np.inf
+        )  # of a start at t over the best of a request that may start then
+        for c, a in zip(case.kind, case.arrival, strict=True):
+            np.minimum(excess[c, a:], costs[c, a:] - best[c, a], out=excess[c, a:])
+        kinds, rounds = np.nonzero(excess <= budget)
+        return best_starts(
+            case.arrival,
+            case.kind,
+            case.held,
+            case.length,
+            case.capacity,
+            kinds,
+            rounds,
+            found - 1,
+            time_limit,
+        )
 
     def _solver(self, time_limit: float) -> Any:
         import highspy
