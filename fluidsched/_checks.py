@@ -106,13 +106,13 @@ def check_keys(
     expected = list(required) if schema is None else ["schema", *required]
     if schema is not None and data.get("schema") != schema:
         raise InputError(f"{argument}.schema", data.get("schema"), f"be {schema!r}")
+    known = [*expected, *optional]
+    for name in data:  # before what is missing: a misspelt key is the reason why one is
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1, cutoff=0.6)
+            remedy = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
+            raise InputError(f"{argument}.{name}", data[name], "be left out: no such field is known", remedy)
     missing = [name for name in expected if name not in data]
     if missing:
         raise InputError(f"{argument}.{missing[0]}", "nothing", "be given")
-    known = [*expected, *optional]
-    for name in data:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1, cutoff=0.6)
-            remedy = f"Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{argument}.{name}", data[name], "be left out: no such field is known", remedy)
     return {name: value for name, value in data.items() if schema is None or name != "schema"}

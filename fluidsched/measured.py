@@ -172,8 +172,8 @@ def compare_measured(
     server.iteration_time.require_coefficients("a comparison with measurements")
     place = str(result)
     data = _files.loads(place, _files.read_text("measured result", result))
-    path = read_trace(result)
     ttft, e2e, output = _measured_times(place, data)
+    path = read_trace(result)
     if len(ttft) != len(path):
         raise InputError(place, f"{len(ttft)} times", f"come with the {len(path)} requests that succeeded")
     starts = np.array([data["start_times"][i] for i in _kept(data)], dtype=np.float64)

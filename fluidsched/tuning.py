@@ -17,7 +17,8 @@ them, and the answer is the interval of the paired difference there,
 
 If it holds zero the start is kept and the result says "no significant difference": a table that means
 something is worth more than one that was lucky. If start and winner do not differ, that is said in at most a
-share 1 - confidence of searches wrongly, whatever the search did.
+share 1 - confidence of searches wrongly, whatever the search did. A winner that gets stuck on a fresh path is
+not confirmed; a start that does, where the winner does not, is given up for it without an interval.
 
 Aims: ``"goodput"`` (requests per second, of those that arrive, that meet every SLO), a latency such as
 ``"mean_ttft"`` or ``"p99_e2e"`` at the workload's own rate, and ``"stable_rate"``, the largest rate of the same
@@ -194,7 +195,9 @@ def knobs_of(table: PolicyTable, server: Server) -> dict[str, tuple[float, float
     if table.kind == "wait":
         block = float(table.block_iterations or 1)
         ranges["block_iterations"] = (max(1.0, block / 2), 2 * block)
-    if table.freeze:
+    if (
+        table.freeze or table.kind == "gated"
+    ):  # without a hold a gate leaves the last of a path waiting for ever
         ranges["max_hold_s"] = (0.1, 100.0)
     if len(table.segments) > 1:
         ranges["boundary"] = (0.5, 2.0)
@@ -386,6 +389,8 @@ class Tuning(Tabular):
     candidates : tuple of Candidate
         All that were tried, best first, the start among them.
     seed : int
+    stuck : tuple of two int
+        Fresh paths on which start and winner got stuck; there is no interval then.
     """
 
     best: PolicyTable
@@ -402,11 +407,12 @@ class Tuning(Tabular):
     replications: int
     candidates: tuple[Candidate, ...]
     seed: int
+    stuck: tuple[int, int] = (0, 0)
 
     @property
     def is_better(self) -> bool:
         """Whether the confirmation shows the winner to be better than the start."""
-        return self.low > 0.0
+        return self.low > 0.0 or self.stuck[0] > 0
 
     @property
     def unit(self) -> str:
@@ -442,6 +448,16 @@ class Tuning(Tabular):
             return f"No candidate beat the start in {self.aim}; it is kept."
         interval_text = f"{self.margin:.4g} {self.unit} [{self.low:.4g}, {self.high:.4g}]"
         tail = f"on {self.replications} fresh paths, {self.confidence:.0%} interval, start {self.score_start:.4g}"
+        if self.stuck[0]:
+            return (
+                f"The start gets stuck on {self.stuck[0]} of {self.replications} fresh paths and the winner on none, "
+                f"with {self.aim} {self.score_winner:.4g} {self.unit}: the winner is kept."
+            )
+        if self.stuck[1]:
+            return (
+                f"The winner of the search gets stuck on {self.stuck[1]} of {self.replications} fresh paths; the "
+                "start is kept."
+            )
         if self.is_better:
             return f"Better in {self.aim} by {interval_text} {tail}."
         return f"No significant difference in {self.aim}: {interval_text} {tail}; the start is kept."
@@ -579,12 +595,20 @@ def tune(
                 confidence, 0, tuple(found), seed,
             )  # fmt: skip
         scores = run.score("confirmation", [table, winner.table], range(fresh), "held_out")
-        difference = run.sign * (scores[1] - scores[0])
-        margin, low, high = interval(difference, confidence)
-        best = winner.table if low > 0.0 else table
+        stuck = (int(np.isnan(scores[0]).sum()), int(np.isnan(scores[1]).sum()))
+        if all(stuck):
+            raise InfeasibleError(
+                f"start and winner get stuck on {stuck[0]} and {stuck[1]} of {fresh} fresh paths: requests wait for "
+                "a gate that is never met. Give the table a max_hold_s, or other ranges of knobs.",
+                "stuck",
+            )
+        margin, low, high = math.nan, math.nan, math.nan
+        if not any(stuck):
+            margin, low, high = interval(run.sign * (scores[1] - scores[0]), confidence)
+        best = winner.table if low > 0.0 or stuck[0] else table
         return Tuning(
             best, table, winner.table, aim, limits, margin, low, high,
-            float(scores[0].mean()), float(scores[1].mean()), confidence, fresh, tuple(found), seed,
+            float(scores[0].mean()), float(scores[1].mean()), confidence, fresh, tuple(found), seed, stuck,
         )  # fmt: skip
 
 
@@ -759,7 +783,7 @@ class _Search:
         nearest = min(
             ran, key=lambda i: (-shares[i], max(means[i][name] / max(slo[name], 1e-12) for name in slo))
         )
-        wanted = f"{attainment:.1%}" if attainment else "any"
+        wanted = f"{100 * attainment:.4g}%" if attainment else "any"
         reached = ", ".join(
             f"mean {name} {means[nearest][name]:.4g} s (limit {slo[name]:.4g} s)" for name in slo
         )

@@ -16,6 +16,7 @@ ORDER = (
     "_checks",
     "_display",
     "_files",
+    "_toml",
     "workload",
     "server",
     "queues",

@@ -18,7 +18,18 @@ from typing import Annotated
 import typer
 
 from fluidsched import __version__
-from fluidsched.cli import capacity, fluid, main_job, policies, servers, simulation, sweeps, tuning
+from fluidsched.cli import (
+    capacity,
+    fluid,
+    installation,
+    main_job,
+    policies,
+    servers,
+    simulation,
+    sweeps,
+    tuning,
+)
+from fluidsched.cli.options import in_place
 from fluidsched.cli.outputs import answers, emit
 
 __all__ = ["app", "main"]
@@ -36,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": tuning.tune,
     "catalog": servers.catalog,
     "calibrate": servers.calibrate,
+    "doctor": installation.doctor,
 }
 
 app = typer.Typer(
@@ -65,7 +77,7 @@ def _top(
 
 
 for _name, _command in COMMANDS.items():
-    app.command(name=_name)(answers(_command))
+    app.command(name=_name)(answers(in_place(_command)))
 
 
 def main() -> None:

@@ -7,20 +7,9 @@ from typing import Annotated
 import typer
 
 from fluidsched._checks import check_real
-from fluidsched.cli.inputs import (
-    ForceOption,
-    ItlOption,
-    JsonOption,
-    OutFileOption,
-    QuietOption,
-    TpotOption,
-    TtftOption,
-    WorkloadOption,
-    latency_targets,
-    own_rate_workload,
-    server_and_number,
-)
-from fluidsched.cli.outputs import progress_bar, show
+from fluidsched.cli.inputs import latency_targets, own_rate_workload, server_and_number
+from fluidsched.cli.options import Answer, ItlOption, TpotOption, TtftOption, WorkloadOption
+from fluidsched.cli.outputs import progress_bar
 from fluidsched.errors import InputError
 
 
@@ -33,6 +22,7 @@ def capacity(
             help="A server that can be had and the cost of one replica, in any unit; once for each server.",
         ),
     ],
+    answer: Answer,
     model: Annotated[
         str, typer.Option("--model", help="Model of the catalog that all serve.")
     ] = "llama-2-7b",
@@ -59,10 +49,6 @@ def capacity(
     ] = None,
     replications: Annotated[int, typer.Option("--replications", help="Runs of each fleet tried.")] = 16,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the runs.")] = 7,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Find the cheapest fleet for a workload, or the largest load for a budget.
 
@@ -89,10 +75,10 @@ def capacity(
     else:
         plan = plan_load(asked, servers, prices, budget, itl_target=itl_target)
     if not verify:
-        return show(plan, out, force, as_json)
+        return answer.show(plan)
     from fluidsched.fleets import verify_capacity
 
-    with progress_bar(quiet) as progress:
+    with progress_bar(answer.quiet) as progress:
         verified = verify_capacity(
             plan,
             targets,
@@ -102,4 +88,4 @@ def capacity(
             confidence=confidence,
             progress=progress,
         )
-    return show(verified, out, force, as_json)
+    return answer.show(verified)

@@ -9,27 +9,9 @@ import typer
 
 from fluidsched import _files
 from fluidsched._checks import check_choice, check_real
-from fluidsched.cli.inputs import (
-    ChunkOption,
-    ForceOption,
-    GpuOption,
-    ItlOption,
-    JsonOption,
-    LoadOption,
-    ModelOption,
-    OutFileOption,
-    QuietOption,
-    ServerOption,
-    TpOption,
-    WorkloadOption,
-    load_server,
-    load_workload,
-    own_rate_workload,
-    per_type,
-    server_and_number,
-    typed_workload,
-)
-from fluidsched.cli.outputs import check_new, show, show_values, write_new
+from fluidsched.cli.inputs import load_workload, own_rate_workload, per_type, server_and_number
+from fluidsched.cli.options import Answer, Demand, Limits, ServerChoice, WorkloadOption
+from fluidsched.cli.outputs import check_new, write_new
 from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,12 +27,10 @@ _DAY = 86_400.0
 
 
 def solve(
-    workload: WorkloadOption = None,
-    load: LoadOption = None,
-    gpu: GpuOption = None,
-    model: ModelOption = None,
-    tp: TpOption = None,
-    server: ServerOption = None,
+    demand: Demand,
+    on: ServerChoice,
+    limits: Limits,
+    answer: Answer,
     objective: Annotated[
         str, typer.Option(help="What to carry most of: requests, output_tokens, total_tokens.")
     ] = "requests",
@@ -62,8 +42,6 @@ def solve(
         list[str] | None,
         typer.Option("--floor", metavar="[TYPE=]SHARE", help="Share of the demand that must be admitted."),
     ] = None,
-    itl_target: ItlOption = None,
-    chunk: ChunkOption = None,
     alpha: Annotated[
         float | None,
         typer.Option("--alpha", help="Share α-fairly: 0 total, 1 proportional, inf max-min."),
@@ -87,10 +65,6 @@ def solve(
         Path | None,
         typer.Option("--export", help="Write the program: .lp, .mps, or .json (labelled rows and columns)."),
     ] = None,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Solve the fluid program: what load fits, whom the optimum admits, what binds, what each type costs.
 
@@ -114,38 +88,34 @@ def solve(
     if reward and objective != "requests":
         raise InputError("--reward", reward[0], "come without --objective")
     if pool:
-        if gpu is not None or tp is not None or server is not None or load is not None or export is not None:
+        if on.given().keys() - {"--model"} or demand.load is not None or export is not None:
             raise InputError("--pool", pool[0], "come without --gpu, --tp, --server, --load and --export")
-        pools = _pools(pool, model, itl_target)
-        demand = own_rate_workload(workload or "azure_conv")
+        pools = _pools(pool, on.model, limits.itl_target)
+        asked_for = own_rate_workload(demand.workload or "azure_conv")
     else:
-        the_server = load_server(gpu, model, tp, server)
-        demand = typed_workload(workload, load, the_server)
-    names = demand.type_names
+        server = on.load()
+        asked_for = demand.types(server)
+    names = asked_for.type_names
     worth: str | list[float] = per_type("--reward", reward, names, None) if reward else objective
     floors = per_type("--floor", floor, names, 0.0) if floor else None
     if pool:
-        return show(
-            solve_pools(demand, pools, worth, fairness_floor=floors, chunk_tokens=chunk), out, force, as_json
+        return answer.show(
+            solve_pools(asked_for, pools, worth, fairness_floor=floors, chunk_tokens=limits.chunk)
         )
-    options: dict[str, Any] = {
-        "fairness_floor": floors,
-        "max_iteration_time": itl_target,
-        "chunk_tokens": chunk,
-    }
-    program = FluidProgram(demand, the_server, worth, **options)
+    options: dict[str, Any] = {"fairness_floor": floors, **limits.arguments()}
+    program = FluidProgram(asked_for, server, worth, **options)
     if export is not None:
-        _export(program, export, force)
+        _export(program, export, answer.force)
     if alpha is not None:
-        return show(solve_fair(demand, the_server, alpha, worth, **options), out, force, as_json)
+        return answer.show(solve_fair(asked_for, server, alpha, worth, **options))
     if sweep_to is not None:
-        return show(sweep_load(program, check_real("--sweep-to", sweep_to, above=0.0)), out, force, as_json)
+        return answer.show(sweep_load(program, check_real("--sweep-to", sweep_to, above=0.0)))
     solution = program.solve()
     if not ranging:
-        return show(solution, out, force, as_json)
+        return answer.show(solution)
     frame = ranges_of(solution)
     values = {"schema": "fluidsched.ranging/1", "types": frame.to_dict("records")}
-    return show_values(_files.to_jsonable(values), frame.to_string(index=False), out, force, as_json)
+    return answer.show_values(_files.to_jsonable(values), frame.to_string(index=False))
 
 
 def _pools(given: list[str], model: str | None, itl_target: float | None) -> list[Pool]:
@@ -179,22 +149,14 @@ def _export(program: FluidProgram, path: Path, force: bool) -> None:
 
 
 def region(
-    workload: WorkloadOption = None,
-    load: LoadOption = None,
-    gpu: GpuOption = None,
-    model: ModelOption = None,
-    tp: TpOption = None,
-    server: ServerOption = None,
-    itl_target: ItlOption = None,
-    chunk: ChunkOption = None,
+    demand: Demand,
+    on: ServerChoice,
+    limits: Limits,
+    answer: Answer,
     boundary: Annotated[
         tuple[str, str] | None,
         typer.Option("--boundary", metavar="FIRST SECOND", help="The exact outline in these two types."),
     ] = None,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Say how far from instability a workload is, resource by resource, beside the conditions of three papers.
 
@@ -205,14 +167,13 @@ def region(
     from fluidsched.bounds import stability_conditions
     from fluidsched.fluid import FluidProgram, stability_region
 
-    the_server = load_server(gpu, model, tp, server)
-    demand = typed_workload(workload, load, the_server)
-    limits: dict[str, Any] = {"max_iteration_time": itl_target, "chunk_tokens": chunk}
-    whole = stability_region(demand, the_server, **limits)
-    rates = demand.arrival_rate
-    fluid = FluidProgram(demand, the_server, **limits).model
+    server = on.load()
+    asked_for = demand.types(server)
+    whole = stability_region(asked_for, server, **limits.arguments())
+    rates = asked_for.arrival_rate
+    fluid = FluidProgram(asked_for, server, **limits.arguments()).model
     loads = dict(zip(fluid.resources, fluid.load(rates).tolist(), strict=True))
-    conditions = stability_conditions(demand, the_server)
+    conditions = stability_conditions(asked_for, server)
     critical, distance = float(whole.critical_rate(rates)), float(whole.distance(rates))
     lines = [f"offered              {rates.sum():.4g} req/s"]
     lines += [f"load of {name:<12} {value:.4g}" for name, value in loads.items()]
@@ -238,10 +199,13 @@ def region(
         values["boundary"] = {"types": list(boundary), "vertices": outline}
         lines += [f"boundary in {boundary[0]}, {boundary[1]} (req/s)"]
         lines += [f"  {x:.4g}, {y:.4g}" for x, y in outline.tolist()]
-    show_values(_files.to_jsonable(values), "\n".join(lines), out, force, as_json)
+    answer.show_values(_files.to_jsonable(values), "\n".join(lines))
 
 
 def transient(
+    on: ServerChoice,
+    limits: Limits,
+    answer: Answer,
     workload: WorkloadOption = None,
     scale: Annotated[float, typer.Option("--scale", help="Multiply the demand by this.")] = 1.0,
     day: Annotated[
@@ -249,10 +213,6 @@ def transient(
         typer.Option("--day", metavar="SWING", help="A made-up day around the mean rate; swing 0 to 1."),
     ] = None,
     step: Annotated[float, typer.Option("--step", help="Length of a period, s.")] = _PROFILE_STEP,
-    gpu: GpuOption = None,
-    model: ModelOption = None,
-    tp: TpOption = None,
-    server: ServerOption = None,
     holding_cost: Annotated[
         list[str] | None,
         typer.Option("--holding-cost", metavar="[TYPE=]COST", help="Of a waiting request per second (1)."),
@@ -266,12 +226,6 @@ def transient(
     ramp_down: Annotated[float, typer.Option("--ramp-down", help="Most replicas removed a second.")] = float(
         "inf"
     ),
-    itl_target: ItlOption = None,
-    chunk: ChunkOption = None,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Plan admissions and replicas against demand that varies: backlog, holding cost, ramps.
 
@@ -286,13 +240,12 @@ def transient(
     """
     from fluidsched.fluid import solve_transient
 
-    the_server = load_server(gpu, model, tp, server)
     name = "azure_conv" if workload is None else workload
     types = own_rate_workload(name)
     costs = per_type("--holding-cost", holding_cost or ["1"], types.type_names, 1.0)
     solution = solve_transient(
         types,
-        the_server,
+        on.load(),
         _periods(name, types, day, step) * check_real("--scale", scale, above=0.0),
         step=step,
         holding_cost=costs,
@@ -301,10 +254,9 @@ def transient(
         replica_cost=replica_cost,
         ramp_up=ramp_up,
         ramp_down=ramp_down,
-        max_iteration_time=itl_target,
-        chunk_tokens=chunk,
+        **limits.arguments(),
     )
-    show(solution, out, force, as_json)
+    answer.show(solution)
 
 
 def _periods(name: str, types: Workload, day: float | None, step: float) -> NDArray[np.float64]:

@@ -1,17 +1,15 @@
-"""What several commands take: their common options, and the workload, server, solution or table these name."""
+"""What options name: the workload, server, solution or table, read and checked."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-
-import typer
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluidsched import _files
 from fluidsched._checks import check_real
+from fluidsched._toml import locating, read_toml
 from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,86 +20,22 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-WorkloadOption = Annotated[
-    str | None,
-    typer.Option(
-        "--workload",
-        "-w",
-        metavar="NAME|TRACE|SPEC",
-        help="azure_conv (the default), azure_code or mooncake_synthetic, a trace file, or a .toml/.json spec.",
-    ),
-]
-LoadOption = Annotated[
-    float | None,
-    typer.Option("--load", help="Scale to this share of the fluid boundary (embedded default: 0.8)."),
-]
-GpuOption = Annotated[str | None, typer.Option("--gpu", help="GPU of the catalog (default a100-80gb).")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Model of the catalog (default llama-2-7b).")
-]
-TpOption = Annotated[int | None, typer.Option("--tp", help="Tensor-parallel degree (default 1).")]
-ServerOption = Annotated[
-    Path | None,
-    typer.Option("--server", metavar="SPEC", help="A server spec (.toml/.json) instead of the catalog."),
-]
-
-
-def _silence(quiet: bool) -> bool:
-    """Only errors are logged after --quiet."""
-    if quiet:
-        logging.getLogger().setLevel(logging.ERROR)
-    return quiet
-
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
-QuietOption = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", callback=_silence, help="No progress and no remarks on standard error."),
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Write over files that are there.")]
-WarmupOption = Annotated[
-    float | None, typer.Option(help="Seconds left out of the measures (default: a sixth of the horizon).")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the arrival paths (default 7).")]
-HorizonOption = Annotated[
-    float | None, typer.Option("--horizon", help="Simulated seconds per replication (default 3600).")
-]
-ReplicationsOption = Annotated[
-    int | None,
-    typer.Option("--replications", help="Independent arrival paths, common to all policies (default 16)."),
-]
-TtftOption = Annotated[float | None, typer.Option("--ttft-p99", help="p99 TTFT at most, s.")]
-TpotOption = Annotated[float | None, typer.Option("--tpot-p99", help="p99 TPOT at most, s.")]
-ItlOption = Annotated[float | None, typer.Option("--itl-target", help="Mean time between tokens at most, s.")]
-ChunkOption = Annotated[int | None, typer.Option("--chunk", help="Prefill in chunks of so many tokens.")]
-OutFileOption = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Write the result as JSON to this file.")
-]
-
 
 def read_spec(argument: str, path: Path) -> dict[str, Any]:
     """Read a TOML or JSON file into a dictionary."""
-    text = _files.read_text(argument, path)
     if path.suffix.lower() == ".toml":
-        import tomllib
-
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{argument} {path}", str(error), "be valid TOML") from None
-    data = _files.loads(str(path), text)
+        return read_toml(argument, path)
+    data = _files.loads(str(path), _files.read_text(argument, path))
     if not isinstance(data, dict):
         raise InputError(f"{argument} {path}", type(data).__name__, "hold one JSON object")
     return data
 
 
 def read_as(argument: str, path: Path, reader: Callable[[dict[str, Any]], R]) -> R:
-    """What `reader` makes of a spec file; its complaints name the file."""
+    """What `reader` makes of a spec file; its complaints name the file and, of TOML, the line."""
     data = read_spec(argument, path)
-    try:
+    with locating(path):
         return reader(data)
-    except InputError as error:
-        raise InputError(f"{path}: {error.argument}", error.received, error.required, error.remedy) from None
 
 
 def load_workload(name: str) -> Workload | ArrivalPath:
@@ -122,7 +56,8 @@ def load_workload(name: str) -> Workload | ArrivalPath:
             "--workload", name, "name an embedded workload or an existing trace or spec file", hint
         )
     if path.suffix.lower() == ".toml" or (path.suffix.lower() == ".json" and not is_json_trace(path)):
-        return Workload.from_dict({"schema": SCHEMA, "name": path.stem} | read_spec("--workload", path))
+        named = {"schema": SCHEMA, "name": path.stem}
+        return read_as("--workload", path, lambda given: Workload.from_dict(named | given))
     return read_trace(path)
 
 
@@ -132,7 +67,8 @@ def load_server(gpu: str | None, model: str | None, tp: int | None, spec: Path |
     if spec is not None:
         if gpu is not None or model is not None or tp is not None:
             raise InputError("--server", str(spec), "stand alone", "Leave out --gpu, --model and --tp.")
-        return Server.from_dict(_with_server_defaults(read_spec("--server", spec), spec.stem))
+        stem = spec.stem
+        return read_as("--server", spec, lambda given: Server.from_dict(_with_server_defaults(given, stem)))
     return catalog.server(gpu or "a100-80gb", model or "llama-2-7b", tensor_parallel=1 if tp is None else tp)
 
 

@@ -9,42 +9,29 @@ from typing import Annotated
 import typer
 
 from fluidsched import _files
-from fluidsched.cli.inputs import (
+from fluidsched.cli.inputs import check_load, latency_targets, load_workload
+from fluidsched.cli.options import (
+    Demand,
     ForceOption,
-    GpuOption,
-    HorizonOption,
-    JsonOption,
-    LoadOption,
-    ModelOption,
-    QuietOption,
-    ReplicationsOption,
-    SeedOption,
-    ServerOption,
-    TpOption,
+    Sampling,
+    ServerChoice,
+    Shown,
     TpotOption,
     TtftOption,
     WarmupOption,
-    WorkloadOption,
-    check_load,
-    latency_targets,
-    load_server,
-    load_workload,
-    sampling_options,
 )
 from fluidsched.cli.outputs import emit, progress_bar
 from fluidsched.errors import InputError
 
 
 def plan(
-    workload: WorkloadOption = None,
+    demand: Demand,
+    on: ServerChoice,
+    sampling: Sampling,
+    shown: Shown,
     replay: Annotated[
         bool, typer.Option("--replay", help="Replay the trace itself instead of sampling from it.")
     ] = False,
-    load: LoadOption = None,
-    gpu: GpuOption = None,
-    model: ModelOption = None,
-    tp: TpOption = None,
-    server: ServerOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Directory for the results (default: fluidsched-plan-N here)."),
@@ -53,17 +40,12 @@ def plan(
     objective: Annotated[
         str, typer.Option(help="What to carry most of: requests, output_tokens, total_tokens.")
     ] = "requests",
-    horizon: HorizonOption = None,
     warmup: WarmupOption = None,
-    replications: ReplicationsOption = None,
-    seed: SeedOption = None,
     ttft_p99: TtftOption = None,
     tpot_p99: TpotOption = None,
     curve: Annotated[
         bool, typer.Option(help="Simulate other loads too, and the largest that one server carries.")
     ] = True,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """The main job: solve, compile, simulate beside today's engines, compare with the bound, write the files.
 
@@ -81,14 +63,14 @@ def plan(
     from fluidsched import planning, reporting
     from fluidsched.workload import ArrivalPath, workloads
 
-    sampling = sampling_options(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
-    the_server = load_server(gpu, model, tp, server)
-    name = "azure_conv" if workload is None else workload
+    sampled = sampling.given(replay=replay, warmup=warmup)
+    the_server = on.load()
+    name = "azure_conv" if demand.workload is None else demand.workload
     asked = load_workload(name)
     if replay and not isinstance(asked, ArrivalPath):
         raise InputError("--replay", f"--workload {name}", "come with a trace as --workload")
-    load = 0.8 if load is None and name in workloads.names() else check_load(load)
-    with reporting.run_directory(out, force=force) as directory, progress_bar(quiet) as progress:
+    load = 0.8 if demand.load is None and name in workloads.names() else check_load(demand.load)
+    with reporting.run_directory(out, force=force) as directory, progress_bar(shown.quiet) as progress:
         result = planning.plan(
             asked,
             the_server,
@@ -98,9 +80,9 @@ def plan(
             targets=latency_targets(ttft_p99, tpot_p99) or None,
             curve=curve,
             progress=progress,
-            **sampling,
+            **sampled,
         )
         reporting.write_plan(result, directory, force=True)
-    emit(_files.dumps(result.to_dict()) if as_json else reporting.plan_text(result))
-    if not quiet:
+    emit(_files.dumps(result.to_dict()) if shown.as_json else reporting.plan_text(result))
+    if not shown.quiet:
         print(f"Written to {directory}", file=sys.stderr)

@@ -120,13 +120,8 @@ def write_new(out: Path, text: str, force: bool) -> None:
     _files.write_whole(out, text)
 
 
-def show(result: Any, out: Path | None, force: bool, as_json: bool) -> None:
-    """Write a step's result as JSON to `out`, if given, and show it: for people, or as JSON."""
-    show_values(result.to_dict(), repr(result), out, force, as_json)
-
-
 def show_values(values: dict[str, Any], text: str, out: Path | None, force: bool, as_json: bool) -> None:
-    """The same of plain values, schema first, and of the text that people read."""
+    """Write plain values, schema first, as JSON to `out`, if given; show them as JSON, or the text for people."""
     document = _files.dumps(values)
     if out is not None:
         write_new(out, document, force)

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from fluidsched.cli.inputs import ForceOption, JsonOption, OutFileOption, QuietOption, load_solution
+from fluidsched.cli.inputs import load_solution
+from fluidsched.cli.options import Answer
 from fluidsched.cli.outputs import emit, write_new
 from fluidsched.errors import InputError
 
 
 def compile_(
     solution: Annotated[Path, typer.Argument(help="A solution written by `solve --out`.")],
+    answer: Answer,
     kind: Annotated[str, typer.Option(help="wait, nested-wait, gated, capped or lookahead.")] = "capped",
     slack: Annotated[str, typer.Option(help="auto, or a number: the margin ε of the conditions.")] = "auto",
     overflow_probability: Annotated[float, typer.Option(help="δ of the memory condition.")] = 0.01,
@@ -37,10 +39,6 @@ def compile_(
     buffer: Annotated[str | None, typer.Option(help="nested-wait: exact (default) or lundberg.")] = None,
     mode: Annotated[str | None, typer.Option(help="lookahead: law (default), known or reserve.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the table (default: its kind).")] = None,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Compile a solution into a policy table an online scheduler can follow, with its certificate.
 
@@ -75,9 +73,10 @@ def compile_(
     if name is not None:
         table = table.renamed(name)
     text = table.to_json()
+    out = answer.out
     if out is not None:
-        write_new(out, table.to_csv() if out.suffix.lower() == ".csv" else text, force)
-    emit(text if as_json else repr(table))
+        write_new(out, table.to_csv() if out.suffix.lower() == ".csv" else text, answer.force)
+    emit(text if answer.as_json else repr(table))
 
 
 def _boundaries(text: str | None) -> list[int] | str | None:

@@ -8,16 +8,15 @@ from typing import Annotated
 import typer
 
 from fluidsched import _files
-from fluidsched.cli.inputs import ForceOption, JsonOption, QuietOption
+from fluidsched.cli.options import ForceOption, Shown
 from fluidsched.cli.outputs import check_new, emit, write_new
 from fluidsched.errors import InputError
 
 
 def catalog(
+    shown: Shown,
     gpu: Annotated[str | None, typer.Option(help="Only this GPU.")] = None,
     model: Annotated[str | None, typer.Option(help="Only this model.")] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """List the GPUs and models with measured iteration times, their capacity and the errors of their fits.
 
@@ -39,10 +38,11 @@ def catalog(
             {entry.model for entry in entries.entries() if gpu and entry.gpu == entries.canonical_gpu(gpu)}
         )
         raise InputError("--model", str(model), f"be one the catalog has on {gpu}: {', '.join(known)}")
-    emit(_files.dumps(chosen) if as_json else catalog_text(chosen))
+    emit(_files.dumps(chosen) if shown.as_json else catalog_text(chosen))
 
 
 def calibrate(
+    shown: Shown,
     points: Annotated[
         Path, typer.Argument(help="CSV or CSV.gz: n_tok, batch_decode, kv_tok, pre_attn, t_s (seconds).")
     ],
@@ -57,6 +57,9 @@ def calibrate(
     largest_mean_error: Annotated[
         float, typer.Option(help="Refuse a fit with a larger mean relative error.")
     ] = 0.25,
+    largest_extrapolation: Annotated[
+        float, typer.Option(help="Refuse limits of the server beyond so many times what was measured.")
+    ] = 100.0,
     name: Annotated[str, typer.Option(help="Name of the server.")] = "server",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the server spec (for --server) to this file.")
@@ -65,8 +68,6 @@ def calibrate(
         Path | None, typer.Option("--plot", help="Draw measured against fitted times (.png, .pdf, .svg).")
     ] = None,
     force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Fit a server's iteration time to measured iterations; a fit that cannot be trusted is refused.
 
@@ -85,6 +86,7 @@ def calibrate(
         block_size=block_size,
         max_batch_tokens=max_batch_tokens,
         largest_mean_error=largest_mean_error,
+        largest_extrapolation=largest_extrapolation,
         name=name,
     )
     if plot is not None:
@@ -103,4 +105,4 @@ def calibrate(
             plots.calibration(fitted, ax=figure.subplots())
         with _files.whole_file(plot) as temporary:
             figure.savefig(temporary)
-    emit(fitted.to_json() if as_json else repr(fitted))
+    emit(fitted.to_json() if shown.as_json else repr(fitted))

@@ -7,30 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluidsched.cli.inputs import (
-    ForceOption,
-    GpuOption,
-    HorizonOption,
-    JsonOption,
-    LoadOption,
-    ModelOption,
-    OutFileOption,
-    QuietOption,
-    ReplicationsOption,
-    SeedOption,
-    ServerOption,
-    TpOption,
-    WarmupOption,
-    WorkloadOption,
-    load_server,
-    load_solution,
-    load_table,
-    load_workload,
-    read_as,
-    sampling_options,
-    typed_workload,
-)
-from fluidsched.cli.outputs import progress_bar, show
+from fluidsched.cli.inputs import load_solution, load_table, load_workload, read_as
+from fluidsched.cli.options import Answer, Demand, Sampling, ServerChoice, WarmupOption
+from fluidsched.cli.outputs import progress_bar
 from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,29 +18,20 @@ if TYPE_CHECKING:
 
 def simulate(
     tables: Annotated[list[str], typer.Argument(help="Table files (.json, .csv), or vllm, sarathi.")],
+    demand: Demand,
+    on: ServerChoice,
+    sampling: Sampling,
+    answer: Answer,
     solution: Annotated[
         Path | None,
         typer.Option("--solution", help="Take workload and server from a solution written by `solve`."),
     ] = None,
-    workload: WorkloadOption = None,
     replay: Annotated[bool, typer.Option("--replay", help="Replay the trace itself.")] = False,
-    load: LoadOption = None,
-    gpu: GpuOption = None,
-    model: ModelOption = None,
-    tp: TpOption = None,
-    server: ServerOption = None,
-    horizon: HorizonOption = None,
     warmup: WarmupOption = None,
-    replications: ReplicationsOption = None,
-    seed: SeedOption = None,
     engine: Annotated[str | None, typer.Option(help="kernel (the default) or reference.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Verify conservation, time order and Little's law.")
     ] = False,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Simulate policy tables on common arrival paths.
 
@@ -72,14 +42,12 @@ def simulate(
     from fluidsched.simulation import simulate as run
     from fluidsched.workload import ArrivalPath
 
-    sampling = sampling_options(replay, horizon=horizon, warmup=warmup, replications=replications, seed=seed)
+    sampled = sampling.given(replay=replay, warmup=warmup)
     policies = _load_differently_named(tables)
     options: dict[str, Any] = {"check": check} if engine is None else {"engine": engine, "check": check}
     if solution is not None:
-        for option, value in (
-            *(("--workload", workload), ("--replay", replay or None), ("--load", load)),
-            *(("--gpu", gpu), ("--model", model), ("--tp", tp), ("--server", server)),
-        ):
+        own = {"--workload": demand.workload, "--replay": replay or None, "--load": demand.load, **on.given()}
+        for option, value in own.items():
             if value is not None:
                 raise InputError(
                     option, str(value), "be left out with --solution", "The solution has its own."
@@ -87,17 +55,18 @@ def simulate(
         fluid = load_solution(solution)
         the_server, asked = fluid.server, fluid.workload
     else:
-        the_server = load_server(gpu, model, tp, server)
+        the_server = on.load()
         if replay:
-            path = None if workload is None else load_workload(workload)
+            name = demand.workload
+            path = None if name is None else load_workload(name)
             if not isinstance(path, ArrivalPath):
-                received = "no --workload" if workload is None else f"--workload {workload}"
+                received = "no --workload" if name is None else f"--workload {name}"
                 raise InputError("--replay", received, "come with a trace as --workload")
-            if load is not None:
+            if demand.load is not None:
                 raise InputError(
-                    "--load", load, "be left out with --replay", "A replayed path keeps its own rate."
+                    "--load", demand.load, "be left out with --replay", "A replayed path keeps its own rate."
                 )
-            with progress_bar(quiet) as progress:
+            with progress_bar(answer.quiet) as progress:
                 result = run(
                     path,
                     the_server,
@@ -107,18 +76,18 @@ def simulate(
                     progress=progress,
                     **options,
                 )
-            return show(result, out, force, as_json)
-        asked = typed_workload(workload, load, the_server)
-    with progress_bar(quiet) as progress:
+            return answer.show(result)
+        asked = demand.types(the_server)
+    with progress_bar(answer.quiet) as progress:
         result = run(
             asked,
             the_server,
             policies,
             progress=progress,
-            **{"horizon": 3600.0, "replications": 16, "seed": 7, **sampling},
+            **{"horizon": 3600.0, "replications": 16, "seed": 7, **sampled},
             **options,
         )
-    return show(result, out, force, as_json)
+    return answer.show(result)
 
 
 def _load_differently_named(files: list[str]) -> list[PolicyTable]:
@@ -136,6 +105,8 @@ def _load_differently_named(files: list[str]) -> list[PolicyTable]:
 
 
 def compare(
+    on: ServerChoice,
+    answer: Answer,
     result: Annotated[Path | None, typer.Argument(help="A result written by `simulate --out`.")] = None,
     measured: Annotated[
         Path | None,
@@ -158,14 +129,6 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option(help="Policy the paired differences are taken against.")
     ] = None,
-    gpu: GpuOption = None,
-    model: ModelOption = None,
-    tp: TpOption = None,
-    server: ServerOption = None,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Set simulated policies beside each other, and each against every bound; or a measured run beside its simulation.
 
@@ -190,8 +153,7 @@ def compare(
         names = tables or ["vllm"]
         if len(names) > 1:
             raise InputError("--table", ", ".join(names), "be given once with --measured")
-        on = load_server(gpu, model, tp, server)
-        return show(compare_measured(measured, on, load_table(names[0])), out, force, as_json)
+        return answer.show(compare_measured(measured, on.load(), load_table(names[0])))
     assert result is not None
     runs = read_as("result", result, SimulationResult.from_dict)
     comparison = set_beside(
@@ -200,4 +162,4 @@ def compare(
         baseline=baseline,
         tables=[load_table(name) for name in tables or []],
     )
-    return show(comparison, out, force, as_json)
+    return answer.show(comparison)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluidsched import _files
-from fluidsched.cli.inputs import JsonOption, QuietOption
+from fluidsched.cli.options import Shown
 from fluidsched.cli.outputs import EXIT_INTERRUPTED, EXIT_NO_ANSWER, emit, leave, progress_bar
 from fluidsched.errors import InputError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
+    shown: Shown,
     spec: Annotated[Path, typer.Argument(help="A TOML file with grid, cells, base and seed of the sweep.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Directory of the sweep; the same command goes on there.")
@@ -37,8 +38,6 @@ def sweep(
     table_format: Annotated[
         str, typer.Option("--format", help="parquet, csv, or auto: Parquet where pyarrow is installed.")
     ] = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Simulate every cell of a grid or list, keep each result at once, and write one table.
 
@@ -63,7 +62,7 @@ def sweep(
     if dask is not None and workers is not None:
         raise InputError("--workers", str(workers), "be left out with --dask", "The cluster has its own.")
     try:
-        with _dask_executor(dask) as (executor, tasks_at_once), progress_bar(quiet) as progress:
+        with _dask_executor(dask) as (executor, tasks_at_once), progress_bar(shown.quiet) as progress:
             result = run(
                 spec,
                 out,
@@ -80,8 +79,8 @@ def sweep(
             EXIT_INTERRUPTED,
         )
     answer = {"table": str(result.path), "cells": result.cells, "failed": result.failed}
-    emit(_files.dumps(answer) if as_json else repr(result))
-    if result.failed and not quiet:
+    emit(_files.dumps(answer) if shown.as_json else repr(result))
+    if result.failed and not shown.quiet:
         print(
             "Failed cells have their diagnosis in the table; --retry-failed runs them again.", file=sys.stderr
         )

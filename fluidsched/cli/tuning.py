@@ -7,24 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fluidsched.cli.inputs import (
-    ForceOption,
-    GpuOption,
-    JsonOption,
-    LoadOption,
-    ModelOption,
-    OutFileOption,
-    QuietOption,
-    ServerOption,
-    TpOption,
-    WorkloadOption,
-    check_load,
-    load_server,
-    load_table,
-    load_workload,
-    typed_workload,
-)
-from fluidsched.cli.outputs import check_new, progress_bar, show
+from fluidsched.cli.inputs import check_load, load_table, load_workload
+from fluidsched.cli.options import Answer, Demand, ServerChoice
+from fluidsched.cli.outputs import check_new, progress_bar
 from fluidsched.errors import InputError
 
 
@@ -32,6 +17,9 @@ def tune(
     aim: Annotated[
         str, typer.Argument(help="goodput, stable_rate, or a latency to make small: mean_ttft, p99_e2e, …")
     ],
+    demand: Demand,
+    on: ServerChoice,
+    answer: Answer,
     kind: Annotated[
         str | None,
         typer.Option("--kind", help="Start from a compiled table: capped (default), gated, wait, …"),
@@ -39,16 +27,10 @@ def tune(
     table: Annotated[
         str | None, typer.Option("--table", metavar="NAME|FILE", help="Start from vllm, sarathi or a file.")
     ] = None,
-    workload: WorkloadOption = None,
-    load: LoadOption = None,
     trace: Annotated[
         bool,
         typer.Option("--trace", help="Search on pieces of the trace's first half, confirm on its second."),
     ] = False,
-    gpu: GpuOption = None,
-    model: ModelOption = None,
-    tp: TpOption = None,
-    server: ServerOption = None,
     slo: Annotated[
         list[str] | None,
         typer.Option("--slo", metavar="LATENCY=S", help="Limit per request, such as ttft=1."),
@@ -73,10 +55,6 @@ def tune(
     table_out: Annotated[
         Path | None, typer.Option("--table-out", help="Write the table to keep as JSON to this file.")
     ] = None,
-    out: OutFileOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Search for a better table and confirm what is found on paths the search never saw.
 
@@ -97,22 +75,26 @@ def tune(
         raise InputError(
             "--slo", "none", "be given to tune goodput", "For example --slo ttft=1 --slo tpot=0.1."
         )
-    for option, path_out in (("--table-out", table_out), ("--out", out)):
-        if path_out is not None:
-            check_new(option, path_out, force)
-    on = load_server(gpu, model, tp, server)
-    demand = typed_workload(workload, load, on)
+    if table_out is not None:
+        check_new("--table-out", table_out, answer.force)
+    answer.check_new()
+    server = on.load()
+    types = demand.types(server)
     path: ArrivalPath | None = None
     if trace:
-        given = load_workload("azure_conv" if workload is None else workload)
-        if not isinstance(given, ArrivalPath) or check_load(load) is not None:
-            raise InputError("--trace", workload, "come with a trace file as --workload and without --load")
+        given = load_workload(demand.workload or "azure_conv")
+        if not isinstance(given, ArrivalPath) or check_load(demand.load) is not None:
+            raise InputError(
+                "--trace", demand.workload, "come with a trace file as --workload and without --load"
+            )
         path = given
-    start = compile_policy(solve_fluid(demand, on), kind or "capped") if table is None else load_table(table)
-    with progress_bar(quiet) as progress:
+    start = (
+        compile_policy(solve_fluid(types, server), kind or "capped") if table is None else load_table(table)
+    )
+    with progress_bar(answer.quiet) as progress:
         found = search(
-            demand if path is None else path.labelled(demand),
-            on,
+            types if path is None else path.labelled(types),
+            server,
             start,
             aim=aim,
             slo=dict(_pair("--slo", text) for text in slo or ()),
@@ -128,7 +110,7 @@ def tune(
         )
     if table_out is not None:
         found.best.to_json(table_out)
-    return show(found, out, force, as_json)
+    return answer.show(found)
 
 
 def _number(option: str, text: str, word: str) -> float:

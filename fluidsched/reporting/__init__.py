@@ -7,12 +7,13 @@ reports versions. It computes no result of its own.
 from __future__ import annotations
 
 from fluidsched.reporting.files import figures, plan_summary, run_directory, write_plan
+from fluidsched.reporting.installation import diagnose, show_versions
 from fluidsched.reporting.page import report
 from fluidsched.reporting.text import catalog_text, plan_text
-from fluidsched.reporting.versions import show_versions
 
 __all__ = [
     "catalog_text",
+    "diagnose",
     "figures",
     "plan_summary",
     "plan_text",

@@ -20,8 +20,8 @@ from fluidsched.comparison import bounds_text
 from fluidsched.errors import InputError
 from fluidsched.recommendation import ENGINE_NAMES, PLUGIN_COMMAND
 from fluidsched.reporting.files import pictures
+from fluidsched.reporting.installation import show_versions
 from fluidsched.reporting.text import certificate_rows
-from fluidsched.reporting.versions import show_versions
 
 if TYPE_CHECKING:
     from fluidsched.planning import Plan

@@ -255,7 +255,16 @@ class Calibration(Tabular):
             found.append("the time per unit of prefill attention came out as 0")
         if not (self.points.decode_tokens < self.points.batch_tokens)[self.is_fitted].any():
             found.append("prefills are extrapolated: the points fitted are pure decodes")
-        for limit, given, measured, unit in (
+        for limit, given, measured, unit in self._reached():
+            if given is not None and given > measured:
+                found.append(
+                    f"beyond {measured:,.0f} {unit} the time is extrapolated ({limit} is {given:,.0f})"
+                )
+        return tuple(found)
+
+    def _reached(self) -> tuple[tuple[str, float | None, float, str], ...]:
+        """Limits of the server beside the largest values measured: name, limit, measured, unit."""
+        return (
             ("kv_capacity", self.server.kv_capacity, self.measured_range["kv_tokens"][1], "KV tokens"),
             (
                 "max_batch_size",
@@ -269,12 +278,7 @@ class Calibration(Tabular):
                 self.measured_range["batch_tokens"][1],
                 "tokens in a batch",
             ),
-        ):
-            if given is not None and given > measured:
-                found.append(
-                    f"beyond {measured:,.0f} {unit} the time is extrapolated ({limit} is {given:,.0f})"
-                )
-        return tuple(found)
+        )
 
     def __repr__(self) -> str:
         lines = [
@@ -375,6 +379,7 @@ def calibrate(
     knee_tokens: float | None = None,
     max_batch_tokens: int | None = None,
     largest_mean_error: float = 0.25,
+    largest_extrapolation: float = 100.0,
     name: str = "server",
     source: str | None = None,
 ) -> Calibration:
@@ -394,6 +399,9 @@ def calibrate(
         Leave points with more tokens than this out of the fit: a smaller error over a smaller range.
     largest_mean_error : float
         A fit with a larger mean relative error is refused.
+    largest_extrapolation : float
+        A server whose limits lie beyond this many times the largest measured batch or KV is refused; between once and
+        this many times it is a remark.
     source : str, optional
         Where the points come from; by default the file's name.
 
@@ -426,6 +434,7 @@ def calibrate(
     if max_batch_tokens is not None:
         max_batch_tokens = check_count("max_batch_tokens", max_batch_tokens, minimum=1)
     check_real("largest_mean_error", largest_mean_error, above=0.0)
+    check_real("largest_extrapolation", largest_extrapolation, minimum=1.0)
     table = points if isinstance(points, IterationPoints) else IterationPoints.read(points)
     _check_iterations(table)
     iteration_time = _fit(table, form, _used(table, form, max_batch_tokens), knee_tokens)
@@ -444,6 +453,14 @@ def calibrate(
             f"be described by the form {form!r} within {largest_mean_error:.1%} on average",
             "Try another form, restrict max_batch_tokens, or accept the error by largest_mean_error.",
         )
+    for limit, given, measured, unit in result._reached():
+        if given is not None and math.isfinite(given) and given > largest_extrapolation * measured:
+            raise InputError(
+                limit,
+                f"{given:,.0f} with {measured:,.0f} {unit} measured",
+                f"lie within {largest_extrapolation:g} times what was measured: times beyond are extrapolated",
+                "Measure larger iterations, or accept it by largest_extrapolation.",
+            )
     return result
 
 

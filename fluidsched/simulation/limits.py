@@ -11,6 +11,7 @@ Both engines take their limits and their checks from here.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,8 +33,11 @@ __all__ = [
     "check_run",
     "effective_limits",
     "never_fits",
+    "remark_on_memory",
     "within_model_length",
 ]
+
+_log = logging.getLogger(__name__)
 
 SWAPPING = ("vllm", "capped", "sarathi", "gated")
 """Kinds that may preempt by swapping."""
@@ -208,6 +212,20 @@ def check_run(
     if table.freeze and server.token_budget is not None:
         _check_cohort(path, rows, server.token_budget, table)
     return rows
+
+
+def remark_on_memory(server: Server, table: PolicyTable) -> None:
+    """Log where a table was certified for more KV memory than the server has: its certificate does not hold here."""
+    made_for = table.certificate.get("memory", {}).get("capacity")
+    if made_for is not None and made_for > server.kv_capacity:
+        _log.warning(
+            "table %r was compiled for %s tokens of KV, %r has %s: its certificate does not hold there; compile it "
+            "for this server",
+            table.name,
+            f"{made_for:,.0f}",
+            server.name,
+            f"{server.kv_capacity:,.0f}",
+        )
 
 
 def check_kernel(table: PolicyTable) -> None:

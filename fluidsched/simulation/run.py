@@ -21,7 +21,13 @@ from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation.laws import Audit, check_agreement, check_laws
-from fluidsched.simulation.limits import check_kernel, check_run, never_fits, within_model_length
+from fluidsched.simulation.limits import (
+    check_kernel,
+    check_run,
+    never_fits,
+    remark_on_memory,
+    within_model_length,
+)
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
 from fluidsched.simulation.result import SimulationResult
@@ -125,6 +131,7 @@ def simulate(
     paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
     paths = [within_model_length(path, server) for path in paths]
     for table in tables:
+        remark_on_memory(server, table)
         for path in paths:
             check_run(path, server, table, horizon)
             if oversize == "raise":

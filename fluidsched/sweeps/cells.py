@@ -29,7 +29,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import tomllib
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -37,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from fluidsched import _files
+from fluidsched._toml import read_toml
 from fluidsched.errors import InputError
 from fluidsched.fluid import FluidSolution, solve_fluid
 from fluidsched.policy import PolicyTable, baselines, compile_policy
@@ -151,13 +151,9 @@ def _replaced(place: str, thing: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _document(argument: str, file: str) -> Any:
-    text = _files.read_text(argument, file)
-    if not file.lower().endswith(".toml"):
-        return _files.loads(file, text)
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(file, str(error), "be valid TOML") from None
+    if file.lower().endswith(".toml"):
+        return read_toml(argument, file)
+    return _files.loads(file, _files.read_text(argument, file))
 
 
 def _one_of(group: str, **given: Any) -> str:

@@ -22,7 +22,6 @@ import json
 import math
 import numbers
 import os
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ import numpy as np
 
 from fluidsched import _files
 from fluidsched._checks import check_count
+from fluidsched._toml import locating, read_toml
 from fluidsched.errors import InputError
 
 __all__ = ["OWN_COLUMNS", "CellFunction", "Parameters", "SweepSpec", "resolve_function"]
@@ -378,8 +378,6 @@ class SweepSpec:
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> SweepSpec:
         """Read a TOML file with the fields of a spec; relative paths in it are relative to its folder."""
-        try:
-            data = tomllib.loads(_files.read_text("spec", path))
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(str(path), str(error), "be valid TOML") from None
-        return cls.from_dict(data, folder=Path(path).parent)
+        data = read_toml("spec", path)
+        with locating(path):
+            return cls.from_dict(data, folder=Path(path).parent)

@@ -109,6 +109,12 @@ def test_what_is_missing_is_named(tmp_path: Path, changes: dict[str, Any], named
         compare_measured(bench(tmp_path, SERVER, **changes), SERVER)
 
 
+def test_a_file_of_something_else_says_what_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match=r"ttfts must be a list.*--save-detailed"):
+        compare_measured(tmp_path / "other.json", SERVER)
+
+
 def test_command_and_json(tmp_path: Path) -> None:
     server = tmp_path / "server.json"
     server.write_text(json.dumps(SERVER.to_dict()))

@@ -190,3 +190,22 @@ def test_command_tunes_and_writes_the_table(tmp_path: Path) -> None:
     assert (PolicyTable.from_json(kept).max_in_service or 0) > 2
     wrong = CliRunner().invoke(app, [*arguments, "--knob", "max_in_service"])
     assert isinstance(wrong.exception, InputError) or wrong.exit_code == 2
+
+
+def test_a_start_that_gets_stuck_is_given_up_for_a_winner_that_does_not() -> None:
+    """WAIT for four without a hold strands up to three requests at the end of most paths; with a hold, none."""
+    table = PolicyTable("w", "wait", (TableType("a", threshold=4, gate=4),), block_iterations=4, freeze=True)
+    found = search(table, knobs={"max_hold_s": (0.5, 4.0)}, candidates=3, confirmations=12)
+    assert found.stuck[0] > 0 == found.stuck[1]
+    assert found.is_better
+    assert found.best is found.winner
+    assert np.isnan(found.low)
+    assert f"stuck on {found.stuck[0]} of 12 fresh paths" in found.summary()
+
+
+def test_a_gate_is_searched_together_with_a_hold() -> None:
+    """A gate without a hold leaves the last of a path waiting; the default knobs of a gated table have both."""
+    ranges = knobs_of(KINDS["gated"], SERVER)
+    assert {"gate", "max_hold_s"} <= set(ranges)
+    found = search(KINDS["gated"], candidates=4, confirmations=4)
+    assert sum(not np.isnan(candidate.scores).any() for candidate in found.candidates) >= 4

@@ -209,6 +209,24 @@ class TestRefusals:
         self.refused(columns, "mean error of", "affine")
         assert fs.calibrate(columns, "affine", kv_capacity=1e5, largest_mean_error=9.0).mean_error > 0.25
 
+    def test_extrapolation(self) -> None:
+        """A server far larger than what was measured is refused by name; accepted, it is a remark."""
+        columns = table()
+        most = float(np.max(columns["kv_tok"]))
+        with pytest.raises(
+            InputError, match=r"kv_capacity must lie within 100 times .*largest_extrapolation"
+        ):
+            fs.calibrate(columns, kv_capacity=101 * most)
+        with pytest.raises(InputError, match="token_budget must lie within 3 times"):
+            fs.calibrate(
+                columns,
+                kv_capacity=most,
+                token_budget=4 * int(max(columns["n_tok"])),
+                largest_extrapolation=3.0,
+            )
+        fitted = fs.calibrate(columns, kv_capacity=101 * most, largest_extrapolation=200.0)
+        assert any("extrapolated (kv_capacity" in remark for remark in fitted.remarks)
+
     def test_knee_outside_the_points(self) -> None:
         """A fixed knee needs two token counts on either side, and a form that has one."""
         self.refused(table(), "two measured token counts on either side", knee_tokens=5000)

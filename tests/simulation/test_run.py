@@ -383,3 +383,19 @@ def test_the_azure_traces_replay_whole(data_root, name, count):
     from fluidsched.simulation.laws import check_laws
 
     check_laws(path, server, runs.run("vllm"), warmup=0.0)
+
+
+def test_a_table_for_more_memory_is_remarked_on_and_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """The log names the table and both capacities; on the server it was compiled for nothing is said."""
+    import fluidsched as fs
+
+    times = fs.IterationTime.paper(d0=0.01, d1=1e-6)
+    large, small = (fs.Server(capacity, times, name=f"of {capacity}") for capacity in (20_000, 5_000))
+    workload = fs.Workload([fs.RequestType("chat", 2.0, 100, 50)])
+    table = fs.compile_policy(fs.solve_fluid(workload, large), "capped")
+    for server, said in ((large, ""), (small, "compiled for 20,000 tokens of KV, 'of 5000' has 5,000")):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            fs.simulate(workload, server, table, horizon=5.0, replications=1)
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)

@@ -135,7 +135,7 @@ def test_wrong_specs_are_refused_by_name(fields: dict[str, object], message: str
 def test_toml_errors_name_the_file_and_unknown_fields(tmp_path: Path) -> None:
     path = tmp_path / "s.toml"
     path.write_text("grid = [")
-    with pytest.raises(InputError, match=r"s\.toml must be valid TOML"):
+    with pytest.raises(InputError, match=r"s\.toml, line 1 must be valid TOML"):
         SweepSpec.from_toml(path)
     path.write_text("girdle = 1")
     with pytest.raises(InputError, match=r"spec\.girdle must be left out"):
