@@ -49,7 +49,7 @@ from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy.table import PolicyTable, Segment
 from fluidsched.server import Server
 from fluidsched.simulation import simulate
-from fluidsched.simulation.measures import LATENCIES, check_slo, interval, meets
+from fluidsched.simulation.measures import LATENCIES, QUANTILES, Requests, check_slo, interval, meets
 from fluidsched.sweeps import sweep
 from fluidsched.workload import ArrivalPath, Workload, read_trace
 
@@ -61,7 +61,7 @@ __all__ = ["AIMS", "KNOBS", "Candidate", "Tuning", "knobs_of", "tune", "tuning_c
 AIMS = (
     "goodput",
     "stable_rate",
-    *(f"{statistic}_{name}" for statistic in ("mean", "p50", "p90", "p99") for name in LATENCIES),
+    *(f"{statistic}_{name}" for statistic in ("mean", *QUANTILES) for name in LATENCIES),
 )
 """What `tune` can aim at; the first two are made large, latencies small."""
 
@@ -271,7 +271,7 @@ def tuning_cell(parameters: Mapping[str, Any], seed: np.random.SeedSequence) -> 
     row: dict[str, Any] = {"stuck": 0}
     values = {name: float(column[0]) for name, column in runs.measures(table.name).items()}
     if slo:
-        met = np.count_nonzero(meets(path, run, slo))
+        met = np.count_nonzero(meets(Requests.of(path, run), slo))
         row["met"] = met / max(len(path), 1)
         row.update({f"mean_{name}": values[f"mean_{name}"] for name in slo})
         values["goodput"] = met / horizon

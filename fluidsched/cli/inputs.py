@@ -155,7 +155,7 @@ def own_rate_workload(name: str) -> Workload:
     return given.to_workload(types=types_for(given)) if isinstance(given, ArrivalPath) else given
 
 
-def sampling_options(replay: bool, **options: float | None) -> dict[str, Any]:
+def sampling_options(replay: bool, **options: float | str | None) -> dict[str, Any]:
     """The sampling options that were given; none may be where the trace itself is replayed."""
     given = {name: value for name, value in options.items() if value is not None}
     if replay and given:

@@ -160,7 +160,7 @@ class Sampling(Group):
     ] = None
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the arrival paths (default 7).")] = None
 
-    def given(self, *, replay: bool, warmup: float | None) -> dict[str, Any]:
+    def given(self, *, replay: bool, warmup: float | str | None) -> dict[str, Any]:
         """The options that were given, a warm-up too; none may be where the trace itself is replayed."""
         return inputs.sampling_options(replay, **dataclasses.asdict(self), warmup=warmup)
 

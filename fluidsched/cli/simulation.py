@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluidsched._files import write_whole
 from fluidsched.cli.inputs import load_solution, load_table, load_workload, read_as
-from fluidsched.cli.options import Answer, Demand, Sampling, ServerChoice, WarmupOption
+from fluidsched.cli.options import Answer, Demand, Sampling, ServerChoice
 from fluidsched.cli.outputs import progress_bar
 from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
     from fluidsched.policy import PolicyTable
+    from fluidsched.simulation import SimulationResult
 
 
 def simulate(
@@ -27,10 +30,27 @@ def simulate(
         typer.Option("--solution", help="Take workload and server from a solution written by `solve`."),
     ] = None,
     replay: Annotated[bool, typer.Option("--replay", help="Replay the trace itself.")] = False,
-    warmup: WarmupOption = None,
+    warmup: Annotated[
+        str | None,
+        typer.Option(
+            help="Seconds left out of the measures (default: a sixth of the horizon), or mser5: until the start of "
+            "the runs is over by that rule."
+        ),
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="kernel (the default) or reference.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Verify conservation, time order and Little's law.")
+    ] = False,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            "--records",
+            help="Also write to this directory, of every policy's first run: NAME.requests.csv (one row per request), "
+            "NAME.occupancy.csv (over time) and NAME.trace.json (for Perfetto or chrome://tracing).",
+        ),
+    ] = None,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="With --records: the requests as Parquet instead of CSV.")
     ] = False,
 ) -> None:
     """Simulate policy tables on common arrival paths.
@@ -43,6 +63,9 @@ def simulate(
     from fluidsched.workload import ArrivalPath
 
     sampled = sampling.given(replay=replay, warmup=warmup)
+    if warmup not in (None, "mser5"):
+        sampled["warmup"] = _seconds("--warmup", warmup)
+    _check_records(records, parquet, answer.force)
     policies = _load_differently_named(tables)
     options: dict[str, Any] = {"check": check} if engine is None else {"engine": engine, "check": check}
     if solution is not None:
@@ -76,6 +99,7 @@ def simulate(
                     progress=progress,
                     **options,
                 )
+            _write_records(result, records, parquet, answer.force)
             return answer.show(result)
         asked = demand.types(the_server)
     with progress_bar(answer.quiet) as progress:
@@ -87,7 +111,37 @@ def simulate(
             **{"horizon": 3600.0, "replications": 16, "seed": 7, **sampled},
             **options,
         )
+    _write_records(result, records, parquet, answer.force)
     return answer.show(result)
+
+
+def _check_records(records: Path | None, parquet: bool, force: bool) -> None:
+    """What would go wrong after the simulation is found before it."""
+    if records is None:
+        if parquet:
+            raise InputError("--parquet", "given", "come with --records")
+        return
+    if records.exists() and (not records.is_dir() or (any(records.iterdir()) and not force)):
+        raise InputError("--records", str(records), "be a new or empty directory", "Or use --force.")
+
+
+def _write_records(result: SimulationResult, records: Path | None, parquet: bool, force: bool) -> None:
+    """Requests, occupancy and timeline of every policy's first run."""
+    if records is None:
+        return
+    records.mkdir(parents=True, exist_ok=True)
+    for policy in result.policies:
+        stem = re.sub(r"[^\w.+-]+", "_", policy)
+        result.write_requests(records / f"{stem}.requests.{'parquet' if parquet else 'csv'}", policy)
+        write_whole(records / f"{stem}.occupancy.csv", result.occupancy_frame(policy).to_csv(index=False))
+        result.chrome_trace(policy, path=records / f"{stem}.trace.json")
+
+
+def _seconds(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(option, text, "be a number of seconds, or mser5") from None
 
 
 def _load_differently_named(files: list[str]) -> list[PolicyTable]:

@@ -530,6 +530,9 @@ class PolicyTable(Tabular):
             if not open_requests.size:
                 break
             match = row.match
+            if match == Match():  # whoever is left
+                rows[open_requests] = j
+                return rows
             hit = _within(path.prompt_tokens[open_requests], match.prompt)
             if match.output is not None:
                 if output is None:

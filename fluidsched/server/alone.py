@@ -69,23 +69,33 @@ def times_alone(
     base, per_prefill, per_decode, per_kv, per_attention = rows.T
     p, o = prompt_tokens.astype(np.float64), output_tokens.astype(np.float64)
     c = np.zeros_like(p) if cached_tokens is None else cached_tokens.astype(np.float64)
-    work = np.outer(p - c, per_prefill) + np.outer((p * p - c * c) / 2.0, per_attention)
+    work = np.outer(per_prefill, p - c)
+    if per_attention.any():
+        work += np.outer(per_attention, (p * p - c * c) / 2.0)
     first = _cheapest_prefill(base, work, p - c, server)
     return first, first + _decodes_alone(base + per_decode, per_kv, p + 1.0, o - 1.0)
 
 
 def _cheapest_prefill(base: _Real, work: _Real, prompt: _Real, server: Server) -> _Real:
-    """min over whole K in [⌈p/N⌉, p] of max_i (K·base_i + work_i); `work` is (N, I)."""
+    """min over whole K in [⌈p/N⌉, p] of max_i (K·base_i + work_i); `work` is (I, N)."""
+
+    def time(chunks: _Real) -> _Real:
+        longest: _Real = chunks * base[0] + work[0]
+        for i in range(1, len(base)):
+            np.maximum(longest, chunks * base[i] + work[i], out=longest)
+        return longest
+
     budget = np.inf if server.token_budget is None else server.token_budget
     least = np.maximum(np.ceil(prompt / budget), 1.0)
-    candidates = [least]
+    shortest = time(least)
     for i in range(len(base)):
         for j in range(len(base)):
             if base[i] > 0.0 > base[j]:
-                crossing = np.floor((work[:, j] - work[:, i]) / (base[i] - base[j]))
-                candidates += [np.clip(crossing + k, least, np.maximum(prompt, least)) for k in (0.0, 1.0)]
-    times = [np.max(k[:, None] * base + work, axis=1, initial=-np.inf) for k in candidates]
-    return np.asarray(np.min(times, axis=0))
+                crossing = np.floor((work[j] - work[i]) / (base[i] - base[j]))
+                for k in (0.0, 1.0):
+                    chunks = np.minimum(np.maximum(crossing + k, least), np.maximum(prompt, least))
+                    np.minimum(shortest, time(chunks), out=shortest)
+    return shortest
 
 
 def _decodes_alone(intercept: _Real, slope: _Real, first: _Real, count: _Real) -> _Real:

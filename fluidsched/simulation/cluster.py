@@ -52,8 +52,8 @@ from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Pool, Server
 from fluidsched.simulation.laws import check_laws
-from fluidsched.simulation.limits import check_run, never_fits
-from fluidsched.simulation.measures import measure_run
+from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
+from fluidsched.simulation.measures import alone_s, measure_run
 from fluidsched.simulation.records import STATUSES, EngineRun, Verdict
 from fluidsched.simulation.reference import Engine, run_reference
 from fluidsched.simulation.result import SimulationResult
@@ -131,18 +131,23 @@ class ClusterResult(Tabular):
         rows = []
         for p, pool in enumerate(self.pool_of):
             server = self.pools[pool].server
-            measured = [
-                measure_run(
-                    path.selected(chosen == p),
+            slots = effective_limits(server, self.whole.tables[k]).slots
+            measured = []
+            for path, chosen, runs in zip(
+                self.whole.paths, self.chosen[k], self.replica_runs[k], strict=True
+            ):
+                own = path.selected(chosen == p)
+                values, _ = measure_run(
+                    own,
                     runs[p],
                     warmup=self.whole.warmup,
                     kv_capacity=server.kv_capacity,
+                    slots=slots if slots < UNLIMITED else math.inf,
+                    alone=alone_s(own, [server]),
+                    type_of=own.type,
                     slo=self.whole.slo,
-                )[0]
-                for path, chosen, runs in zip(
-                    self.whole.paths, self.chosen[k], self.replica_runs[k], strict=True
                 )
-            ]
+                measured.append(values)
             frame = pd.DataFrame(measured)
             rows.append({"replica": p, "pool": self.pools[pool].name, **frame.mean().to_dict()})
         return pd.DataFrame(rows)
@@ -272,6 +277,7 @@ def simulate_cluster(
         engine=engine,
         workload=workload.name,
         server=_memory_of(pools),
+        replicas=servers,
     )
     return ClusterResult(whole, pools, pool_of, tuple(replica_runs), tuple(chosen))
 

@@ -16,11 +16,24 @@ a bound relative to the value is what DDSketch, arXiv 1908.10693, gives with exa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["BUCKETS", "FIRST", "RELATIVE_ERROR", "SHIFT", "bucket", "buckets", "count", "quantile", "values"]
+__all__ = [
+    "BUCKETS",
+    "FIRST",
+    "RELATIVE_ERROR",
+    "SHIFT",
+    "at_rank",
+    "bucket",
+    "buckets",
+    "count",
+    "quantile",
+    "quantiles",
+    "values",
+]
 
 _BITS = 6
 _OCTAVES = (-20, 24)
@@ -99,11 +112,28 @@ def quantile(counts: Counts, level: float) -> float:
     >>> quantile(count(np.array([1.0, 2.0, 3.0, 4.0])), 0.5)  # 2.5 within 0.8 %
     2.5155239587098848
     """
+    return quantiles(counts, (level,))[0]
+
+
+def quantiles(counts: Counts, levels: Sequence[float]) -> list[float]:
+    """Several quantiles of one histogram, as `quantile` gives them."""
+    total = int(counts.sum())
+    return _at_ranks(counts, [(total - 1) * level for level in levels])
+
+
+def at_rank(counts: Counts, rank: float) -> float:
+    """The order statistic of this rank (0 … n - 1, interpolated) of the durations counted, s; NaN without any."""
+    return _at_ranks(counts, [rank])[0]
+
+
+def _at_ranks(counts: Counts, ranks: Sequence[float]) -> list[float]:
     below = np.cumsum(counts)
     total = int(below[-1])
     if total == 0:
-        return math.nan
-    rank = (total - 1) * level
-    at = math.floor(rank)
-    low, high = _VALUES[np.searchsorted(below, [at, min(at + 1, total - 1)], side="right")]
-    return float(low + (rank - at) * (high - low))
+        return [math.nan] * len(ranks)
+    at = [math.floor(rank) for rank in ranks]
+    neighbours = [[place, min(place + 1, total - 1)] for place in at]
+    pairs = _VALUES[np.searchsorted(below, neighbours, side="right")].tolist()
+    return [
+        low + (rank - place) * (high - low) for (low, high), rank, place in zip(pairs, ranks, at, strict=True)
+    ]

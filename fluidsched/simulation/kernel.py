@@ -13,9 +13,7 @@ is for the reference engine.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +32,7 @@ from fluidsched.simulation.limits import (
     within_model_length,
 )
 from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
+from fluidsched.simulation.threads import in_threads
 
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
@@ -97,14 +96,7 @@ def run_kernel(
     rejected = never_fits(path, server, table)
     joins = np.flatnonzero(~rejected) if rejected.any() else slice(None)
     run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points)
-    if table.kind == "wait":
-        compiled.wait(run)
-    elif table.kind == "nested-wait":
-        compiled.nested(run)
-    elif table.kind == "vllm_v0" or table.preemption == "swap":
-        compiled.continuous_rare(run)
-    else:
-        compiled.continuous(run)
+    _loop_of(table)(run)
     return _engine_run(run, table, rejected, joins, points)
 
 
@@ -134,22 +126,15 @@ def run_many(
     list of EngineRun
         R runs, in the order of `paths`.
     """
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(check_count("threads", threads, minimum=1), max(len(paths), 1))
 
     def run(path: ArrivalPath) -> EngineRun:
         return run_kernel(
             path, server, table, horizon=horizon, warmup=warmup, occupancy_points=occupancy_points
         )
 
-    if threads == 1:
-        return [run(path) for path in paths]
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="fluidsched")
-    try:
-        return [future.result() for future in [pool.submit(run, path) for path in paths]]
-    finally:  # an interrupt ends the run after the replications in progress
-        pool.shutdown(wait=True, cancel_futures=True)
+    if threads is not None:
+        check_count("threads", threads, minimum=1)
+    return list(in_threads(run, paths, threads))
 
 
 def choose_replicas(
@@ -231,6 +216,18 @@ def choose_replicas(
 
 
 # ------------------------------------------------------------------ flat arrays for the loops, and back
+
+
+def _loop_of(table: PolicyTable) -> Callable[[compiled.Run], None]:
+    """The compiled loop that follows the table."""
+    if table.kind == "wait":
+        return compiled.wait
+    if table.kind == "nested-wait":
+        return compiled.nested
+    if table.kind == "vllm_v0" or table.preemption == "swap":
+        return compiled.continuous_rare
+    return compiled.continuous
+
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 _NOTHING.flags.writeable = False  # as a path's own columns are

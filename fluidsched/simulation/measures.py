@@ -1,9 +1,14 @@
-r"""Measures of a run: latencies, throughputs, occupancy, over the window after the warm-up.
+r"""Measures of a run: latencies, throughputs, occupancy, fairness, over the window after the warm-up.
 
 The window is [w, e]: w the warm-up, e the end of the run, L = e - w. Of request i with arrival A, first
 admission D, first token F, finish E and o output tokens:
 
-    scheduling delay = D - A,   TTFT = F - A,   TPOT = (E - F)/(o - 1) for o ≥ 2,   E2E = E - A.
+    scheduling delay = D - A,   TTFT = F - A,   TPOT = (E - F)/(o - 1) for o ≥ 2,   E2E = E - A,
+    slowdown = (E - A)/(time alone),
+
+where the time alone is the least any scheduler could give it on an empty server that computes the whole prompt
+(`server.alone`; of several replicas the quickest). So a slowdown is at least 1, unless a prefix cache saves work.
+It is undefined where the iteration time is a function.
 
 *Latencies* are taken over the requests that arrived at or after w and were not rejected (TPOT: of these,
 the ones with a first token and o ≥ 2). One without its event by e is *right-censored*: all that is known
@@ -13,59 +18,88 @@ observed one; if its rank then falls among the observed it is reported as it is,
 with the censored requests at their least values, a lower bound. Quantiles interpolate linearly between
 order statistics.
 
+*ITL* has one sample per gap between consecutive tokens of a request that ended in (w, e]. Runs count gaps in
+a histogram, so its mean is exact and its quantiles are within `histogram.RELATIVE_ERROR`, 0.8 %. A gap still
+open at e is no sample.
+
 *Rates* count what happened in (w, e], whenever the requests arrived: `request_throughput` finishes,
 `output_throughput` tokens emitted, `effective_throughput` output tokens and `total_token_throughput`
 prompt and output tokens of the requests that finished; `goodput` finishes of requests that met every
 stated SLO, each a limit on one latency of the request itself. A request with a single token meets any
 limit on TPOT.
 
-*Occupancy* is the time average over the window. `backlog_growth` is (X(e) - X(m))/(e - m), X the number in
-the system and m the middle of the window: zero on average in a stable system past its start, the excess of
-arrivals over capacity in an overloaded one. `preemptions`, `wasted_tokens`, `mean_batch_size` (requests
-per iteration) and `peak_kv` are over the whole run.
+*Occupancy* is the time average over the window; `slot_utilization` is the mean number of residents over the
+most there may be. `backlog_growth` is (X(e) - X(m))/(e - m), X the number in the system and m the middle of
+the window: zero on average in a stable system past its start, the excess of arrivals over capacity in an
+overloaded one. `preemptions`, `wasted_tokens`, `mean_batch_size` (requests per iteration) and `peak_kv` are
+over the whole run.
+
+*Fairness* between request types is Jain's index (Σ x_j)²/(J Σ x_j²) of the J types that have requests in the
+window: 1 if all x_j are equal, k/J if k types share alike and the rest has nothing. Types ask for different
+amounts, so x_j is never an amount of service but service relative to what was asked for:
+`service_fairness` takes x_j = tokens (prompt and output) of the requests that finished over those of the
+requests that arrived: below 1 only where demand is not met, that is in overload or starvation.
+`slowdown_fairness` takes x_j = mean slowdown: it says in stable systems too whether some types pay the
+waiting of others. Both are undefined with fewer than two types.
 
 An interval across R ≥ 2 replications is estimate ± t_{R-1, 0.975}·s/√R (Student; replications where the
-measure is undefined are left out); with one replication it is NaN: a single run has no independent parts
-to measure its own error by.
+measure is undefined are left out); with one replication it is NaN. `fluidsched.simulation.steady` finds an
+interval from the parts of one long run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
+from fluidsched.server import Server
+from fluidsched.server.alone import times_alone
+from fluidsched.simulation import histogram
 from fluidsched.simulation.records import STATUSES, EngineRun
 
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
 __all__ = [
+    "DISTRIBUTIONS",
     "LATENCIES",
+    "OF_REQUESTS",
+    "QUANTILES",
     "UNITS",
+    "Requests",
+    "alone_s",
     "check_slo",
     "check_targets",
     "interval",
+    "intervals",
+    "jain_index",
     "latencies",
+    "measure_requests",
     "measure_run",
+    "measure_totals",
     "meets",
     "quantile",
 ]
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 LATENCIES = ("ttft", "tpot", "e2e", "scheduling_delay")
 """Latencies measured per request, s."""
 
-QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+DISTRIBUTIONS = {**dict.fromkeys(LATENCIES, "s"), "slowdown": "", "itl": "s"}
+"""What has a mean and quantiles, and its unit; all but ITL with one value per request."""
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 UNITS = {
-    **{f"{statistic}_{name}": "s" for name in LATENCIES for statistic in ("mean", *QUANTILES)},
+    **{f"{stat}_{name}": unit for name, unit in DISTRIBUTIONS.items() for stat in ("mean", *QUANTILES)},
     "request_throughput": "req/s",
     "output_throughput": "tokens/s",
     "effective_throughput": "tokens/s",
@@ -74,12 +108,15 @@ UNITS = {
     "kv_utilization": "",
     "peak_kv": "tokens",
     "mean_residents": "req",
+    "slot_utilization": "",
     "mean_waiting": "req",
     "backlog_growth": "req/s",
     "busy_fraction": "",
     "mean_batch_size": "req",
     "preemptions": "",
     "wasted_tokens": "tokens",
+    "service_fairness": "",
+    "slowdown_fairness": "",
     "completed": "req",
     "unfinished": "req",
     "rejected": "req",
@@ -87,8 +124,94 @@ UNITS = {
 }
 """Every measure and its unit, in the order of reports; `goodput` only where SLOs are stated."""
 
+OF_REQUESTS = (
+    *(f"{stat}_{name}" for name in (*LATENCIES, "slowdown") for stat in ("mean", *QUANTILES)),
+    "request_throughput",
+    "effective_throughput",
+    "total_token_throughput",
+    "completed",
+    "unfinished",
+    "rejected",
+    "goodput",
+)
+"""Measures read off the requests alone, which types, and pieces of a run, have too."""
+
 _FINISHED = STATUSES.index("finished")
 _REJECTED = STATUSES.index("rejected")
+
+
+class Requests(NamedTuple):
+    """Columns of some requests of one run in order of arrival, (N,) each; `alone`: times alone, s, if known."""
+
+    arrival: FloatArray
+    prompt: IntArray
+    output: IntArray
+    admitted: FloatArray
+    first_token: FloatArray
+    finish: FloatArray
+    status: NDArray[np.int8]
+    alone: FloatArray | None
+
+    @classmethod
+    def of(cls, path: ArrivalPath, run: EngineRun, alone: FloatArray | None = None) -> Requests:
+        """All requests of a run."""
+        if len(run) != len(path):
+            raise InputError("run", f"{len(run)} requests", f"have the {len(path)} requests of the path")
+        return cls(
+            path.arrival_s,
+            path.prompt_tokens,
+            path.output_tokens,
+            run.admitted_s,
+            run.first_token_s,
+            run.finish_s,
+            run.status,
+            alone,
+        )
+
+    def at(self, index: slice | NDArray[np.bool_]) -> Requests:
+        """Those of a slice or mask."""
+        return Requests(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
+
+    def arrived(self, start: float, stop: float = math.inf) -> Requests:
+        """Those that arrived in [start, stop)."""
+        first = int(np.searchsorted(self.arrival, start)) if start > 0.0 else 0
+        last = None if stop == math.inf else int(np.searchsorted(self.arrival, stop))
+        return self.at(slice(first, last))
+
+    def accepted(self) -> Requests:
+        """Those that were not rejected."""
+        kept = self.status != _REJECTED
+        return self if kept.all() else self.at(kept)
+
+    def values(self, measure: str, end: float) -> tuple[FloatArray, FloatArray]:
+        """Observed values of a latency or slowdown, and the least values of those censored at `end`.
+
+        In order of arrival; together one value per request.
+        """
+        requests, start, event, divisor = self, self.arrival, self.finish, None
+        if measure == "tpot":
+            follows = ~np.isnan(self.first_token) & (self.output > 1)
+            if not follows.all():
+                requests = self.at(follows)
+            start, event, divisor = requests.first_token, requests.finish, requests.output - 1.0
+        elif measure == "ttft":
+            event = self.first_token
+        elif measure == "scheduling_delay":
+            event = self.admitted
+        elif measure == "slowdown":
+            if self.alone is None:
+                return np.empty(0), np.empty(0)
+            divisor = self.alone
+        observed = event - start
+        if divisor is not None:
+            observed /= divisor
+        censored = np.isnan(observed)
+        if not censored.any():
+            return observed, np.empty(0)
+        at_least = np.maximum(end - start[censored], 0.0)
+        if divisor is not None:
+            at_least /= divisor[censored]
+        return observed[~censored], at_least
 
 
 def latencies(
@@ -113,22 +236,7 @@ def latencies(
         In order of arrival; together one value per request measured.
     """
     check_choice("measure", measure, LATENCIES)
-    measured = (path.arrival_s >= warmup) & (path.arrival_s < until) & (run.status != _REJECTED)
-    start, event = path.arrival_s, run.finish_s
-    tokens = np.ones(len(path))
-    if measure == "tpot":
-        measured &= ~np.isnan(run.first_token_s) & (path.output_tokens > 1)
-        start = run.first_token_s
-        tokens = np.maximum(path.output_tokens - 1, 1).astype(np.float64)
-    elif measure == "ttft":
-        event = run.first_token_s
-    elif measure == "scheduling_delay":
-        event = run.admitted_s
-    happened = ~np.isnan(event)
-    seen, censored = measured & happened, measured & ~happened
-    observed = (event[seen] - start[seen]) / tokens[seen]
-    at_least = np.maximum(run.end_s - start[censored], 0.0) / tokens[censored]
-    return observed, at_least
+    return Requests.of(path, run).arrived(warmup, until).accepted().values(measure, run.end_s)
 
 
 def quantile(ordered: FloatArray, at_least: FloatArray, level: float) -> tuple[float, bool]:
@@ -158,7 +266,8 @@ def quantile(ordered: FloatArray, at_least: FloatArray, level: float) -> tuple[f
     if above < len(ordered):
         low, high = float(ordered[below]), float(ordered[above])
         return low + (rank - below) * (high - low), False
-    return float(np.quantile(np.concatenate([ordered, at_least]), level)), True
+    merged = np.sort(np.concatenate([ordered, at_least]))
+    return quantile(merged, merged[:0], level)[0], True
 
 
 def latency_statistic(
@@ -203,12 +312,87 @@ def check_targets(targets: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def alone_s(path: ArrivalPath, servers: Sequence[Server]) -> FloatArray | None:
+    """Least time of every request alone on the quickest of the servers, s, (N,); None if one has no pieces."""
+    if any(server.iteration_time.coefficients is None for server in servers):
+        return None
+    times = [times_alone(path.prompt_tokens, path.output_tokens, server)[1] for server in servers]
+    fastest: FloatArray = np.min(times, axis=0) if len(times) > 1 else times[0]
+    return fastest
+
+
+def measure_requests(
+    requests: Requests,
+    *,
+    start: float,
+    end: float,
+    stop: float = math.inf,
+    slo: Mapping[str, float] | None = None,
+) -> tuple[dict[str, float], set[str]]:
+    """Return the measures `OF_REQUESTS` of some requests, and the names of those that are lower bounds.
+
+    Parameters
+    ----------
+    requests : Requests
+    start, stop : float
+        Latencies are of those that arrived in [start, stop), rates of those that finished in (start, stop],
+        s; infinity stands for the end of the run and includes it.
+    end : float
+        End of the run, s.
+    slo : mapping, optional
+        Latency name → limit, s; adds `goodput`.
+    """
+    values: dict[str, float] = {}
+    lower_bounds: set[str] = set()
+    joined = requests.arrived(start, stop)
+    accepted = joined.accepted()
+    for name in (*LATENCIES, "slowdown"):
+        observed, at_least = accepted.values(name, end)
+        count = len(observed) + len(at_least)
+        total = float(observed.sum())
+        if len(at_least):
+            total += float(at_least.sum())
+            lower_bounds.add(f"mean_{name}")
+        values[f"mean_{name}"] = total / count if count else math.nan
+        observed.sort()
+        merged = None
+        for word, level in QUANTILES.items():
+            if (count - 1) * level > len(observed) - 1 and count:
+                if merged is None:
+                    merged = np.sort(np.concatenate([observed, at_least]))
+                values[f"{word}_{name}"], _ = quantile(merged, merged[:0], level)
+                lower_bounds.add(f"{word}_{name}")
+            else:
+                values[f"{word}_{name}"], _ = quantile(observed, at_least, level)
+
+    left = (requests.finish > start) & (requests.finish <= stop) & (requests.status == _FINISHED)
+    prompt, output = requests.prompt[left].sum(), requests.output[left].sum()
+    completed = np.count_nonzero(left)
+    rates = {
+        "request_throughput": completed,
+        "effective_throughput": output,
+        "total_token_throughput": prompt + output,
+    }
+    if slo:
+        rates["goodput"] = np.count_nonzero(left & meets(requests, slo))
+    window = min(stop, end) - start
+    for name, amount in rates.items():
+        values[name] = float(amount) / window if window > 0.0 else math.nan
+    values["completed"] = float(completed)
+    values["rejected"] = float(len(joined.status) - len(accepted.status))
+    values["unfinished"] = float(np.count_nonzero(accepted.status != _FINISHED))
+    return values, lower_bounds
+
+
 def measure_run(
     path: ArrivalPath,
     run: EngineRun,
     *,
     warmup: float,
     kv_capacity: float,
+    slots: float = math.inf,
+    alone: FloatArray | None = None,
+    type_of: IntArray | None = None,
     slo: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, float], set[str]]:
     """Return all measures of one run, and the names of those that are lower bounds.
@@ -222,77 +406,112 @@ def measure_run(
         Start of the window, s.
     kv_capacity : float
         C, tokens.
+    slots : float
+        Most residents; infinite: no limit, and no `slot_utilization`.
+    alone : (N,) float array, optional
+        Time of every request alone, s; without it slowdowns are undefined.
+    type_of : (N,) int64 array, optional
+        Type of every request; without it fairness is undefined.
     slo : mapping, optional
         Latency name → limit, s; adds `goodput`.
     """
-    if len(run) != len(path):
-        raise InputError("run", f"{len(run)} requests", f"have the {len(path)} requests of the path")
+    requests = Requests.of(path, run, alone)
+    values, lower_bounds = measure_requests(requests, start=warmup, end=run.end_s, slo=slo)
+    values |= measure_totals(run, warmup=warmup, kv_capacity=kv_capacity, slots=slots)
+    window = run.end_s - warmup
+    grown = _in_system(requests, run.end_s) - _in_system(requests, warmup + window / 2)
+    values["backlog_growth"] = grown / (window / 2) if window > 0.0 else math.nan
+    values["service_fairness"], values["slowdown_fairness"] = _fairness(requests, warmup, run.end_s, type_of)
+    return {name: values[name] for name in UNITS if name in values}, lower_bounds
+
+
+def measure_totals(
+    run: EngineRun, *, warmup: float, kv_capacity: float, slots: float = math.inf
+) -> dict[str, float]:
+    """Return the measures that are read off a run's counters and integrals; arguments as for `measure_run`."""
     values: dict[str, float] = {}
-    lower_bounds: set[str] = set()
-    for name in LATENCIES:
-        observed, at_least = latencies(path, run, warmup, name)
-        count = len(observed) + len(at_least)
-        values[f"mean_{name}"] = float(observed.sum() + at_least.sum()) / count if count else math.nan
-        if len(at_least):
-            lower_bounds.add(f"mean_{name}")
-        ordered = np.sort(observed)
-        for word, level in QUANTILES.items():
-            values[f"{word}_{name}"], is_bound = quantile(ordered, at_least, level)
-            if is_bound:
-                lower_bounds.add(f"{word}_{name}")
+    gaps = int(run.gap_counts.sum())
+    values["mean_itl"] = run.gap_s / gaps if gaps else math.nan
+    of_gaps = histogram.quantiles(run.gap_counts, tuple(QUANTILES.values()))
+    for word, value in zip(QUANTILES, of_gaps, strict=True):
+        values[f"{word}_itl"] = value
 
     window = run.end_s - warmup
-    left = (run.status == _FINISHED) & (run.finish_s > warmup)
-    prompt, output = path.prompt_tokens[left].sum(), path.output_tokens[left].sum()
-    counts = {
-        "request_throughput": np.count_nonzero(left),
+    totals = {
         "output_throughput": run.emitted_tokens,
-        "effective_throughput": output,
-        "total_token_throughput": prompt + output,
         "mean_kv": run.kv_token_s,
         "kv_utilization": run.kv_token_s / kv_capacity,
         "mean_residents": run.resident_s,
+        "slot_utilization": run.resident_s / slots if slots < math.inf else math.nan,
         "mean_waiting": run.waiting_s,
         "busy_fraction": run.busy_s,
     }
-    if slo:
-        counts["goodput"] = np.count_nonzero(left & meets(path, run, slo))
-    for name, total in counts.items():
+    for name, total in totals.items():
         values[name] = float(total) / window if window > 0.0 else math.nan
-    middle = warmup + window / 2
-    grown = _in_system(path, run, run.end_s) - _in_system(path, run, middle)
-    values["backlog_growth"] = grown / (window / 2) if window > 0.0 else math.nan
-    measured = path.arrival_s >= warmup
     values["mean_batch_size"] = run.batch_size_sum / run.iterations if run.iterations else math.nan
     values["peak_kv"] = float(run.peak_kv)
     values["preemptions"] = float(run.preempted)
     values["wasted_tokens"] = float(run.wasted_tokens)
-    values["completed"] = float(np.count_nonzero(left))
-    values["rejected"] = float(np.count_nonzero(measured & (run.status == _REJECTED)))
-    values["unfinished"] = float(
-        np.count_nonzero(measured & (run.status != _REJECTED) & (run.status != _FINISHED))
-    )
-    return {name: values[name] for name in UNITS if name in values}, lower_bounds
+    return values
 
 
-def _in_system(path: ArrivalPath, run: EngineRun, instant: float) -> int:
+def jain_index(shares: FloatArray) -> float:
+    """Return Jain's index of the finite ones among J non-negative shares; NaN with fewer than two of them.
+
+    Examples
+    --------
+    >>> jain_index(np.array([2.0, 2.0, 2.0])), jain_index(np.array([3.0, 3.0, 0.0, 0.0]))
+    (1.0, 0.5)
+    """
+    known = shares[np.isfinite(shares)]
+    if len(known) < 2:
+        return math.nan
+    squares = float(known @ known)
+    return float(known.sum()) ** 2 / (len(known) * squares) if squares > 0.0 else math.nan
+
+
+def _fairness(requests: Requests, warmup: float, end: float, type_of: IntArray | None) -> tuple[float, float]:
+    """`service_fairness` and `slowdown_fairness`."""
+    if type_of is None or len(type_of) == 0:
+        return math.nan, math.nan
+    types = int(type_of.max()) + 1
+    tokens = (requests.prompt + requests.output).astype(np.float64)
+    left = (requests.finish > warmup) & (requests.status == _FINISHED)
+    served = np.bincount(type_of[left], tokens[left], types)
+    asked_by = requests.arrival >= warmup
+    rejected = requests.status == _REJECTED
+    if rejected.any():
+        asked_by &= ~rejected
+    own = requests.at(asked_by)
+    of_type = type_of[asked_by]
+    asked = np.bincount(of_type, tokens[asked_by], types)
+    slowdowns = np.full(types, math.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = np.where(asked > 0.0, served / asked, math.nan)
+        if own.alone is not None:
+            events = np.where(np.isnan(own.finish), end, own.finish)
+            times = np.maximum(events - own.arrival, 0.0) / own.alone
+            slowdowns = np.bincount(of_type, times, types) / np.bincount(of_type, minlength=types)
+    return jain_index(shares), jain_index(slowdowns)
+
+
+def _in_system(requests: Requests, instant: float) -> int:
     """Requests that have arrived and not left by `instant`."""
-    here = (path.arrival_s <= instant) & (run.status != _REJECTED) & ~(run.finish_s <= instant)
-    return int(np.count_nonzero(here))
+    arrived = int(np.searchsorted(requests.arrival, instant, side="right"))
+    gone = (requests.finish[:arrived] <= instant) | (requests.status[:arrived] == _REJECTED)
+    return arrived - int(np.count_nonzero(gone))
 
 
-def meets(path: ArrivalPath, run: EngineRun, slo: Mapping[str, float]) -> NDArray[np.bool_]:
+def meets(requests: Requests, slo: Mapping[str, float]) -> NDArray[np.bool_]:
     """Which requests met every limit, shape (N,); one whose event did not happen did not."""
-    tokens = np.maximum(path.output_tokens - 1, 1)
-    of_each = {
-        "ttft": run.first_token_s - path.arrival_s,
-        "tpot": (run.finish_s - run.first_token_s) / tokens,
-        "e2e": run.finish_s - path.arrival_s,
-        "scheduling_delay": run.admitted_s - path.arrival_s,
-    }
-    met = np.ones(len(path), dtype=np.bool_)
+    met = np.ones(len(requests.arrival), dtype=np.bool_)
     for name, limit in slo.items():
-        met &= of_each[name] <= limit
+        if name == "tpot":
+            time = (requests.finish - requests.first_token) / np.maximum(requests.output - 1, 1)
+        else:
+            events = {"ttft": requests.first_token, "e2e": requests.finish}
+            time = events.get(name, requests.admitted) - requests.arrival
+        met &= time <= limit
     return met
 
 
@@ -304,14 +523,21 @@ def interval(values: FloatArray, confidence: float = 0.95) -> tuple[float, float
     >>> tuple(round(x, 3) for x in interval(np.array([1.0, 2.0, 3.0])))
     (2.0, -0.484, 4.484)
     """
+    estimate, low, high = intervals(np.asarray(values, dtype=np.float64)[None, :], confidence)
+    return float(estimate[0]), float(low[0]), float(high[0])
+
+
+def intervals(values: FloatArray, confidence: float = 0.95) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return means and interval ends of M measures at once, (M,) each, from (M, R) values; see `interval`."""
     from scipy.special import stdtrit
 
-    known = np.asarray(values, dtype=np.float64)
-    known = known[~np.isnan(known)]
-    if known.size == 0:
-        return math.nan, math.nan, math.nan
-    mean = float(known.mean())
-    if known.size == 1:
-        return mean, math.nan, math.nan
-    half = float(stdtrit(known.size - 1, 0.5 + confidence / 2.0) * known.std(ddof=1) / math.sqrt(known.size))
+    known = ~np.isnan(values)
+    count = known.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, values, 0.0).sum(axis=1) / count
+        squares = (np.where(known, values - mean[:, None], 0.0) ** 2).sum(axis=1)
+        deviation = np.sqrt(squares / (count - 1) / count)
+    some = count > 1
+    half = np.full(len(values), math.nan)
+    half[some] = stdtrit(count[some] - 1, 0.5 + confidence / 2.0) * deviation[some]
     return mean, mean - half, mean + half

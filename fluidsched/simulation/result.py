@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +22,25 @@ from fluidsched._display import Tabular
 from fluidsched._files import dumps, loads, read_text, write_whole
 from fluidsched.errors import InputError
 from fluidsched.server import Server
-from fluidsched.simulation.measures import UNITS, check_slo, interval, latencies, measure_run
+from fluidsched.simulation.limits import UNLIMITED, effective_limits
+from fluidsched.simulation.measures import (
+    OF_REQUESTS,
+    QUANTILES,
+    UNITS,
+    Requests,
+    alone_s,
+    check_slo,
+    interval,
+    intervals,
+    latencies,
+    measure_requests,
+    measure_run,
+    measure_totals,
+)
 from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
+from fluidsched.simulation.steady import batch_means
+from fluidsched.simulation.tally import Tally
+from fluidsched.simulation.viewer import EVENTS, chrome_trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +86,10 @@ class PolicyOutcome:
         for array in (*self.values.values(), *self.lower_bounds.values()):
             array.flags.writeable = False
 
+    def intervals(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Means of all measures over replications and ends of their intervals, in the order of `values`."""
+        return intervals(np.array(list(self.values.values())))
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SimulationResult(Tabular):
@@ -99,6 +122,13 @@ class SimulationResult(Tabular):
         The policies; empty when read from a file.
     paths : tuple of ArrivalPath
         The R common paths; empty when read from a file.
+    replicas : tuple of Server
+        Servers behind `server`: itself, or the replicas of a cluster; empty when read from a file.
+    transients : dict of str to float
+        Policy → end of its start as MSER-5 sees it, s, of which `warmup` is the latest; NaN where the first
+        half of the run shows no end. Empty with a fixed warm-up.
+    tallies : tuple of tuple of Tally
+        ``[k][r]``: what runs without records counted; empty for others.
     """
 
     outcomes: tuple[PolicyOutcome, ...]
@@ -113,6 +143,9 @@ class SimulationResult(Tabular):
     tables: tuple[PolicyTable, ...] = ()
     paths: tuple[ArrivalPath, ...] = ()
     engine_runs: tuple[tuple[EngineRun, ...], ...] = ()
+    replicas: tuple[Server, ...] = ()
+    transients: Mapping[str, float] = field(default_factory=dict)
+    tallies: tuple[tuple[Tally, ...], ...] = ()
 
     @classmethod
     def collect(
@@ -127,27 +160,31 @@ class SimulationResult(Tabular):
         engine: str,
         workload: str,
         server: Server,
+        replicas: Sequence[Server] = (),
+        transients: Mapping[str, float] | None = None,
         slo: Mapping[str, float] | None = None,
     ) -> SimulationResult:
-        """Measure every run: `engine_runs[k][r]` is table k on path r."""
+        """Measure every run: `engine_runs[k][r]` is table k on path r; `replicas` are `server` alone by default."""
         slo = check_slo(slo)
+        replicas = tuple(replicas) or (server,)
+        alone = [_alone(path, replicas) for path in paths]
         outcomes = []
         for table, runs in zip(tables, engine_runs, strict=True):
+            slots = sum(effective_limits(replica, table).slots for replica in replicas)
             measured = [
-                measure_run(path, run, warmup=warmup, kv_capacity=server.kv_capacity, slo=slo)
-                for path, run in zip(paths, runs, strict=True)
-            ]
-            names = measured[0][0]
-            starved = {name for run in runs for name in run.starved_types}
-            outcomes.append(
-                PolicyOutcome(
-                    table.name,
-                    {m: np.array([values[m] for values, _ in measured]) for m in names},
-                    {m: np.array([m in bounds for _, bounds in measured]) for m in names},
-                    tuple(run.verdict for run in runs),
-                    tuple(name for name in table.type_names if name in starved),
+                measure_run(
+                    path,
+                    run,
+                    warmup=warmup,
+                    kv_capacity=server.kv_capacity,
+                    slots=slots if slots < UNLIMITED else math.inf,
+                    alone=alone[r],
+                    type_of=_types(path, table)[0],
+                    slo=slo,
                 )
-            )
+                for r, (path, run) in enumerate(zip(paths, runs, strict=True))
+            ]
+            outcomes.append(_outcome(table, runs, measured))
         return cls(
             tuple(outcomes),
             len(paths),
@@ -161,6 +198,52 @@ class SimulationResult(Tabular):
             tuple(tables),
             tuple(paths),
             tuple(map(tuple, engine_runs)),
+            replicas,
+            dict(transients or {}),
+        )
+
+    @classmethod
+    def collect_tallies(
+        cls,
+        tables: Sequence[PolicyTable],
+        runs: Sequence[Sequence[tuple[EngineRun, Tally]]],
+        *,
+        horizon: float,
+        warmup: float,
+        seed: int | None,
+        workload: str,
+        server: Server,
+        slo: Mapping[str, float],
+    ) -> SimulationResult:
+        """Measure runs whose requests were counted and not kept."""
+        outcomes = []
+        for table, of_table in zip(tables, runs, strict=True):
+            slots = effective_limits(server, table).slots
+            measured = []
+            for run, tally in of_table:
+                values, bounds = tally.measures()
+                totals = measure_totals(
+                    run,
+                    warmup=warmup,
+                    kv_capacity=server.kv_capacity,
+                    slots=slots if slots < UNLIMITED else math.inf,
+                )
+                values = values | totals | tally.of_the_whole()
+                measured.append(({name: values[name] for name in UNITS if name in values}, bounds))
+            outcomes.append(_outcome(table, [run for run, _ in of_table], measured))
+        return cls(
+            tuple(outcomes),
+            len(runs[0]),
+            horizon,
+            warmup,
+            seed,
+            "kernel",
+            workload,
+            server,
+            slo,
+            tuple(tables),
+            replicas=(server,),
+            tallies=tuple(tuple(tally for _, tally in of_table) for of_table in runs),
         )
 
     # ------------------------------------------------------------------ by policy
@@ -218,11 +301,9 @@ class SimulationResult(Tabular):
 
         run = self.run(policy, replication)
         path = self.paths[replication]
-        if path.type is not None:
-            types = np.asarray(path.type_names, dtype=object)[path.type]
-        else:
-            table = self.tables[self.policies.index(policy)]
-            types = np.asarray(table.type_names, dtype=object)[table.classify(path)]
+        of_request, names = _types(path, self.tables[self.policies.index(policy)])
+        codes = np.zeros(len(path), dtype=np.int64) if of_request is None else of_request
+        types = np.asarray(names, dtype=object)[codes]
         return pd.DataFrame(
             {
                 "arrival_s": path.arrival_s,
@@ -237,6 +318,87 @@ class SimulationResult(Tabular):
             }
         )
 
+    def write_requests(self, path: str | os.PathLike[str], policy: str, replication: int = 0) -> None:
+        """Write the requests of one run with the columns of `requests`, as Parquet or CSV by the name's suffix.
+
+        In CSV what did not happen is empty. Parquet needs pyarrow (``pip install fluidsched[parquet]``).
+        """
+        frame = self.requests(policy, replication)
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix == ".parquet":
+            from fluidsched.workload.trace_parquet import write_parquet
+
+            write_parquet({name: frame[name].to_numpy() for name in frame.columns}, path)
+        elif suffix == ".csv":
+            write_whole(path, frame.to_csv(index=False, lineterminator="\n"))
+        else:
+            raise InputError("path", str(path), "end in .csv or .parquet")
+
+    def chrome_trace(
+        self,
+        policy: str,
+        replication: int = 0,
+        *,
+        start: float = 0.0,
+        stop: float | None = None,
+        iterations: bool = True,
+        events: int = EVENTS,
+        path: str | os.PathLike[str] | None = None,
+    ) -> dict[str, Any]:
+        """One run for a trace viewer (Perfetto, chrome://tracing); see `fluidsched.simulation.viewer`.
+
+        Parameters
+        ----------
+        policy : str
+        replication : int
+        start, stop : float
+            Window shown, s; None: to the end of the run.
+        iterations : bool
+            Show them too, for which the reference engine runs again up to `stop`, some hundred times slower than
+            the kernel. A rule of the user's own is not kept in the result, so its iterations cannot be shown.
+        events : int
+            Most events in the file; of a longer window the beginning is shown.
+        path : path, optional
+            Where to write the JSON, whole.
+
+        Returns
+        -------
+        dict
+            What the JSON holds: ``traceEvents``, ``displayTimeUnit``, ``otherData`` (with the window shown).
+
+        Examples
+        --------
+        >>> import fluidsched as fs
+        >>> path = fs.ArrivalPath.from_arrays([0.0, 0.5], [4, 2], [2, 1])
+        >>> server = fs.Server(10, fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+        >>> trace = fs.simulate(path, server, fs.baselines.vllm()).chrome_trace("vllm")
+        >>> [(event["name"], event["dur"]) for event in trace["traceEvents"] if event["ph"] == "X"]
+        [('prefill', 1000000.0), ('prefill + decode', 1000000.0)]
+        """
+        run = self.run(policy, replication)
+        start = check_real("start", start, minimum=0.0)
+        stop = math.inf if stop is None else check_real("stop", stop, above=start)
+        events = check_count("events", events, minimum=100)
+        if len(self.replicas) != 1:
+            raise InputError(
+                "result", f"{len(self.replicas)} replicas", "be of one server: iterations are per server"
+            )
+        table = self.tables[self.policies.index(policy)]
+        found = chrome_trace(
+            self.paths[replication],
+            run,
+            self.replicas[0],
+            table,
+            horizon=self.horizon,
+            start=start,
+            stop=stop,
+            iterations=iterations,
+            events=events,
+        )
+        if path is not None:
+            write_whole(path, dumps(found, indent=None))
+        return found
+
     def latencies(self, policy: str, measure: str, replication: int = 0) -> tuple[FloatArray, int]:
         """A latency of every measured request of one run, s; and how many are censored."""
         run = self.run(policy, replication)
@@ -249,11 +411,19 @@ class SimulationResult(Tabular):
         assert series is not None
         return series
 
+    def occupancy_frame(self, policy: str, replication: int = 0) -> pd.DataFrame:
+        """The decimated series of `occupancy` with columns ``time_s kv_tokens residents waiting``."""
+        import pandas as pd
+
+        series = self.occupancy(policy, replication)
+        frame = pd.DataFrame(series, columns=["time_s", "kv_tokens", "residents", "waiting"])
+        return frame.astype(dict.fromkeys(frame.columns[1:], np.int64))
+
     def _need_records(self) -> None:
         if not self.engine_runs:
             raise InputError(
                 "result",
-                "a result read from a file",
+                "a run without records" if self.tallies else "a result read from a file",
                 "hold its request records",
                 "Simulate again to have them.",
             )
@@ -268,27 +438,147 @@ class SimulationResult(Tabular):
         """
         import pandas as pd
 
-        rows = []
+        frames = []
         for outcome in self.outcomes:
-            for name, values in outcome.values.items():
-                estimate, low, high = interval(values)
-                rows.append(
-                    {
-                        "policy": outcome.name,
-                        "measure": name,
-                        "unit": UNITS[name],
-                        "estimate": estimate,
-                        "low": low,
-                        "high": high,
-                        "replications": self.replications,
-                        "lower_bound": bool(outcome.lower_bounds[name].any()),
-                    }
-                )
-        return pd.DataFrame(rows)
+            estimate, low, high = outcome.intervals()
+            columns = {
+                "policy": outcome.name,
+                "measure": list(outcome.values),
+                "unit": [UNITS[name] for name in outcome.values],
+                "estimate": estimate,
+                "low": low,
+                "high": high,
+                "replications": self.replications,
+                "lower_bound": [bool(outcome.lower_bounds[name].any()) for name in outcome.values],
+            }
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
 
     def to_frame(self) -> pd.DataFrame:
         """The same as `summary`."""
         return self.summary()
+
+    def by_type(self) -> pd.DataFrame:
+        """Tidy frame of the measures of every request type's own requests; see `summary`.
+
+        Columns policy, type, measure, unit, estimate, low, high, replications, lower_bound. Types are the path's
+        labels, or the rows of each policy's table where the path has none. Measures are those that can be read
+        off requests: latencies and slowdown, throughputs, goodput under the stated SLOs, counts.
+        """
+        import pandas as pd
+
+        self._need_records()
+        rows = []
+        for k, table in enumerate(self.tables):
+            measured: dict[str, list[tuple[dict[str, float], set[str]]]] = {}
+            for path, run in zip(self.paths, self.engine_runs[k], strict=True):
+                of_request, names = _types(path, table)
+                requests = Requests.of(path, run, _alone(path, self.replicas))
+                for j, name in enumerate(names):
+                    own = requests if of_request is None else requests.at(of_request == j)
+                    found = measure_requests(own, start=self.warmup, end=run.end_s, slo=self.slo)
+                    measured.setdefault(name, []).append(found)
+            for name, runs in measured.items():
+                for measure in OF_REQUESTS:
+                    if measure not in runs[0][0]:
+                        continue  # goodput without SLOs
+                    estimate, low, high = interval(np.array([values[measure] for values, _ in runs]))
+                    rows.append(
+                        {
+                            "policy": table.name,
+                            "type": name,
+                            "measure": measure,
+                            "unit": UNITS[measure],
+                            "estimate": estimate,
+                            "low": low,
+                            "high": high,
+                            "replications": self.replications,
+                            "lower_bound": any(measure in bounds for _, bounds in runs),
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    def batch_means(
+        self,
+        policy: str,
+        *,
+        replication: int = 0,
+        baseline: str | None = None,
+        confidence: float = 0.95,
+    ) -> pd.DataFrame:
+        """Intervals of one long run from its own batches; `fluidsched.simulation.steady` has the method.
+
+        Parameters
+        ----------
+        policy : str
+        replication : int
+            Which run.
+        baseline : str, optional
+            Another policy: the frame is then of the differences to it, batch by batch. Both ran on the same
+            path, so what batches of busy times add to both cancels.
+        confidence : float
+            Of the intervals, in (0, 1).
+
+        Returns
+        -------
+        DataFrame
+            Columns measure, unit, estimate, low, high, batches, independence (p-value of independent batches).
+            `low` and `high` are NaN where the run is too short for batches that pass the test.
+
+        Examples
+        --------
+        >>> import fluidsched as fs
+        >>> workload = fs.Workload([fs.RequestType("chat", 4.0, prompt_tokens=512, output_tokens=128)])
+        >>> server = fs.Server(137_000, fs.IterationTime.paper(d0=0.01, d1=3.3e-7))
+        >>> runs = fs.simulate(workload, server, fs.baselines.vllm(), horizon=3600.0, replications=1, seed=7)
+        >>> row = runs.batch_means("vllm").set_index("measure").loc["request_throughput"]
+        >>> print(f"{row.low:.2f} to {row.high:.2f} from {row.batches} batches")
+        3.95 to 4.10 from 64 batches
+        """
+        import pandas as pd
+
+        check_real("confidence", confidence, above=0.0, below=1.0)
+        names = [m for m in BATCHED if m != "goodput" or self.slo]
+        whole, parts = self._batches(policy, replication, names)
+        if baseline is not None:
+            other, other_parts = self._batches(baseline, replication, names)
+            mine = parts
+            whole = whole - other
+            parts = lambda count: mine(count) - other_parts(count)  # noqa: E731
+        rows = []
+        for m, name in enumerate(names):
+            found = batch_means(float(whole[m]), lambda count, m=m: parts(count)[:, m], confidence)  # type: ignore[misc]
+            rows.append({"measure": name, "unit": UNITS[name], **found._asdict()})
+        return pd.DataFrame(rows)
+
+    def _batches(
+        self, policy: str, replication: int, names: Sequence[str]
+    ) -> tuple[FloatArray, Callable[[int], FloatArray]]:
+        """Measures of a run, (M,), and a function that gives them in each of K batches, (K, M)."""
+        if self.tallies:
+            self.outcome(policy)
+            check_count("replication", replication, maximum=self.replications - 1)
+            tally = self.tallies[self.policies.index(policy)][replication]
+
+            @cache
+            def counted(count: int) -> FloatArray:
+                return np.array([[values[name] for name in names] for values in tally.parts(count)])
+
+            return np.array([tally.measures()[0][name] for name in names]), counted
+        run, path = self.run(policy, replication), self.paths[replication]
+        requests = Requests.of(path, run, _alone(path, self.replicas))
+
+        def measured(start: float, stop: float) -> list[float]:
+            values, _ = measure_requests(requests, start=start, stop=stop, end=run.end_s, slo=self.slo)
+            return [values[name] for name in names]
+
+        @cache
+        def parts(count: int) -> FloatArray:
+            edges = np.linspace(self.warmup, run.end_s, count + 1)
+            edges[-1] = math.inf
+            return np.array([measured(*pair) for pair in pairwise(edges.tolist())])
+
+        return np.array(measured(self.warmup, math.inf)), parts
 
     def with_slo(self, slo: Mapping[str, float]) -> SimulationResult:
         """The same runs measured under these SLOs: latency name → limit per request, s."""
@@ -304,29 +594,35 @@ class SimulationResult(Tabular):
             engine=self.engine,
             workload=self.workload,
             server=self.server,
+            replicas=self.replicas,
+            transients=self.transients,
             slo=slo,
         )
 
     def to_serve_summary(self) -> list[dict[str, Any]]:
         """One row per policy in the field names of ``vllm bench serve``, means over replications.
 
-        Times in ms, rates per second. `duration` is the measured window. Per-token gaps are not recorded,
-        so there are no ``itl`` fields; ``request_goodput`` needs SLOs.
+        Times in ms, rates per second. `duration` is the measured window; ``request_goodput`` needs SLOs. Token
+        totals are those of the requests completed.
         """
         rows = []
         for outcome in self.outcomes:
-            mean = {name: interval(values)[0] for name, values in outcome.values.items()}
+            mean = dict(zip(outcome.values, outcome.intervals()[0].tolist(), strict=True))
             row: dict[str, Any] = {"policy": outcome.name, "completed": mean["completed"]}
             row["failed"] = mean["rejected"]
             row["unfinished"] = mean["unfinished"]
             row["duration"] = (
                 mean["completed"] / mean["request_throughput"] if mean["completed"] > 0 else math.nan
             )
+            inputs = mean["total_token_throughput"] - mean["effective_throughput"]
+            row["total_input_tokens"] = inputs * row["duration"]
+            row["total_output_tokens"] = mean["effective_throughput"] * row["duration"]
             for name in ("request_throughput", "output_throughput", "total_token_throughput"):
                 row[name] = mean[name]
             row["request_goodput"] = mean.get("goodput", math.nan)
-            for word, ours in (("mean", "mean"), ("median", "p50"), ("p90", "p90"), ("p99", "p99")):
-                for latency in ("ttft", "tpot", "e2e"):
+            for ours in ("mean", *QUANTILES):
+                word = "median" if ours == "p50" else ours
+                for latency in ("ttft", "tpot", "itl", "e2e"):
                     field = f"{word}_{'e2el' if latency == 'e2e' else latency}_ms"
                     row[field] = 1000.0 * mean[f"{ours}_{latency}"]
             rows.append(row)
@@ -347,6 +643,7 @@ class SimulationResult(Tabular):
             "warmup_s": self.warmup,
             "seed": self.seed,
             "slo_s": dict(self.slo),
+            "transients_s": {name: None if math.isnan(end) else end for name, end in self.transients.items()},
             "policies": [
                 {
                     "name": outcome.name,
@@ -377,6 +674,7 @@ class SimulationResult(Tabular):
             "warmup_s",
             "seed",
             "slo_s",
+            "transients_s",
             "policies",
         )
         values = dict(zip(fields, check_fields(argument, data, SCHEMA, fields), strict=True))
@@ -386,8 +684,9 @@ class SimulationResult(Tabular):
         for name in ("workload", "engine"):
             if not isinstance(values[name], str):
                 raise InputError(f"{argument}.{name}", values[name], "be a string")
-        if not isinstance(values["slo_s"], Mapping):
-            raise InputError(f"{argument}.slo_s", values["slo_s"], "be an object of limits")
+        for name in ("slo_s", "transients_s"):
+            if not isinstance(values[name], Mapping):
+                raise InputError(f"{argument}.{name}", values[name], "be an object of numbers")
         horizon, seed = values["horizon_s"], values["seed"]
         return cls(
             tuple(
@@ -402,6 +701,12 @@ class SimulationResult(Tabular):
             values["workload"],
             None if values["server"] is None else Server.from_dict(values["server"], f"{argument}.server"),
             check_slo(values["slo_s"]),
+            transients={
+                name: math.nan
+                if end is None
+                else check_real(f"{argument}.transients_s.{name}", end, minimum=0.0)
+                for name, end in values["transients_s"].items()
+            },
         )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -423,9 +728,11 @@ class SimulationResult(Tabular):
         """What was simulated, in a line."""
         until = "until empty" if self.horizon is None else f"over {self.horizon:,.6g} s"
         count = f"{self.replications} replication{'s' if self.replications > 1 else ''}"
-        return (
-            f"{self.workload} {until}, measured from {self.warmup:,.6g} s on, {count}, {self.engine} engine"
-        )
+        rule = ""
+        if self.transients:
+            unseen = [name for name, end in self.transients.items() if math.isnan(end)]
+            rule = f" (MSER-5{': no end of the start seen for ' + ', '.join(unseen) if unseen else ''})"
+        return f"{self.workload} {until}, measured from {self.warmup:,.6g} s on{rule}, {count}, {self.engine} engine"
 
     def _rows(self) -> list[list[str]]:
         rows = []
@@ -474,6 +781,36 @@ _SHOWN = (
     ("preemptions", "preemptions", 1.0, ""),
 )
 """Columns of the printed table: measure, heading, factor, unit."""
+
+
+BATCHED = tuple(name for name in OF_REQUESTS if name not in ("completed", "unfinished", "rejected"))
+"""Measures that batches of a run have: those of requests that do not grow with its length."""
+
+
+def _types(path: ArrivalPath, table: PolicyTable) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Type of every request and the types' names: the path's labels, else the table's rows (None: all its one)."""
+    if path.type is not None:
+        return path.type, path.type_names
+    return table.classify(path) if len(table.types) > 1 else None, table.type_names
+
+
+def _outcome(
+    table: PolicyTable, runs: Sequence[EngineRun], measured: Sequence[tuple[dict[str, float], set[str]]]
+) -> PolicyOutcome:
+    names = measured[0][0]
+    starved = {name for run in runs for name in run.starved_types}
+    return PolicyOutcome(
+        table.name,
+        {m: np.array([values[m] for values, _ in measured]) for m in names},
+        {m: np.array([m in bounds for _, bounds in measured]) for m in names},
+        tuple(run.verdict for run in runs),
+        tuple(name for name in table.type_names if name in starved),
+    )
+
+
+def _alone(path: ArrivalPath, replicas: Sequence[Server]) -> FloatArray | None:
+    """Time of every request alone on the quickest replica; equal replicas are one object."""
+    return alone_s(path, list({id(server): server for server in replicas}.values()))
 
 
 def plus_minus(estimate: float, half_width: float, lower_bound: bool = False) -> str:
@@ -531,9 +868,9 @@ def _read_outcome(place: str, data: Any, replications: int) -> PolicyOutcome:
         where = f"{place}.measures.{measure}"
         check_choice(where, measure, tuple(UNITS))
         _, numbers, bounds = check_fields(where, entry, None, ("unit", "values", "lower_bounds"))
-        for field, items in (("values", numbers), ("lower_bounds", bounds)):
+        for entries, items in (("values", numbers), ("lower_bounds", bounds)):
             if not isinstance(items, list) or len(items) != replications:
-                raise InputError(f"{where}.{field}", items, f"have {replications} entries")
+                raise InputError(f"{where}.{entries}", items, f"have {replications} entries")
         if not all(isinstance(flag, bool) for flag in bounds):
             raise InputError(f"{where}.lower_bounds", bounds, "hold true or false")
         values[measure] = np.array(

@@ -42,7 +42,7 @@ from fluidsched.fluid import FluidSolution, solve_fluid
 from fluidsched.policy import PolicyTable, baselines, compile_policy
 from fluidsched.server import IterationTime, Server, catalog
 from fluidsched.simulation import simulate
-from fluidsched.simulation.measures import UNITS, interval
+from fluidsched.simulation.measures import UNITS
 from fluidsched.workload import ArrivalPath, Workload, read_trace, workloads
 
 __all__ = ["simulate_cell"]
@@ -103,10 +103,10 @@ def simulate_cell(parameters: Mapping[str, Any], seed: np.random.SeedSequence) -
         "fluid_load": float(fluid.load.max()),
     }
     bounds = []
-    for measure, values in outcome.values.items():
+    for measure, *ends in zip(outcome.values, *map(np.ndarray.tolist, outcome.intervals()), strict=True):
         unit = UNITS[measure]
         name = f"{measure}_{unit}" if unit in ("s", "tokens") and not measure.endswith(unit) else measure
-        row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(values)
+        row[name], row[f"{name}_low"], row[f"{name}_high"] = ends
         if outcome.lower_bounds[measure].any():
             bounds.append(name)
     row["lower_bounds"] = " ".join(bounds)

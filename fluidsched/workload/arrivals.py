@@ -40,7 +40,7 @@ from __future__ import annotations
 import abc
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,25 @@ class ArrivalProcess(abc.ABC):
         _check_expected(rate * horizon, "requests")
         return self._times(rate, horizon, rng)
 
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        """The times of `sample`, without an end, in pieces of about `size`, so that they need not all be kept.
+
+        Processes of which the next times do not follow from few numbers (`renewal`, `markov_modulated`, `batches`,
+        `closed_loop`, `superposition`) raise `InputError`.
+
+        Examples
+        --------
+        >>> times = poisson().pieces(2.0, np.random.default_rng(1), size=2)
+        >>> next(times).round(3), next(times).round(3)
+        (array([0.537, 0.691]), array([3.381, 3.557]))
+        """
+        raise InputError(
+            "arrivals",
+            self,
+            "be poisson() or time_varying() for paths drawn in pieces",
+            "Simulate with records, as a whole path.",
+        )
+
     @abc.abstractmethod
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
         """As `sample`, with checked arguments and a positive expected number."""
@@ -136,6 +155,10 @@ class ArrivalProcess(abc.ABC):
 class _Poisson(ArrivalProcess):
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
         return _before(_sums(rng.standard_exponential, rate * horizon) / rate, horizon)
+
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        for sums in _sum_pieces(rng.standard_exponential, size):
+            yield sums / rate
 
     def dispersion(self, rate: float) -> float:
         return 1.0
@@ -420,17 +443,33 @@ class _TimeVarying(ArrivalProcess):
     step: tuple[float, ...]
 
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
-        steps = np.array(self.step)
-        edges = np.concatenate([[0.0], np.cumsum(steps)])
-        period = edges[-1]
-        mass = np.concatenate([[0.0], np.cumsum(np.array(self.relative_rate) * steps)])
-        mass *= period / mass[-1]
-        whole, rest = divmod(horizon, period)
+        edges, mass = self._profile()
+        whole, rest = divmod(horizon, edges[-1])
         expected = rate * float(whole * mass[-1] + np.interp(rest, edges, mass))
         _check_expected(expected, "requests")
-        turns, rests = np.divmod(_sums(rng.standard_exponential, expected), rate * mass[-1])
-        times = turns * period + np.interp(rests, rate * mass, edges)
+        times = self._at(_sums(rng.standard_exponential, expected), rate)
         return _before(np.maximum.accumulate(times), horizon)
+
+    def _profile(self) -> tuple[FloatArray, FloatArray]:
+        """Ends of the steps, s, and the cumulative rate at them where the mean rate is 1."""
+        steps = np.array(self.step)
+        edges = np.concatenate([[0.0], np.cumsum(steps)])
+        mass = np.concatenate([[0.0], np.cumsum(np.array(self.relative_rate) * steps)])
+        mass *= edges[-1] / mass[-1]
+        return edges, mass
+
+    def _at(self, sums: FloatArray, rate: float) -> FloatArray:
+        """The times at which the cumulative rate reaches `sums`."""
+        edges, mass = self._profile()
+        turns, rests = np.divmod(sums, rate * mass[-1])
+        return np.asarray(turns * edges[-1] + np.interp(rests, rate * mass, edges))
+
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        last = 0.0
+        for sums in _sum_pieces(rng.standard_exponential, size):
+            times = np.maximum.accumulate(np.maximum(self._at(sums, rate), last))
+            last = float(times[-1])
+            yield times
 
     def dispersion(self, rate: float) -> float:
         return 1.0
@@ -674,6 +713,17 @@ def _sums(draw: Callable[[int], FloatArray], total: float, first: FloatArray | f
         gaps = np.concatenate([gaps, draw(len(gaps) // 4 + 4)])
         sums = np.cumsum(gaps, axis=0)
     return sums
+
+
+def _sum_pieces(draw: Callable[[int], FloatArray], size: int) -> Iterator[FloatArray]:
+    """The partial sums of `_sums` without end, `size` at a time: cumulative sums add up in order, so they are equal."""
+    before = 0.0
+    while True:
+        gaps = draw(size)
+        gaps[0] += before
+        sums = np.cumsum(gaps)
+        before = float(sums[-1])
+        yield sums
 
 
 def _renewal_times(

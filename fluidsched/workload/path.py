@@ -549,13 +549,12 @@ def _time_array(times: ArrayLike) -> FloatArray:
         raise InputError("arrival_s", times, "be numbers (seconds)") from None
     if array.ndim != 1:
         raise InputError("arrival_s", f"an array of shape {array.shape}", "be one-dimensional")
-    bad = ~(np.isfinite(array) & (array >= 0))
-    if bad.any():
-        index = int(np.argmax(bad))
+    if array.size and not (array.min() >= 0 and array.max() < np.inf):  # NaN fails too
+        index = int(np.argmax(~(np.isfinite(array) & (array >= 0))))
         raise InputError(
             f"arrival_s[{index}]", array[index].item(), "be finite and at least 0 (seconds from the start)"
         )
-    falls = np.diff(array) < 0
+    falls = array[1:] < array[:-1]
     if falls.any():
         index = int(np.argmax(falls)) + 1
         raise InputError(
@@ -603,8 +602,7 @@ def _index_array(types: ArrayLike, count: int) -> IntArray:
         raise InputError(
             "type", f"an array of {array.dtype}, shape {array.shape}", "be whole numbers, one per request"
         )
-    bad = (array < 0) | (array >= count)
-    if bad.any():
-        index = int(np.argmax(bad))
+    if array.size and (array.min() < 0 or array.max() >= count):
+        index = int(np.argmax((array < 0) | (array >= count)))
         raise InputError(f"type[{index}]", array[index].item(), f"index one of the {count} type_names")
     return array.astype(np.int64)

@@ -252,3 +252,15 @@ def test_laws_print_their_recipe() -> None:
     assert repr(lengths.geometric(mean=200, maximum=2048)) == "geometric(mean=200, maximum=2048, minimum=1)"
     assert repr(lengths.truncated(lengths.uniform(1, 9), hi=5)) == "truncated(of=uniform(lo=1, hi=9), hi=5)"
     assert repr(lengths.empirical([5, 40])) == "empirical(2 values in 5..40)"
+
+
+@given(st.lists(st.floats(1e-9, 1.0), min_size=1, max_size=300), st.integers(0, 2**32))
+def test_guided_inversion_is_binary_search(weights: list[float], seed: int) -> None:
+    """Many draws at once, which go through the guide, are those of one by one: cell ends and atoms' ends too."""
+    law = lengths.empirical(np.arange(1, len(weights) + 1), weights)
+    cumulative = np.cumsum(law.weights)
+    cumulative /= cumulative[-1]
+    rng = np.random.default_rng(seed)
+    ends = np.concatenate([cumulative[:-1], np.arange(64) / 64, np.nextafter(cumulative[:-1], 0.0)])
+    uniforms = np.concatenate([rng.random(500), ends[ends < 1.0]])
+    assert np.array_equal(law.inversion(uniforms), np.searchsorted(cumulative, uniforms, side="right"))
