@@ -7,7 +7,9 @@
           sweeps of empty cells in batches of 1 and of 64, on two worker processes and on a Dask cluster of two workers;
           apart from it the time to write the table.
 *share*   a sweep of real simulations on two worker processes: the share of the workers' time spent in cells, and the
-          processor time of all processes over that of the cells, and over that of the engine alone.
+          processor time of all processes over that of the cells, and over that of the engine alone;
+        machinery_over_cells and loops_over_cells, what the sweep adds to its cells and how much of these the compiled
+        loops are.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def empty_cell(parameters: dict[str, Any], seed: np.random.SeedSequence) -> dict
     return {f"measure_{i}": i + parameters["x"] / 3.0 for i in range(90)}
 
 
-_seconds = {"engine_seconds": 0.0, "simulate_seconds": 0.0, "engine_cpu_s": 0.0, "simulate_cpu_s": 0.0}
+_seconds = {
+    f"{name}_{unit}": 0.0 for name in ("loops", "engine", "simulate") for unit in ("seconds", "cpu_s")
+}
 
 
 def _timed(name: str, function: Any) -> Any:
@@ -54,17 +58,27 @@ def _timed(name: str, function: Any) -> Any:
             _seconds[f"{name}_seconds"] += time.perf_counter() - start
             _seconds[f"{name}_cpu_s"] += time.process_time() - cpu
 
-    timed.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    with contextlib.suppress(ValueError, TypeError):  # compiled functions have none
+        timed.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return timed
 
 
 def timed_cell(parameters: dict[str, Any], seed: np.random.SeedSequence) -> Mapping[str, Any]:
-    """The simulation cell, with the seconds it spends in the engine, in `simulate` and in all."""
+    """The simulation cell, with the seconds it spends in the compiled loops, in the engine, in `simulate` and in all.
+
+    Replications run one after another, since processor time is that of the process: the worker has one processor.
+    """
     from fluidsched.simulation import kernel
     from fluidsched.sweeps import cells
 
     if not hasattr(cells.simulate, "__wrapped_for_benchmark__"):
-        kernel.run_many = _timed("engine", kernel.run_many)
+        run_many, loop_of = kernel.run_many, kernel._loop_of
+
+        def one_by_one(*args: Any, **options: Any) -> Any:
+            return run_many(*args, **options, threads=1)
+
+        kernel.run_many = _timed("engine", one_by_one)  # type: ignore[assignment]
+        kernel._loop_of = lambda table: _timed("loops", loop_of(table))
         cells.simulate = _timed("simulate", cells.simulate)
         cells.simulate.__wrapped_for_benchmark__ = True
     _seconds.update(dict.fromkeys(_seconds, 0.0))
@@ -229,14 +243,16 @@ def share(cells: int) -> dict[str, Any]:
         },
         "function": "sweeps:timed_cell",
     }
-    sums = ["engine_seconds", "simulate_seconds", "cell_s", "engine_cpu_s", "cell_cpu_s"]
+    sums = ["engine_seconds", "simulate_seconds", "cell_s", "loops_cpu_s", "engine_cpu_s", "cell_cpu_s"]
     one = child({"spec": spec, "workers": 2, "sums": sums})
     cpu_s = one["main_cpu_s"] + one["table_cpu_s"] + one["workers_cpu_s"]
     return {
         "cells": cells,
         "busy_share_of_workers": one["cell_s"] / (2 * one["wall_s"]),
-        "cpu_over_cells": cpu_s / one["cell_cpu_s"] - 1,
-        "cpu_over_engine": cpu_s / one["engine_cpu_s"] - 1,
+        "machinery_over_cells": cpu_s / one["cell_cpu_s"] - 1,
+        "loops_over_cells": one["loops_cpu_s"] / one["cell_cpu_s"],
+        "engine_over_cells": one["engine_cpu_s"] / one["cell_cpu_s"],
+        "cell_cpu_ms": 1e3 * one["cell_cpu_s"] / cells,
         **one,
     }
 

@@ -14,10 +14,11 @@ import pytest
 from fluidsched.policy import baselines
 from fluidsched.policy.table import Match, PolicyTable, TableType
 from fluidsched.server import IterationTime, Server, catalog
+from fluidsched.simulation import simulate
 from fluidsched.simulation.kernel import run_kernel, run_many
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
-from fluidsched.workload import ArrivalPath, read_trace
+from fluidsched.workload import ArrivalPath, read_trace, workloads
 
 SEED = 1
 CHECKED = 300  # requests that the reference simulates too
@@ -145,4 +146,27 @@ def test_ten_million_requests(benchmark: Any, note: Callable[..., None]) -> None
     right = bool((run.status == 0).all()) and run.batch_token_sum == int((path.output_tokens + 19).sum())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     note(seed=SEED, requests=count, iterations=run.iterations, peak_memory_bytes=peak, right=right)
+    assert right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1_000_000, 10_000_000])
+def test_without_records(count: int, benchmark: Any, note: Callable[..., None]) -> None:
+    """The Azure mix at 0.8 in pieces: memory of the process does not grow with the number of requests."""
+    server = catalog.server("a100-80gb", "llama-2-7b")
+    workload = workloads.azure_conv().at_load(0.8, server)
+    options = {"horizon": count / workload.total_arrival_rate, "replications": 1, "seed": SEED, "warmup": 0.0}
+    runs = benchmark.pedantic(
+        simulate, (workload, server, TABLES["vllm"]), {**options, "records": False}, rounds=1
+    )
+    values = {name: value.item() for name, value in runs.measures("vllm").items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    right = abs(values["completed"] + values["unfinished"] - count) < 5 * math.sqrt(count)
+    note(
+        seed=SEED,
+        requests=count,
+        peak_memory_bytes=peak,
+        requests_per_s=count / benchmark.stats["mean"],
+        right=right,
+    )
     assert right

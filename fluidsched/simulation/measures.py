@@ -477,14 +477,13 @@ def _fairness(requests: Requests, warmup: float, end: float, type_of: IntArray |
     types = int(type_of.max()) + 1
     tokens = (requests.prompt + requests.output).astype(np.float64)
     left = (requests.finish > warmup) & (requests.status == _FINISHED)
-    served = np.bincount(type_of[left], tokens[left], types)
-    asked_by = requests.arrival >= warmup
-    rejected = requests.status == _REJECTED
-    if rejected.any():
-        asked_by &= ~rejected
-    own = requests.at(asked_by)
-    of_type = type_of[asked_by]
-    asked = np.bincount(of_type, tokens[asked_by], types)
+    served = np.bincount(type_of, tokens * left, types)
+    first = int(np.searchsorted(requests.arrival, warmup))
+    own, of_type, tokens = requests.at(slice(first, None)), type_of[first:], tokens[first:]
+    accepted = own.status != _REJECTED
+    if not accepted.all():
+        own, of_type, tokens = own.at(accepted), of_type[accepted], tokens[accepted]
+    asked = np.bincount(of_type, tokens, types)
     slowdowns = np.full(types, math.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = np.where(asked > 0.0, served / asked, math.nan)

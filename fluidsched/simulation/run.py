@@ -41,7 +41,7 @@ from fluidsched.workload import ArrivalPath, Workload
 from fluidsched.workload.model import PIECE
 from fluidsched.workload.path import Seed, seed_sequence
 
-__all__ = ["ENGINES", "OCCUPANCY_POINTS", "common_paths", "simulate"]
+__all__ = ["ENGINES", "OCCUPANCY_POINTS", "common_paths", "replication_seeds", "simulate"]
 
 Policy = PolicyTable | UserRule
 Progress = Callable[[str, int, int], None]
@@ -56,7 +56,7 @@ WARMUP_SHARE = 1 / 6
 
 
 def simulate(
-    workload: Workload | ArrivalPath,
+    workload: Workload | ArrivalPath | Sequence[ArrivalPath],
     server: Server,
     policies: Policy | Sequence[Policy],
     *,
@@ -75,8 +75,9 @@ def simulate(
 
     Parameters
     ----------
-    workload : Workload or ArrivalPath
-        A workload is sampled; a path is replayed.
+    workload : Workload, ArrivalPath, or a sequence of paths
+        A workload is sampled; a path is replayed; of several paths (bootstrapped ones, say) each is a
+        replication.
     server : Server
         Its limits bind beside each table's own; the smaller counts.
     policies : PolicyTable, UserRule, or a sequence of them
@@ -212,7 +213,7 @@ def simulate(
         warmup=start,
         seed=int(seed) if isinstance(seed, (int, np.integer)) and isinstance(workload, Workload) else None,
         engine=engine,
-        workload=workload.name,
+        workload=paths[0].name,
         server=server,
         transients=transients,
         slo=slo,
@@ -227,7 +228,10 @@ BYTES_KEPT = 96
 
 
 def _check_memory(
-    workload: Workload | ArrivalPath, horizon: float | None, replications: int | None, policies: int
+    workload: Workload | ArrivalPath | Sequence[ArrivalPath],
+    horizon: float | None,
+    replications: int | None,
+    policies: int,
 ) -> None:
     """Refuse before anything is allocated what would not fit."""
     if isinstance(workload, ArrivalPath):
@@ -249,7 +253,7 @@ def _check_memory(
 
 
 def _without_records(
-    workload: Workload | ArrivalPath,
+    workload: Workload | ArrivalPath | Sequence[ArrivalPath],
     server: Server,
     tables: Sequence[PolicyTable],
     horizon: float | None,
@@ -270,10 +274,10 @@ def _without_records(
         seeds: list[np.random.SeedSequence] = []
         names, rows = workload.type_names, workload.type is not None
     elif isinstance(workload, Workload):
-        horizon, seeds = _children(horizon, replications, seed)
+        horizon, seeds = replication_seeds(horizon, replications, seed)
         names, rows = workload.type_names, True
     else:
-        raise InputError("workload", workload, "be a Workload or an ArrivalPath")
+        raise InputError("workload", workload, "be a Workload or an ArrivalPath, without records")
     start = _check_warmup(warmup, horizon, ())
     count = len(seeds) or 1
 
@@ -343,7 +347,7 @@ def _slices(path: ArrivalPath, horizon: float) -> Iterator[ArrivalPath]:
 
 
 def common_paths(
-    workload: Workload | ArrivalPath,
+    workload: Workload | ArrivalPath | Sequence[ArrivalPath],
     horizon: float | None,
     warmup: float | None,
     replications: int | None,
@@ -353,9 +357,12 @@ def common_paths(
     if isinstance(workload, ArrivalPath):
         paths, horizon = _replayed(workload, horizon, replications)
     elif isinstance(workload, Workload):
-        paths, horizon = _sampled(workload, horizon, replications, seed)
+        horizon, children = replication_seeds(horizon, replications, seed)
+        paths = [workload.sample(horizon, child) for child in children]
+    elif isinstance(workload, (list, tuple)):
+        paths, horizon = _given(workload, horizon, replications)
     else:
-        raise InputError("workload", workload, "be a Workload or an ArrivalPath")
+        raise InputError("workload", workload, "be a Workload, an ArrivalPath, or a sequence of paths")
     return paths, horizon, _check_warmup(warmup, horizon, paths)
 
 
@@ -443,14 +450,7 @@ def _check_policies(policies: Policy | Sequence[Policy], engine: str) -> list[Po
     return given
 
 
-def _sampled(
-    workload: Workload, horizon: float | None, replications: int | None, seed: Seed
-) -> tuple[list[ArrivalPath], float]:
-    horizon, children = _children(horizon, replications, seed)
-    return [workload.sample(horizon, child) for child in children], horizon
-
-
-def _children(
+def replication_seeds(
     horizon: float | None, replications: int | None, seed: Seed
 ) -> tuple[float, list[np.random.SeedSequence]]:
     """The horizon and the seed of each replication."""
@@ -470,6 +470,28 @@ def _children(
     ]
 
 
+def _given(
+    paths: Sequence[ArrivalPath], horizon: float | None, replications: int | None
+) -> tuple[list[ArrivalPath], float | None]:
+    """Paths drawn elsewhere, one per replication."""
+    if not paths:
+        raise InputError("workload", "no path", "hold at least one ArrivalPath")
+    for r, path in enumerate(paths):
+        if not isinstance(path, ArrivalPath):
+            raise InputError(f"workload[{r}]", path, "be an ArrivalPath")
+        if horizon is None and path.horizon != paths[0].horizon:
+            raise InputError(
+                f"workload[{r}].horizon",
+                path.horizon,
+                f"be that of the first path, {paths[0].horizon}",
+                "Or give a horizon for all.",
+            )
+    if replications is not None and replications != len(paths):
+        raise InputError("replications", replications, f"be left out, or {len(paths)}, one per path")
+    replayed = [_replayed(path, horizon, None) for path in paths]
+    return [path for (path,), _ in replayed], replayed[0][1]
+
+
 def _replayed(
     path: ArrivalPath, horizon: float | None, replications: int | None
 ) -> tuple[list[ArrivalPath], float | None]:
@@ -480,7 +502,7 @@ def _replayed(
             "be 1 for a path: replaying it again would give the same run",
             "For independent replications simulate path.to_workload().",
         )
-    if horizon is None:
+    if horizon is None or horizon == path.horizon:
         return [path], path.horizon
     horizon = check_real("horizon", horizon, above=0.0)
     if path.horizon is not None and horizon > path.horizon:

@@ -43,6 +43,7 @@ from fluidsched.policy import PolicyTable, baselines, compile_policy
 from fluidsched.server import IterationTime, Server, catalog
 from fluidsched.simulation import simulate
 from fluidsched.simulation.measures import UNITS
+from fluidsched.simulation.run import replication_seeds
 from fluidsched.workload import ArrivalPath, Workload, read_trace, workloads
 
 __all__ = ["simulate_cell"]
@@ -87,15 +88,18 @@ def simulate_cell(parameters: Mapping[str, Any], seed: np.random.SeedSequence) -
         json.dumps(groups["server"]),
         options.pop("objective", "requests"),
     )
-    given_here = ("workload", "server", "policies", "seed", "progress")
+    given_here = ("workload", "server", "policies", "seed", "slo", "progress")
     _check_known("", options, ["objective", *_arguments(simulate, *given_here)])
 
     workload, path = _demand(*program[:2])
     server, fluid = _server(program[1]), _solution(*program)
     table = _table(json.dumps(groups["policy"]), *program)
-    runs = simulate(workload if path is None else path, server, table, seed=seed, **options)
-    if groups["slo"]:
-        runs = runs.with_slo(groups["slo"])
+    demand: Workload | ArrivalPath | tuple[ArrivalPath, ...] = workload if path is None else path
+    if path is None and options.get("records", True):
+        of_server = program[1] if "load" in groups["workload"] else ""
+        drawn = (options.get("horizon"), options.pop("replications", None))
+        demand = _paths(program[0], of_server, *drawn, seed.entropy, seed.spawn_key)
+    runs = simulate(demand, server, table, seed=seed, slo=groups["slo"], **options)
     outcome = runs.outcomes[0]
     row: dict[str, Any] = {
         "offered_rate": workload.total_arrival_rate,
@@ -232,6 +236,22 @@ def _demand(text: str, server_text: str) -> tuple[Workload, ArrivalPath | None]:
     if load is not None:
         workload = workload.at_load(load, _server(server_text))
     return workload, None
+
+
+@lru_cache(maxsize=2)
+def _paths(
+    text: str,
+    server_text: str,
+    horizon: float | None,
+    replications: int | None,
+    entropy: int,
+    spawn_key: tuple[int, ...],
+) -> tuple[ArrivalPath, ...]:
+    """The paths of a cell: neighbours that differ in the policy only meet the same ones, drawn once."""
+    workload, _ = _demand(text, server_text)
+    seed = np.random.SeedSequence(entropy, spawn_key=spawn_key)
+    end, seeds = replication_seeds(horizon, replications, seed)
+    return tuple(workload.sample(end, child) for child in seeds)
 
 
 @lru_cache(maxsize=CACHED)

@@ -52,6 +52,21 @@ class TestSimulate:
         shorter = simulate(path, SERVER, TABLES, horizon=5.0)
         assert len(shorter.paths[0]) == np.count_nonzero(path.arrival_s <= 5.0)
 
+    def test_several_paths_are_replications(self):
+        """The workload's own paths, given one by one, make the same runs; mixed horizons are named."""
+        paths = [CHAT.sample(20.0, seed) for seed in (1, 2, 3)]
+        runs = simulate(paths, SERVER, TABLES[0], warmup=5.0)
+        assert (runs.replications, runs.horizon, runs.seed) == (3, 20.0, None)
+        for r, path in enumerate(paths):
+            alone = simulate(path, SERVER, TABLES[0], warmup=5.0)
+            assert_array_equal(runs.run("vllm", r).finish_s, alone.run("vllm").finish_s)
+        with pytest.raises(InputError, match=r"workload\[1\].horizon"):
+            simulate([paths[0], CHAT.sample(30.0, 4)], SERVER, TABLES[0])
+        with pytest.raises(InputError, match="replications"):
+            simulate(paths, SERVER, TABLES[0], replications=2)
+        with pytest.raises(InputError, match=r"workload\[1\]"):
+            simulate([paths[0], CHAT], SERVER, TABLES[0])
+
     def test_progress(self):
         calls = []
         simulate(CHAT, SERVER, TABLES, horizon=5.0, replications=2, progress=lambda *call: calls.append(call))

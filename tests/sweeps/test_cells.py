@@ -42,20 +42,39 @@ def test_row_is_what_simulate_measured() -> None:
 
 
 def built(parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the cell hands to `simulate`."""
+    """What the cell hands to `simulate`, and the workload or path it draws from or replays."""
     handed: dict[str, Any] = {}
-    simulate = cells.simulate
+    simulate, demand = cells.simulate, cells._demand
+
+    def seen(*texts: str) -> Any:
+        handed["demand"] = demand(*texts)
+        return handed["demand"]
 
     def spy(workload: Any, server: Any, policies: Any, **options: Any) -> Any:
-        handed.update(workload=workload, server=server, table=policies, **options)
+        handed.update(server=server, table=policies, **options)
         return simulate(workload, server, policies, **options)
 
     monkeypatch.setattr(cells, "simulate", spy)
     monkeypatch.setattr(
         cells, "_arguments", lambda f, *w, real=cells._arguments: real(simulate if f is spy else f, *w)
     )
+    monkeypatch.setattr(cells, "_demand", seen)
     simulate_cell(parameters, SEED)
-    return handed
+    monkeypatch.undo()
+    workload, path = handed.pop("demand")
+    return handed | {"workload": workload if path is None else path}
+
+
+def test_cells_that_differ_in_the_policy_share_their_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn once, and the rows are those of cells run alone."""
+    cells._paths.cache_clear()
+    alone = [simulate_cell(BASE | {"policy": policy}, SEED) for policy in ("vllm", "sarathi")]
+    assert cells._paths.cache_info().misses == 1
+    for policy, row in zip(("vllm", "sarathi"), alone, strict=True):
+        cells._paths.cache_clear()
+        np.testing.assert_equal(simulate_cell(BASE | {"policy": policy}, SEED), row)
+    other = simulate_cell(BASE, np.random.SeedSequence(4))
+    assert other["mean_ttft_s"] != alone[0]["mean_ttft_s"]
 
 
 def test_workload_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
