@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluidsched._checks import check_count, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid import FluidSolution, solve_fluid
 from fluidsched.policy import PolicyTable, baselines, compile_policy
@@ -40,6 +41,7 @@ from fluidsched.workload import ArrivalPath, Workload, workloads
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
     from fluidsched.comparison import Comparison
     from fluidsched.simulation import SimulationResult
@@ -85,7 +87,7 @@ _DEFAULT_LOAD = 0.8
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Tabular):
     """What `plan` found; every part is the frozen object of one step of the chain.
 
     Attributes
@@ -139,6 +141,29 @@ class Plan:
         from fluidsched.reporting import plan_text
 
         return plan_text(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The comparison's tidy frame: one row per policy and measure."""
+        return self.comparison.to_frame()
+
+    def plot(self, measure: str = "mean_ttft", ax: Axes | None = None) -> Axes:
+        """Draw what the recommended table gains, by load; see `fluidsched.plots.gains`."""
+        return self.recommendation.plot(measure, ax=ax)
+
+    def _shown_frame(self) -> pd.DataFrame:
+        return self.comparison._shown_frame()
+
+    def _summary(self) -> list[tuple[str, str]]:
+        load, critical = float(self.fluid.load.max()), self.fluid.critical_rate
+        return [
+            (
+                "planned for",
+                f"{self.workload.name}, {self.workload.total_arrival_rate:.4g} req/s, load {load:.2f}",
+            ),
+            ("server", f"{self.server.name}, carries {critical:.4g} req/s"),
+            ("recommended", f"{self.recommended}: {self.recommendation.reason}"),
+            *(("remark", remark) for remark in self.remarks),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as one JSON-able dictionary, schema ``fluidsched.plan/1`` (tables by name, not embedded)."""

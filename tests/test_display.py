@@ -23,7 +23,7 @@ ROOMS = ("workload", "server", "fluid", "policy", "simulation", "bounds", "sweep
 LATER = ("tuning", "fleets", "planning", "recommendation")
 
 # Made by no test here: interfaces, and results of long or foreign runs, which their own tests show.
-ELSEWHERE = {"Plan", "Recommendation", "Tuning", "Candidate", "MeasuredComparison", "SweepSpec"}
+ELSEWHERE = {"Tuning", "Candidate", "MeasuredComparison", "SweepSpec"}
 
 
 def public_classes() -> dict[str, type]:
@@ -70,6 +70,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         tmp_path_factory.mktemp("sweep") / "cells",
     )
+    planned = fs.plan(workload, server, horizon=60.0, replications=2)
     made = [
         server, workload, fluid, wait, runs, program, path, fleet, sweep,
         workload.types[0], server.iteration_time, pools[0],
@@ -81,6 +82,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         fs.verify_capacity(fleet, {"p99_ttft": 60.0}, replications=2, horizon=60.0),
         fs.policy.wait_curve(fluid, block_iterations=[1, 2, 4]),
         fs.policy.reach_curve(workload, server),
+        planned, planned.recommendation,
         fs.adapt(wait, path, fluid),
         fs.compare(runs, bound=fluid),
         fs.fluid_trajectory(workload, server, fs.baselines.vllm(), iterations=50),

@@ -79,6 +79,19 @@ def test_page_runs_and_prints_what_it_shows(
     pyplot.close("all")
 
 
+def test_links_outside_of_the_generator_s_reach() -> None:
+    """The README and the contributing guide point at files that are there; the generator checks its own pages."""
+    root = DOCS.parent
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (root / name).read_text()):
+            assert (root / target).exists(), f"{name}: {target}"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (DOCS.parent / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (\S+)$", text, re.MULTILINE) == [fs.__version__]
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     """Namespaces by name, everything else as a member of a module on some page of the reference."""
     text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))

@@ -37,7 +37,8 @@ def test_the_page_shown_is_what_plan_prints() -> None:
         lines = (re.sub(r"[-+]?\d[\d,.]*", "#", line) for line in text.splitlines())
         return [re.sub(r"─+|\s+", " ", line).strip() for line in lines]
 
-    (page,) = re.findall(r"```\n(policy .*?)```", README, flags=re.DOTALL)
+    text = (Path(__file__).parents[1] / "docs" / "howto" / "reading_a_plan.md").read_text()
+    (page,) = re.findall(r"```text\n(policy .*?)```", text, flags=re.DOTALL)
     printed = skeleton(repr(fs.plan()))
     missing = [line for line in skeleton(page) if line not in {*printed, "", "…"}]
     assert not missing

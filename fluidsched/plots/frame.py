@@ -124,10 +124,9 @@ def legend_above(axes: Axes, handles: Sequence[Any] | None = None) -> None:
     """A legend above the axes in as many columns as the axes are wide enough for."""
     if handles is None:
         handles, _ = axes.get_legend_handles_labels()
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = axes.figure.canvas.figure  # the whole one, also where the axes are in a part of it
     # the labels left of the axes are not laid out yet; what they take is taken off on both sides
-    room = min(figure.bbox.width - figure.dpi * 0.9, figure.bbox.width * axes.get_position().width * 1.15)
+    room = min(figure.bbox.width - figure.dpi * 0.55, figure.bbox.width * axes.get_position().width * 1.15)
     for columns in range(max(1, len(handles)), 0, -1):
         legend = axes.legend(
             handles=handles,

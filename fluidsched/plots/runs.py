@@ -103,7 +103,7 @@ def latency_distribution(
 
     The band is the 95 % interval of the share at each latency, from the replications; there is none with one
     replication. Requests still without the event at the horizon are counted in the denominator, so a curve that
-    ends below 1 shows how many are missing; they are not dropped.
+    ends below 1 shows how many are missing (the legend says so from 0.1 % on); they are not dropped.
 
     Parameters
     ----------
@@ -136,8 +136,7 @@ def latency_distribution(
         # at most 2 000 points of the curve: a PNG shows no more
         grid = np.unique(np.linspace(0, values.size - 1, min(values.size, 2000)).astype(np.int64))
         ordered = values[grid] if values.size else values
-        share = f"{censored / total:.1%}" if censored >= 0.001 * total else "<0.1%"
-        label = name if not censored else f"{name} ({share} unfinished)"
+        label = f"{name} ({censored / total:.1%} missing)" if censored >= 0.001 * total else name
         axes.step(ordered, (grid + 1) / total, where="post", label=label, **line)
         if values.size and sum(observed.size + missing > 0 for observed, missing in parts) > 1:
             points = ordered[:: max(1, ordered.size // 200)]
@@ -163,7 +162,7 @@ def latency_distribution(
     axes.set_xlabel(_LATENCIES[measure])
     axes.set_ylabel("share of requests")
     axes.set_ylim(0.0, 1.02)
-    legend_inside(axes, "lower right")
+    legend_above(axes)
     return axes
 
 
@@ -414,8 +413,7 @@ def policy_timeline(timeline: PolicyTimeline, *, ax: Axes | None = None) -> Axes
     axes.set_xlabel("time (s)")
     axes.set_ylabel("stage (output tokens)")
     axes.set_title(timeline.policy)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = axes.figure.canvas.figure  # the whole one, also where the axes are in a part of it
     bar = figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label("residents (req)", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)

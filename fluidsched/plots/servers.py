@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluidsched.plots.frame import COLOURS, legend_inside, new_axes, picture
+from fluidsched.plots.frame import COLOURS, legend_inside, new_axes, picture, plain_logarithms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,8 +51,8 @@ def calibration(fitted: Calibration, *, ax: Axes | None = None) -> Axes:
                 )
     ends = [min(predicted.min(), points.time.min()), max(predicted.max(), points.time.max())]
     axes.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    plain_logarithms(axes, "x")
+    plain_logarithms(axes, "y")
     axes.set_xlabel("fitted iteration time (s)")
     axes.set_ylabel("measured iteration time (s)")
     axes.set_title(f"{fitted.form}: mean error {fitted.mean_error:.1%}, largest {fitted.largest_error:.1%}")

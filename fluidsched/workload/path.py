@@ -473,11 +473,11 @@ class ArrivalPath(Tabular):
 
         return pd.DataFrame(self._columns())
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None, *, bins: int = 60) -> Axes:
         """Draw the arrival rate over time; see `fluidsched.plots.arrivals`."""
         from fluidsched import plots
 
-        return plots.arrivals(self, ax=ax)
+        return plots.arrivals(self, bins=bins, ax=ax)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """The path as CSV text, written whole to `path` if given.

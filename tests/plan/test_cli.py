@@ -490,11 +490,14 @@ class TestHelp:
 
 
 class TestSpecs:
-    """What the README shows as files of one's own."""
+    """What the documentation shows as files of one's own."""
 
-    def test_the_readme_s_specs_are_read(self, tmp_path: Path) -> None:
-        readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-        mix, server = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    def test_the_documented_specs_are_read(self, tmp_path: Path) -> None:
+        pages = Path(__file__).parents[2] / "docs" / "howto"
+        text = "".join(
+            (pages / name).read_text(encoding="utf-8") for name in ("own_traffic.md", "own_server.md")
+        )
+        mix, server = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
         (tmp_path / "mix.toml").write_text(mix)
         (tmp_path / "mine.toml").write_text(server)
         done = fluidsched("solve", "-w", "mix.toml", "--server", "mine.toml", "--json", cwd=tmp_path)
