@@ -1,9 +1,20 @@
 r"""Clusters: replicas of servers, in pools, behind a router.
 
-Every replica runs by the rules of `fluidsched.simulation.reference`, by itself; the router sends each request to
-one of them when it arrives, for good. So once the replicas are chosen a cluster's run is the P runs of its
-replicas on their parts of the path, and only a router that looks at the replicas ties them together. Letters: N
-requests, K pools, P replicas (pool by pool, in the order given), J types, R replications.
+Every replica runs by the rules of `fluidsched.simulation.reference`, by itself, under the table of its pool; the
+router sends each request to one of them when it arrives, for good. So once the replicas are chosen a cluster's run is
+the P runs of its replicas on their parts of the path, and only a router that looks at the replicas ties them together.
+Letters: N requests, K pools, P replicas (pool by pool, in the order given), J types, R replications.
+
+Prefill and decode apart
+  0. Where pools have the stages "prefill" and "decode" a request goes through two replicas, one of each. The prefill
+     replica computes the prompt and emits token 1: to it the request has one output token. The KV of the prompt then
+     leaves it, and with p prompt tokens, a latency of L s and a bandwidth of B tokens/s reaches a decode replica
+     L + p/B s later, however many are on their way; in between it is in neither memory. At that instant the request
+     is routed among the decode replicas and waits there with its KV at hand: it is handed over (rule 6a of the
+     reference), and a decode replica that preempts it computes it again itself. With one output token it is finished
+     after the prefill. Routing rules 1 to 9 hold for either stage by itself, "arrival" being the arrival there and
+     the order that of these instants, equal ones by index; u and v of the second stage come from child (r, 2).
+     Prefills do not wait for decodes, so the decode stage is run when the prefill stage is over.
 
 Routing
   1. Requests are routed at their arrival, those of one instant in the order of the path. At an instant
@@ -29,30 +40,32 @@ Routing
      child (r, 1), whatever the router; so two routers see the same requests and the same chances.
 
 The cluster's record
- 10. Request records are those of the request's replica; a rejected request has none. Counters and integrals
-     are sums over the replicas, but `busy_s`, which is their mean (the busy fraction of a replica), and
-     `peak_kv`, the largest of them. The run ends when its last replica does; "stuck" if one is. Occupancy is the
-     sum of the replicas' series, each kept until its next row, at all their times.
+ 10. Request records are those of the request's replica; a rejected request has none. Of a request that was handed
+     over, admission is that of the prefill replica, the finish that of the decode replica, preemptions are added,
+     and the gap before token 2 holds the transfer and the wait. Counters and integrals are sums over the replicas,
+     so what is on its way neither waits nor is resident; but `busy_s` is their mean (the busy fraction of a
+     replica), and `peak_kv` the largest of them. The run ends when its last replica does; "stuck" if one is.
+     Occupancy is the sum of the replicas' series, each kept until its next row, at all their times.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fluidsched._checks import check_choice
+from fluidsched._checks import check_choice, check_real
 from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
-from fluidsched.server import Pool, Server
+from fluidsched.server import IterationTime, Pool, Server
 from fluidsched.simulation.laws import check_laws
-from fluidsched.simulation.limits import UNLIMITED, check_run, effective_limits, never_fits
+from fluidsched.simulation.limits import UNLIMITED, check_handed_over, check_run, effective_limits, never_fits
 from fluidsched.simulation.measures import alone_s, measure_run
 from fluidsched.simulation.records import STATUSES, EngineRun, Verdict
 from fluidsched.simulation.reference import Engine, run_reference
@@ -65,7 +78,7 @@ from fluidsched.workload.path import Seed, seed_sequence
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ClusterResult", "simulate_cluster"]
+__all__ = ["ClusterResult", "Handover", "simulate_cluster"]
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -73,6 +86,32 @@ RULES = ("join_shortest_queue", "least_kv", "power_of_two")
 """Rules that look, in the order of the compiled loop's codes."""
 
 Integers = NDArray[np.int64]
+
+Assignment = PolicyTable | Mapping[str, PolicyTable]
+"""A table for all pools, or one for each by the pool's name."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Handover:
+    """The M requests of one run that went from a prefill to a decode replica, in order of arrival there.
+
+    Attributes
+    ----------
+    request : (M,) int64 array
+        Their indices in the path.
+    replica : (M,) int64 array
+        Decode replica of each.
+    path : ArrivalPath
+        What the decode stage saw; `arrival_s` is when the KV had come over.
+    first_token_s, admitted_s : (M,) float arrays
+        End of the prefill, and admission by the decode replica (NaN: not by the end), s.
+    """
+
+    request: Integers
+    replica: Integers
+    path: ArrivalPath
+    first_token_s: NDArray[np.float64]
+    admitted_s: NDArray[np.float64]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -83,21 +122,29 @@ class ClusterResult(Tabular):
     ----------
     whole : SimulationResult
         The cluster as one system; its policies are named "policy, router". Its `server` stands for the memory
-        of all replicas together and for nothing else.
+        of all replicas together and for nothing else. Slowdown and the share of slots in use are measured where
+        all replicas serve requests whole under one table.
     pools : tuple of Pool
+    tables : tuple of tuple of PolicyTable
+        `[k]`: the table of each pool under the k-th policy.
     pool_of : (P,) int64 array
         Pool of each replica.
     replica_runs : tuple
         `[k][r][p]`: the run of replica p, on the requests routed to it in their order.
     chosen : tuple
-        `[k][r]`: replica of each request, -1 for those rejected; (N,) int64 arrays.
+        `[k][r]`: replica of each request, -1 for those rejected; (N,) int64 arrays. With prefill and decode
+        apart, the prefill replica.
+    handed_over : tuple
+        `[k][r]`: the `Handover` of prefilled requests; empty where pools serve requests whole.
     """
 
     whole: SimulationResult
     pools: tuple[Pool, ...]
+    tables: tuple[tuple[PolicyTable, ...], ...]
     pool_of: Integers
     replica_runs: tuple[tuple[tuple[EngineRun, ...], ...], ...]
     chosen: tuple[tuple[Integers, ...], ...]
+    handed_over: tuple[tuple[Handover, ...], ...] = ()
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -117,40 +164,69 @@ class ClusterResult(Tabular):
         return self.whole.summary()
 
     def requests(self, policy: str, replication: int = 0) -> pd.DataFrame:
-        """One row per request, with its replica; see `SimulationResult.requests`."""
+        """One row per request, with its replica; see `SimulationResult.requests`.
+
+        With prefill and decode apart also ``decode_replica`` (-1: none), ``ready_s`` (its KV had come over) and
+        ``decode_admitted_s``.
+        """
         frame = self.whole.requests(policy, replication)
-        frame["replica"] = self.chosen[self.policies.index(policy)][replication]
+        k = self.policies.index(policy)
+        frame["replica"] = self.chosen[k][replication]
+        if self.handed_over:
+            handover = self.handed_over[k][replication]
+            columns = {
+                "decode_replica": (handover.replica, -1),
+                "ready_s": (handover.path.arrival_s, math.nan),
+                "decode_admitted_s": (handover.admitted_s, math.nan),
+            }
+            for name, (values, elsewhere) in columns.items():
+                column = np.full(len(frame), elsewhere)
+                column[handover.request] = values
+                frame[name] = column
         return frame
 
     def replicas(self, policy: str) -> pd.DataFrame:
-        """One row per replica: pool and every measure of its own requests, mean over replications."""
+        """One row per replica: pool and every measure of its own requests, mean over replications.
+
+        What a prefill replica serves has one output token; at a decode replica requests arrive when their KV has
+        come over, and have their first token.
+        """
         import pandas as pd
 
         self.whole.outcome(policy)
         k = self.policies.index(policy)
         rows = []
         for p, pool in enumerate(self.pool_of):
-            server = self.pools[pool].server
-            slots = effective_limits(server, self.whole.tables[k]).slots
+            server, stage = self.pools[pool].server, self.pools[pool].stage
+            slots = effective_limits(server, self.tables[k][pool]).slots
             measured = []
-            for path, chosen, runs in zip(
-                self.whole.paths, self.chosen[k], self.replica_runs[k], strict=True
-            ):
-                own = path.selected(chosen == p)
+            for r, runs in enumerate(self.replica_runs[k]):
+                own = self._part(k, r, p)
                 values, _ = measure_run(
                     own,
                     runs[p],
                     warmup=self.whole.warmup,
                     kv_capacity=server.kv_capacity,
                     slots=slots if slots < UNLIMITED else math.inf,
-                    alone=alone_s(own, [server]),
+                    alone=alone_s(own, [server]) if stage != "decode" else None,
                     type_of=own.type,
                     slo=self.whole.slo,
                 )
                 measured.append(values)
             frame = pd.DataFrame(measured)
+            if stage == "decode":
+                frame[[name for name in frame.columns if str(name).endswith("_ttft")]] = math.nan
             rows.append({"replica": p, "pool": self.pools[pool].name, **frame.mean().to_dict()})
         return pd.DataFrame(rows)
+
+    def _part(self, k: int, r: int, p: int) -> ArrivalPath:
+        """What replica p saw of the r-th path under the k-th policy."""
+        path, chosen = self.whole.paths[r], self.chosen[k][r]
+        stage = self.pools[self.pool_of[p]].stage
+        if stage == "decode":
+            handover = self.handed_over[k][r]
+            return handover.path.selected(handover.replica == p)
+        return (path if stage == "whole" else _prefills(path)).selected(chosen == p)
 
     def to_frame(self) -> pd.DataFrame:
         """The replicas of every policy, one below the other."""
@@ -167,9 +243,11 @@ class ClusterResult(Tabular):
 def simulate_cluster(
     workload: Workload | ArrivalPath,
     pools: Sequence[Pool],
-    policies: PolicyTable | Sequence[PolicyTable],
+    policies: Assignment | Sequence[Assignment],
     routers: Router | Sequence[Router],
     *,
+    transfer_bandwidth: float | None = None,
+    transfer_latency: float = 0.0,
     horizon: float | None = None,
     warmup: float | None = None,
     replications: int | None = None,
@@ -185,11 +263,18 @@ def simulate_cluster(
     workload : Workload or ArrivalPath
         A workload is sampled; a path is replayed.
     pools : sequence of Pool
-        K pools of whole numbers of replicas, with unique names, that serve requests whole.
-    policies : PolicyTable or sequence of them
-        With unique names. All replicas follow the same one.
+        K pools of whole numbers of replicas, with unique names, that all serve requests whole; or pools of stages
+        "prefill" and "decode", at least one of each.
+    policies : PolicyTable, mapping of str to PolicyTable, or a sequence of them
+        A table that all replicas follow, or the name of every pool and the table of its replicas. Decode pools take
+        tables of kinds "vllm", "capped", "sarathi" and "gated". With unique names; that of a mapping is its tables'
+        names joined by " + " in the order of the pools.
     routers : Router or sequence of them
         From `fs.routers`, with unique names.
+    transfer_bandwidth : float, optional
+        KV tokens per second from a prefill to a decode replica, for each request by itself; None: infinite.
+    transfer_latency : float
+        What a transfer takes beside that, s.
     horizon, warmup, replications, seed
         As for `simulate`.
     engine : {"kernel", "reference"}
@@ -200,12 +285,16 @@ def simulate_cluster(
     oversize : {"raise", "reject"}
         What to do with requests that fit no replica.
 
+    Returns
+    -------
+    ClusterResult
+
     Raises
     ------
     InputError
-        As `simulate`; also for fractional replicas, pools that do not serve requests whole, a split of other
-        pools or types than these, or, behind a router that looks and on the kernel, tables of kind "nested-wait"
-        or "vllm_v0" or with preemption "swap".
+        As `simulate`; also for fractional replicas, stages that do not serve requests to their end, a split of
+        other pools or types than these, transfers without anything to transfer, or, behind a router that looks and
+        on the kernel, tables of kind "nested-wait" and pools of one stage with different tables.
 
     Examples
     --------
@@ -217,18 +306,27 @@ def simulate_cluster(
     ...                         horizon=60.0, replications=2)
     >>> runs.policies
     ('vllm, round-robin', 'vllm, join-shortest-queue')
+
+    Prefill and decode on machines of their own, a KV transfer between them:
+
+    >>> pools = [fs.Pool(server, 1, "prefill", name="prefill"), fs.Pool(server, 2, "decode", name="decode")]
+    >>> tables = {"prefill": fs.baselines.vllm(), "decode": fs.baselines.sarathi()}
+    >>> runs = simulate_cluster(workload, pools, tables, fs.routers.round_robin(), transfer_bandwidth=1e6,
+    ...                         transfer_latency=0.002, horizon=60.0, replications=2)
+    >>> runs.policies
+    ('vllm + sarathi, round-robin',)
     """
     check_choice("engine", engine, ENGINES)
     check_choice("oversize", oversize, ("raise", "reject"))
-    tables = _unique("policies", [policies] if isinstance(policies, PolicyTable) else policies, PolicyTable)
     ways = _unique("routers", [routers] if isinstance(routers, Router) else routers, Router)
     pools = tuple(_unique("pools", pools, Pool))
+    assigned = _assigned(policies, pools)
     pool_of = _replicas(pools)
-    servers = [pools[k].server for k in pool_of]
+    apart = any(pool.stage != "whole" for pool in pools)
+    transfer = _transfer(transfer_bandwidth, transfer_latency, apart)
     for pool in pools:
         if engine == "kernel":
             pool.server.iteration_time.require_coefficients('engine="kernel"')
-    for pool in pools:
         if pool.server.max_model_len is not None:
             raise InputError(
                 f"server.max_model_len of pool {pool.name!r}",
@@ -236,37 +334,32 @@ def simulate_cluster(
                 "be None in a cluster: a request's output must not depend on the replica that serves it",
                 "Cut the outputs of the path instead.",
             )
-    for table in tables:
-        slow = table.kind in ("nested-wait", "vllm_v0") or table.preemption == "swap"
-        if engine == "kernel" and slow and any(router.looks for router in ways):
-            raise InputError(
-                "engine",
-                engine,
-                f"be 'reference' for table {table.name!r} behind a router that looks at the replicas",
-                "Routers that do not look (round_robin, random, split) run it on the kernel.",
-            )
     paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
-    draws = _chances(paths, seed)
-    for table in tables:
-        for path in paths:
-            for pool in pools:
-                check_run(path, pool.server, table, horizon)
-            if oversize == "raise":
-                _refuse_oversize(path, _fits(path, servers, table), table)
-            for router in ways:
-                _check_split(router, pools, path)
-
-    named, whole_runs, replica_runs, chosen = [], [], [], []
-    for table in tables:
+    draws = [_chances(paths, seed, stage) for stage in (1, 2)]
+    systems = [
+        _System(_stages(pools, pool_of, tables, apart), transfer, horizon, warmup, engine, check)
+        for _, tables in assigned
+    ]
+    for system in systems:
         for router in ways:
-            runs = [
-                _run(path, servers, pool_of, table, router, uniform, horizon, warmup, engine, check)
-                for path, uniform in zip(paths, draws, strict=True)
-            ]
-            named.append(table.renamed(f"{table.name}, {router.name}"))
-            chosen.append(tuple(places for places, _ in runs))
-            replica_runs.append(tuple(tuple(parts) for _, parts in runs))
-            whole_runs.append([_together(len(path), *run) for path, run in zip(paths, runs, strict=True)])
+            _check_router(system, router)
+            for path in paths:
+                _check_split(router, pools, path, apart)
+        for path in paths:
+            _check_tables(system, path)
+            if oversize == "raise":
+                _refuse_oversize(path, system)
+
+    alike = not apart and all(len({id(table) for table in tables}) == 1 for _, tables in assigned)
+    named, whole_runs, replica_runs, chosen, handed_over = [], [], [], [], []
+    for (name, tables), system in zip(assigned, systems, strict=True):
+        for router in ways:
+            runs = [_run(path, system, router, uniform) for path, *uniform in zip(paths, *draws, strict=True)]
+            named.append(tables[0].renamed(f"{name}, {router.name}"))
+            chosen.append(tuple(run.chosen for run in runs))
+            replica_runs.append(tuple(tuple(run.runs) for run in runs))
+            handed_over.append(tuple(run.handover for run in runs if run.handover is not None))
+            whole_runs.append([_together(len(path), run) for path, run in zip(paths, runs, strict=True)])
     whole = SimulationResult.collect(
         named,
         paths,
@@ -277,9 +370,50 @@ def simulate_cluster(
         engine=engine,
         workload=workload.name,
         server=_memory_of(pools),
-        replicas=servers,
+        replicas=[pools[k].server for k in pool_of] if alike else (),
     )
-    return ClusterResult(whole, pools, pool_of, tuple(replica_runs), tuple(chosen))
+    return ClusterResult(
+        whole,
+        pools,
+        tuple(tables for _, tables in assigned for _ in ways),
+        pool_of,
+        tuple(replica_runs),
+        tuple(chosen),
+        tuple(handed_over) if apart else (),
+    )
+
+
+class _Stage(NamedTuple):
+    """The replicas that requests are routed among at one instant, a subset of the cluster's.
+
+    `pools`: its pools, as indices of the cluster's; of each replica `member`, its index in the cluster, `pool_of`,
+    its place in `pools`, and its server and table.
+    """
+
+    pools: Integers
+    member: Integers
+    pool_of: Integers
+    servers: list[Server]
+    tables: list[PolicyTable]
+
+
+class _System(NamedTuple):
+    """A cluster under its tables: one stage, or prefill and decode, and how it is run."""
+
+    stages: list[_Stage]
+    transfer: tuple[float, float]  # latency, s; s per token
+    horizon: float | None
+    warmup: float
+    engine: str
+    check: bool
+
+
+class _Run(NamedTuple):
+    """Replica of each request at its arrival (-1: rejected), every replica's run, and what was handed over."""
+
+    chosen: Integers
+    runs: list[EngineRun]
+    handover: Handover | None
 
 
 # ------------------------------------------------------------------ what is given
@@ -299,6 +433,38 @@ def _unique(argument: str, given: Sequence[object], kind: type) -> list:  # type
     return items
 
 
+def _assigned(
+    policies: Assignment | Sequence[Assignment], pools: Sequence[Pool]
+) -> list[tuple[str, tuple[PolicyTable, ...]]]:
+    """Names of the policies, and the table of each pool."""
+    given = [policies] if isinstance(policies, (PolicyTable, Mapping)) else list(policies)
+    if not given:
+        raise InputError("policies", "none", "hold at least one PolicyTable")
+    names = [pool.name for pool in pools]
+    assigned: list[tuple[str, tuple[PolicyTable, ...]]] = []
+    for k, policy in enumerate(given):
+        if isinstance(policy, PolicyTable):
+            assigned.append((policy.name, (policy,) * len(pools)))
+        elif isinstance(policy, Mapping) and all(isinstance(t, PolicyTable) for t in policy.values()):
+            if set(policy) != set(names):
+                raise InputError(
+                    f"policies[{k}]",
+                    f"tables for {', '.join(map(repr, policy)) or 'no pool'}",
+                    f"have one for each of the pools {', '.join(map(repr, names))}",
+                )
+            tables = tuple(policy[name] for name in names)
+            assigned.append((" + ".join(dict.fromkeys(table.name for table in tables)), tables))
+        else:
+            raise InputError(
+                f"policies[{k}]", policy, "be a PolicyTable, or map pools' names to PolicyTables"
+            )
+        if assigned[-1][0] in [name for name, _ in assigned[:-1]]:
+            raise InputError(
+                f"policies[{k}].name", assigned[-1][0], "be unique in a run", "Use table.renamed(name)."
+            )
+    return assigned
+
+
 def _replicas(pools: Sequence[Pool]) -> Integers:
     """Pool of each replica."""
     for k, pool in enumerate(pools):
@@ -309,15 +475,79 @@ def _replicas(pools: Sequence[Pool]) -> Integers:
                 "be a whole number",
                 "Servers run or they do not: round.",
             )
-        if pool.stage != "whole":
-            raise InputError(f"pools[{k}].stage", pool.stage, "be 'whole': other stages are not simulated")
     counts = [int(pool.replicas) for pool in pools]
     if sum(counts) == 0:
         raise InputError("pools", "no replica", "have at least one replica in all")
+    stages = {pool.stage for pool in pools}
+    if "whole" in stages and len(stages) > 1:
+        raise InputError(
+            "pools",
+            f"stages {', '.join(sorted(stages))}",
+            "all be 'whole', or all 'prefill' or 'decode'",
+            "Simulate the two clusters apart, each with its share of the requests.",
+        )
+    running = {pool.stage for pool, count in zip(pools, counts, strict=True) if count}
+    if "whole" not in stages and running != {"prefill", "decode"}:
+        raise InputError(
+            "pools", f"replicas of stage {running.pop()!r} only", "have replicas that prefill and that decode"
+        )
     return np.repeat(np.arange(len(pools)), counts)
 
 
-def _check_split(router: Router, pools: Sequence[Pool], path: ArrivalPath) -> None:
+def _transfer(bandwidth: float | None, latency: float, apart: bool) -> tuple[float, float]:
+    """Latency, s, and seconds per token."""
+    latency = check_real("transfer_latency", latency, minimum=0.0)
+    if bandwidth is not None:
+        bandwidth = check_real("transfer_bandwidth", bandwidth, above=0.0, remedy="None is infinite.")
+    if not apart and (latency or bandwidth is not None):
+        raise InputError(
+            "transfer_latency" if latency else "transfer_bandwidth",
+            latency or bandwidth,
+            "be left out: pools that serve requests whole transfer nothing",
+            'Give pools the stages "prefill" and "decode".',
+        )
+    return latency, 0.0 if bandwidth is None else 1.0 / bandwidth
+
+
+def _stages(
+    pools: Sequence[Pool], pool_of: Integers, tables: Sequence[PolicyTable], apart: bool
+) -> list[_Stage]:
+    stages = []
+    for stage in ("prefill", "decode") if apart else ("whole",):
+        here = np.flatnonzero([pool.stage == stage for pool in pools])
+        member = np.flatnonzero(np.isin(pool_of, here))
+        place = np.searchsorted(here, pool_of[member])
+        stages.append(
+            _Stage(
+                here,
+                member,
+                place,
+                [pools[k].server for k in pool_of[member]],
+                [tables[k] for k in pool_of[member]],
+            )
+        )
+    return stages
+
+
+def _check_router(system: _System, router: Router) -> None:
+    """Refuse what the compiled router does not do."""
+    if system.engine != "kernel" or not router.looks:
+        return
+    for stage in system.stages:
+        slow = [table for table in stage.tables if table.kind == "nested-wait"]
+        mixed = [table for table in stage.tables if table is not stage.tables[0]]
+        if slow or mixed:
+            name = (slow or mixed)[0].name
+            raise InputError(
+                "engine",
+                system.engine,
+                f"be 'reference' for table {name!r} behind a router that looks at the replicas"
+                + ("" if slow else f" and beside table {stage.tables[0].name!r}"),
+                "Routers that do not look (round_robin, random, split) run it on the kernel.",
+            )
+
+
+def _check_split(router: Router, pools: Sequence[Pool], path: ArrivalPath, apart: bool) -> None:
     if router.routed_rate is None:
         return
     shape = (len(router.routed_rate), len(router.routed_rate[0]))
@@ -327,107 +557,221 @@ def _check_split(router: Router, pools: Sequence[Pool], path: ArrivalPath) -> No
         raise InputError(
             place, f"shape {shape}", f"have {len(pools)} rows (pools) and {types} columns (types)"
         )
-    totals = np.sum(router.routed_rate, axis=0)
     for k, pool in enumerate(pools):
         if pool.replicas == 0 and any(router.routed_rate[k]):
             raise InputError(place, f"a rate to pool {pool.name!r}", "be zero where a pool has no replica")
-    for j in np.flatnonzero(totals == 0.0):
-        if path.type is None or (path.type == j).any():
-            name = path.type_names[j] if path.type_names else "*"
-            raise InputError(place, f"no rate for type {name!r}", "send every type that arrives somewhere")
+    for stage in ("prefill", "decode") if apart else ("whole",):
+        totals = np.sum(
+            [r for r, pool in zip(router.routed_rate, pools, strict=True) if pool.stage == stage], 0
+        )
+        arrives = np.ones(len(path), dtype=bool) if stage != "decode" else path.output_tokens > 1
+        for j in np.flatnonzero(totals == 0.0):
+            if (arrives if path.type is None else (path.type == j) & arrives).any():
+                name = path.type_names[j] if path.type_names else "*"
+                raise InputError(
+                    place, f"no rate for type {name!r}", "send every type that arrives somewhere"
+                )
+
+
+def _check_tables(system: _System, path: ArrivalPath) -> None:
+    """What `check_run` asks of every pool, on what it sees of the path."""
+    parts = [path] if len(system.stages) == 1 else [_prefills(path), _decodes(path, path.output_tokens > 1)]
+    for number, (stage, part) in enumerate(zip(system.stages, parts, strict=True)):
+        for server, table in {
+            (id(s), id(t)): (s, t) for s, t in zip(stage.servers, stage.tables, strict=True)
+        }.values():
+            check_run(part, server, table, system.horizon)
+            if number == 1:
+                check_handed_over(part, table)
 
 
 def _memory_of(pools: Sequence[Pool]) -> Server:
+    """A stand-in with the memory of all replicas, and no time of its own."""
     capacity = sum(int(pool.replicas) * pool.server.kv_capacity for pool in pools if pool.replicas)
     name = " + ".join(f"{pool.replicas:g} × {pool.name}" for pool in pools)
-    return Server(capacity, pools[0].server.iteration_time, name=name)
+    return Server(capacity, IterationTime.function(_no_time), name=name)
 
 
-def _fits(path: ArrivalPath, servers: Sequence[Server], table: PolicyTable) -> NDArray[np.bool_]:
-    """Rule 2: which replicas are able, shape (N, P)."""
-    of_server = {id(server): ~never_fits(path, server, table) for server in servers}
-    return np.stack([of_server[id(server)] for server in servers], axis=1)
+def _no_time(batch: object) -> float:
+    return 1.0  # an iteration time has to be positive; a function has no pieces that measures would look at
 
 
-def _refuse_oversize(path: ArrivalPath, fits: NDArray[np.bool_], table: PolicyTable) -> None:
-    nowhere = np.flatnonzero(~fits.any(axis=1))
+def _fits(path: ArrivalPath, stage: _Stage) -> NDArray[np.bool_]:
+    """Rule 2: which replicas of a stage are able, shape (N, P)."""
+    pairs = list(zip(stage.servers, stage.tables, strict=True))
+    known = {(id(server), id(table)): ~never_fits(path, server, table) for server, table in pairs}
+    return np.stack([known[id(server), id(table)] for server, table in pairs], axis=1)
+
+
+def _able(path: ArrivalPath, system: _System) -> NDArray[np.bool_]:
+    """Rules 2 and 0: which replicas of the first stage a request can go to that can be served to its end, (N, P)."""
+    if len(system.stages) == 1:
+        return _fits(path, system.stages[0])
+    decodes = path.output_tokens > 1
+    to_its_end = ~decodes
+    to_its_end[decodes] = _fits(_decodes(path, decodes), system.stages[1]).any(axis=1)
+    return _fits(_prefills(path), system.stages[0]) & to_its_end[:, None]
+
+
+def _refuse_oversize(path: ArrivalPath, system: _System) -> None:
+    nowhere = np.flatnonzero(~_able(path, system).any(axis=1))
     if nowhere.size:
         i = int(nowhere[0])
+        tables = dict.fromkeys(table.name for stage in system.stages for table in stage.tables)
         raise InputError(
             f"request {i}",
             f"{int(path.prompt_tokens[i]):,} prompt and {int(path.output_tokens[i]):,} output tokens",
-            f"fit alone into a replica of some pool under table {table.name!r}",
+            f"fit alone into a replica of some pool{' of each stage' if len(system.stages) > 1 else ''} under "
+            f"table {' and '.join(map(repr, tables))}",
             'Use larger servers, or oversize="reject" to turn such requests away.',
         )
 
 
-def _chances(paths: Sequence[ArrivalPath], seed: Seed) -> list[NDArray[np.float64]]:
-    """Rule 9: two uniform numbers per request, (N, 2) for each replication."""
+def _chances(paths: Sequence[ArrivalPath], seed: Seed, stage: int) -> list[NDArray[np.float64]]:
+    """Rules 9 and 0: two uniform numbers per request, (N, 2) for each replication."""
     root = seed_sequence(seed)
     return [
         np.random.default_rng(
-            np.random.SeedSequence(root.entropy, spawn_key=(*root.spawn_key, r, 1), pool_size=root.pool_size)
+            np.random.SeedSequence(
+                root.entropy, spawn_key=(*root.spawn_key, r, stage), pool_size=root.pool_size
+            )
         ).random((len(path), 2))
         for r, path in enumerate(paths)
     ]
 
 
+def _prefills(path: ArrivalPath) -> ArrivalPath:
+    """What prefill replicas see of a path: outputs of one token."""
+    one = np.ones_like(path.output_tokens)
+    return dataclasses.replace(
+        path,
+        output_tokens=one,
+        predicted_output_tokens=None if path.predicted_output_tokens is None else one,
+        predicted_output_minimum=None if path.predicted_output_minimum is None else one,
+    )
+
+
+def _decodes(path: ArrivalPath, index: NDArray[Any]) -> ArrivalPath:
+    """What decode replicas see of the requests at `index`, but for the time: they have no prefix cache."""
+    return dataclasses.replace(path.selected(index), cached_prompt_tokens=None, horizon=None)
+
+
 # ------------------------------------------------------------------ routing
 
 
-def _run(
+def _run(path: ArrivalPath, system: _System, router: Router, uniform: Sequence[NDArray[np.float64]]) -> _Run:
+    """One run of the cluster."""
+    first = system.stages[0]
+    if len(system.stages) == 1:
+        chosen, runs = _run_stage(path, system, 0, router, _able(path, system), uniform[0])
+        return _Run(chosen, runs, None)
+    prefills = _prefills(path)
+    local, runs = _run_stage(prefills, system, 0, router, _able(path, system), uniform[0])
+    chosen = np.where(local >= 0, first.member[local], -1)
+    chosen.flags.writeable = False
+    ended = np.full(len(path), np.nan)
+    for p, run in enumerate(runs):
+        ended[local == p] = run.finish_s
+    latency, per_token = system.transfer
+    ready = ended + (latency + per_token * path.prompt_tokens)
+    over = np.flatnonzero(~np.isnan(ready) & (path.output_tokens > 1))
+    over = over[np.argsort(ready[over], kind="stable")]
+    # ascending indices are what `selected` asks for; here it is the order of arrival at the decode stage
+    decodes = dataclasses.replace(_decodes(path, np.arange(len(path))), arrival_s=np.zeros(len(path)))
+    decodes = dataclasses.replace(decodes.selected(over), arrival_s=ready[over])
+    second = system.stages[1]
+    place, more = _run_stage(
+        decodes, system, 1, router, _fits(decodes, second), uniform[1][over], first_token_s=ended[over]
+    )
+    admitted = np.full(len(over), np.nan)
+    for p, run in enumerate(more):
+        admitted[place == p] = run.admitted_s
+    handover = Handover(over, second.member[place], decodes, ended[over], admitted)
+    for array in (handover.request, handover.replica, handover.first_token_s, handover.admitted_s):
+        array.flags.writeable = False
+    every: list[Any] = [None] * (len(runs) + len(more))
+    for stage, part in ((first, runs), (second, more)):
+        for p, run in zip(stage.member.tolist(), part, strict=True):
+            every[p] = run
+    return _Run(chosen, every, handover)
+
+
+def _run_stage(
     path: ArrivalPath,
-    servers: Sequence[Server],
-    pool_of: Integers,
-    table: PolicyTable,
+    system: _System,
+    number: int,
     router: Router,
+    fits: NDArray[np.bool_],
     uniform: NDArray[np.float64],
-    horizon: float | None,
-    warmup: float,
-    engine: str,
-    check: bool,
+    first_token_s: NDArray[np.float64] | None = None,
 ) -> tuple[Integers, list[EngineRun]]:
-    """One run of the cluster: the replica of each request, and each replica's run on its requests."""
-    fits = _fits(path, servers, table)
+    """The replica of each request, counted within the stage, and each replica's run on its requests."""
+    stage, horizon = system.stages[number], system.horizon
     if not router.looks:
-        chosen = blind_choice(router, path, fits, pool_of, uniform)
-    elif engine == "reference":
-        chosen = observant_choice(router, path, servers, table, fits, uniform, horizon)
+        rates = None if router.routed_rate is None else np.asarray(router.routed_rate)[stage.pools]
+        chosen = blind_choice(router, path, fits, stage.pool_of, uniform, rates)
+    elif system.engine == "reference":
+        chosen = observant_choice(router, path, stage, fits, uniform, horizon, first_token_s)
     else:
         from fluidsched.simulation.kernel import choose_replicas
 
         chosen = choose_replicas(
-            path, servers, table, horizon=horizon, rule=RULES.index(router.rule), fits=fits, draws=uniform
+            path,
+            stage.servers,
+            stage.tables[0],
+            horizon=horizon,
+            rule=RULES.index(router.rule),
+            fits=fits,
+            draws=uniform,
+            first_token_s=first_token_s,
         )
     chosen.flags.writeable = False
     run_engine = run_reference
-    if engine == "kernel":
+    if system.engine == "kernel":
         from fluidsched.simulation.kernel import run_kernel as run_engine  # type: ignore[assignment]
-    parts = [path.selected(chosen == p) for p in range(len(servers))]
-    runs = [
-        run_engine(part, server, table, horizon=horizon, warmup=warmup, occupancy_points=OCCUPANCY_POINTS)
-        for part, server in zip(parts, servers, strict=True)
-    ]
-    if check:
-        for part, server, run in zip(parts, servers, runs, strict=True):
-            check_laws(part, server, run, warmup=warmup, lossless=table.preemption != "restart")
+    runs = []
+    for p, (server, table) in enumerate(zip(stage.servers, stage.tables, strict=True)):
+        mine = chosen == p
+        part = path.selected(mine)
+        run = run_engine(
+            part,
+            server,
+            table,
+            horizon=horizon,
+            warmup=system.warmup,
+            occupancy_points=OCCUPANCY_POINTS,
+            first_token_s=None if first_token_s is None else first_token_s[mine],
+        )
+        if system.check:
+            check_laws(
+                part,
+                server,
+                run,
+                warmup=system.warmup,
+                lossless=table.preemption != "restart",
+                handed_over=first_token_s is not None,
+            )
+        runs.append(run)
     return chosen, runs
 
 
 def observant_choice(
     router: Router,
     path: ArrivalPath,
-    servers: Sequence[Server],
-    table: PolicyTable,
+    stage: _Stage,
     fits: NDArray[np.bool_],
     uniform: NDArray[np.float64],
     horizon: float | None,
+    first_token_s: NDArray[np.float64] | None,
 ) -> Integers:
     """Rules 4 to 6, the definition: replicas of the reference engine step from arrival to arrival.
 
     Returns the replica of each request, -1 where none is able.
     """
-    engines = [Engine(path, server, table, horizon=horizon) for server in servers]
+    engines = [
+        Engine(path, server, table, horizon=horizon, first_token_s=first_token_s)
+        for server, table in zip(stage.servers, stage.tables, strict=True)
+    ]
     chosen = np.full(len(path), -1, dtype=np.int64)
     for i, arrival in enumerate(path.arrival_s.tolist()):
         able = np.flatnonzero(fits[i])
@@ -458,8 +802,12 @@ def blind_choice(
     fits: NDArray[np.bool_],
     pool_of: Integers,
     uniform: NDArray[np.float64],
+    rates: NDArray[np.float64] | None,
 ) -> Integers:
-    """Rules 3, 7 and 8: the replica of each request, -1 where none is able, for routers that do not look."""
+    """Rules 3, 7 and 8: the replica of each request, -1 where none is able, for routers that do not look.
+
+    `rates` (K, J): what a split sends to the pools.
+    """
     count = len(path)
     if router.rule == "random":
         number = (uniform[:, 0] * fits.sum(axis=1)).astype(np.int64)
@@ -471,7 +819,8 @@ def blind_choice(
         pools = int(pool_of[-1]) + 1
         able = np.zeros((count, pools), dtype=np.bool_)
         able[:, pool_of] = fits
-        pool = _split(router, path, able)
+        assert rates is not None
+        pool = _split(rates, path, able)
         chosen = np.full(count, -1)
         for k in range(pools):
             mine = np.flatnonzero(pool == k)
@@ -496,9 +845,9 @@ def _in_turn(fits: NDArray[np.bool_]) -> Integers:
     return chosen
 
 
-def _split(router: Router, path: ArrivalPath, able: NDArray[np.bool_]) -> Integers:
+def _split(rates: NDArray[np.float64], path: ArrivalPath, able: NDArray[np.bool_]) -> Integers:
     """Rule 8: the pool of each request, -1 where none is able; `able` (N, K)."""
-    rates = np.asarray(router.routed_rate)[: able.shape[1]]
+    rates = rates[: able.shape[1]]
     types = np.zeros(len(path), dtype=np.int64) if path.type is None else path.type
     shares = rates.T[types] * able
     nothing = shares.sum(axis=1) == 0.0
@@ -525,8 +874,9 @@ _SUMS = tuple(
 )
 
 
-def _together(count: int, chosen: Integers, runs: Sequence[EngineRun]) -> EngineRun:
+def _together(count: int, cluster: _Run) -> EngineRun:
     """Rule 10."""
+    chosen, runs, handover = cluster
     records: dict[str, NDArray[Any]] = {}
     for name in _PER_REQUEST:
         example = getattr(runs[0], name)
@@ -535,7 +885,11 @@ def _together(count: int, chosen: Integers, runs: Sequence[EngineRun]) -> Engine
         )
         records[name] = np.full(count, fill, dtype=example.dtype)
         for p, run in enumerate(runs):
-            records[name][chosen == p] = getattr(run, name)
+            mine = chosen == p
+            if mine.any():
+                records[name][mine] = getattr(run, name)
+    if handover is not None:
+        _hand_over(records, runs, handover)
     verdicts = {run.verdict for run in runs}
     verdict: Verdict = "finished"
     if verdicts - {"finished"}:
@@ -552,6 +906,15 @@ def _together(count: int, chosen: Integers, runs: Sequence[EngineRun]) -> Engine
         gap_counts=np.sum([run.gap_counts for run in runs], axis=0),
         occupancy=_occupancy([run.occupancy for run in runs if run.occupancy is not None]),
     )
+
+
+def _hand_over(records: dict[str, NDArray[Any]], runs: Sequence[EngineRun], handover: Handover) -> None:
+    """Rule 10: what the decode replicas know of the requests that went there."""
+    for p in np.unique(handover.replica).tolist():
+        there = handover.request[handover.replica == p]
+        records["preemptions"][there] += runs[p].preemptions
+        for name in ("first_token_s", "finish_s", "status"):
+            records[name][there] = getattr(runs[p], name)
 
 
 def _occupancy(series: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -258,7 +258,7 @@ def _record_type(integers: str, reals: str = "") -> np.dtype[np.void]:
 #: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, and the measured window.
 RULES = _record_type(
     "capacity admission block slots budget chunk reserve interval block_iterations whole_prompt decodes_first"
-    " whole_prompts prompts_alone static swap gated restart gap_shift gap_first gap_last",
+    " whole_prompts prompts_alone static swap gated restart handed gap_shift gap_first gap_last",
     "horizon warmup swap_bandwidth",
 )
 
@@ -717,7 +717,7 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
         rows[row].head += 1
         s.waiting -= 1
         since = run.arrival[request]
-        produced = 0
+        produced = rules.handed
         run.admitted[request] = now
     waited = now - max(since, rules.warmup)
     if waited > 0.0:
@@ -938,14 +938,14 @@ _NOBODY_MAY, _NO_ROOM_IN_BATCH, _NO_MEMORY = range(3)
 
 
 @_part
-def _bring_back(run: Run, slot: int) -> None:
-    """Rule 9a: the KV of the resident just admitted comes back from the host."""
+def _bring_back(run: Run, slot: int, stored: int, from_host: bool) -> None:
+    """Rules 9a and 6a: the KV of the resident just admitted comes from the host, or from another machine."""
     s, slots, returned = run.state[0], run.slots, run.returned
     request = slots[slot].request
-    stored = returned[request].stored
-    returned[request].stored = 0
-    s.stored -= stored
-    s.moved += stored
+    if from_host:
+        returned[request].stored = 0
+        s.stored -= stored
+        s.moved += stored
     s.cached -= slots[slot].done  # what it holds comes from the host
     produced = slots[slot].resumed
     if produced == 0:
@@ -983,8 +983,12 @@ def _admission(rare: bool) -> Callable[[Run, int, int, float], int]:
                 target = run.prompt[request]
             holds = _cached(run, request)  # as soon as it enters
             stored = 0
-            if rare and row == NOBODY:
-                stored = returned[request].stored
+            if rare:
+                if row == NOBODY:
+                    stored = returned[request].stored
+                elif rules.handed:
+                    stored = run.prompt[request]
+                    target += 1
                 if stored > 0:
                     holds = stored
             limit = rules.admission if s.residents > 0 else rules.capacity
@@ -1003,7 +1007,7 @@ def _admission(rare: bool) -> Callable[[Run, int, int, float], int]:
             used += _units(rules, holds + chunk)
             budget -= chunk
             if rare and stored > 0:
-                _bring_back(run, slot)
+                _bring_back(run, slot, stored, row == NOBODY)
             if row != NOBODY:
                 rows[row].quota -= 1
                 if rules.gated:
@@ -1906,50 +1910,69 @@ def _seen(runs: Run, count: int, p: int, instant: float, rule: int) -> int:
     return held + s.queued
 
 
-@_loop
-def route(
-    runs: Run, phase: Ints, layout: Records, blocks: bool, rule: int, fits: Ints, draws: Floats, chosen: Ints
-) -> None:
-    """Choose a replica for every request, in order of arrival; rules of `fluidsched.simulation.cluster`.
+def _routing(rare: bool) -> Callable[[Run, Ints, Records, bool, int, Ints, Floats, Ints], None]:
+    """The router, over replicas of the loop with or without what few runs need."""
+    advance = continuous_rare if rare else continuous
 
-    `fits` (N, P): whether the replica's server can hold the request at all; `draws` (N, 2): uniform numbers;
-    `blocks`: the table's kind is `wait`. Fills `chosen` (N,), `NOBODY` where the request fits nowhere.
-    """
-    count = layout.size
-    rows = runs.rows.size // count
-    places = runs.order.size // count
-    for i in range(runs.arrival.size):
-        now = runs.arrival[i]
-        able = 0
-        for p in range(count):
-            able += fits[i, p]
-        first, second = 0, count
-        if rule == TWO_CHOICES and able > 1:
-            first = int(draws[i, 0] * able)
-            second = int(draws[i, 1] * (able - 1))
-            second += second >= first
-        best, least, place = NOBODY, 0, -1
-        for p in range(count):
-            place += fits[i, p]
-            if fits[i, p] == 0 or (rule == TWO_CHOICES and able > 1 and place != first and place != second):
-                continue
-            if runs.state[p].now < now:
-                runs.state[p].until = min(now, runs.rules[p].horizon)
-                if blocks:
-                    wait(_replica(runs, phase, layout, p))
-                else:
-                    continuous(_replica(runs, phase, layout, p))
-            seen = _seen(runs, count, p, now, rule)
-            if rule == LEAST_KV and runs.state[p].now <= now:
-                slots = runs.slots[layout[p].first_slot : layout[p].last_slot]
-                for k in range(runs.state[p].partials):
-                    seen += slots[slots[k].partial].done
-            if best == NOBODY or seen < least:
-                best, least = p, seen
-        chosen[i] = best
-        if best != NOBODY:
-            row = best * rows + runs.row[i]
-            runs.order[best * places + runs.rows[row].tail] = i
-            runs.rows[row].tail += 1
-            runs.state[best].waiting += 1
-            runs.state[best].queued += runs.prompt[i]
+    @_loop
+    def route(
+        runs: Run,
+        phase: Ints,
+        layout: Records,
+        blocks: bool,
+        rule: int,
+        fits: Ints,
+        draws: Floats,
+        chosen: Ints,
+    ) -> None:
+        """Choose a replica for every request, in order of arrival; rules of `fluidsched.simulation.cluster`.
+
+        `fits` (N, P): whether the replica's server can hold the request at all; `draws` (N, 2): uniform numbers;
+        `blocks`: the table's kind is `wait`. Fills `chosen` (N,), `NOBODY` where the request fits nowhere.
+        """
+        count = layout.size
+        rows = runs.rows.size // count
+        places = runs.order.size // count
+        for i in range(runs.arrival.size):
+            now = runs.arrival[i]
+            able = 0
+            for p in range(count):
+                able += fits[i, p]
+            first, second = 0, count
+            if rule == TWO_CHOICES and able > 1:
+                first = int(draws[i, 0] * able)
+                second = int(draws[i, 1] * (able - 1))
+                second += second >= first
+            best, least, place = NOBODY, 0, -1
+            for p in range(count):
+                place += fits[i, p]
+                if fits[i, p] == 0 or (
+                    rule == TWO_CHOICES and able > 1 and place != first and place != second
+                ):
+                    continue
+                if runs.state[p].now < now:
+                    runs.state[p].until = min(now, runs.rules[p].horizon)
+                    if blocks:
+                        wait(_replica(runs, phase, layout, p))
+                    else:
+                        advance(_replica(runs, phase, layout, p))
+                seen = _seen(runs, count, p, now, rule)
+                if rule == LEAST_KV and runs.state[p].now <= now:
+                    slots = runs.slots[layout[p].first_slot : layout[p].last_slot]
+                    for k in range(runs.state[p].partials):
+                        seen += slots[slots[k].partial].done
+                if best == NOBODY or seen < least:
+                    best, least = p, seen
+            chosen[i] = best
+            if best != NOBODY:
+                row = best * rows + runs.row[i]
+                runs.order[best * places + runs.rows[row].tail] = i
+                runs.rows[row].tail += 1
+                runs.state[best].waiting += 1
+                runs.state[best].queued += runs.prompt[i] + runs.rules[best].handed
+
+    return route
+
+
+route = _routing(rare=False)
+route_rare = _routing(rare=True)

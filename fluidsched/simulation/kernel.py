@@ -25,6 +25,7 @@ from fluidsched.server import Server
 from fluidsched.simulation import compiled, histogram
 from fluidsched.simulation.limits import (
     UNLIMITED,
+    check_handed_over,
     check_kernel,
     check_run,
     effective_limits,
@@ -48,6 +49,7 @@ def run_kernel(
     horizon: float | None,
     warmup: float = 0.0,
     occupancy_points: int = 0,
+    first_token_s: NDArray[np.float64] | None = None,
 ) -> EngineRun:
     """Run one table on one path, from event to event.
 
@@ -65,6 +67,8 @@ def run_kernel(
         Start of the measured window, s.
     occupancy_points : int
         Points of the occupancy series; 0: none.
+    first_token_s : (N,) float array, optional
+        When each request emitted token 1 elsewhere, s: all requests are handed over, with the KV of their prompt.
 
     Returns
     -------
@@ -95,9 +99,17 @@ def run_kernel(
 
     rejected = never_fits(path, server, table)
     joins = np.flatnonzero(~rejected) if rejected.any() else slice(None)
-    run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points)
-    _loop_of(table)(run)
+    if first_token_s is not None:
+        check_handed_over(path, table)
+        first_token_s = first_token_s[joins]
+    run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points, first_token_s)
+    _loop_of(table, first_token_s)(run)
     return _engine_run(run, table, rejected, joins, points)
+
+
+def _is_rare(table: PolicyTable, first_token_s: NDArray[np.float64] | None) -> bool:
+    """Whether a run needs what is compiled apart."""
+    return table.kind == "vllm_v0" or table.preemption == "swap" or first_token_s is not None
 
 
 def run_many(
@@ -146,6 +158,7 @@ def choose_replicas(
     rule: int,
     fits: NDArray[np.bool_],
     draws: NDArray[np.float64],
+    first_token_s: NDArray[np.float64] | None = None,
 ) -> NDArray[np.int64]:
     """Follow a router that looks at the replicas: stop each at the arrivals it may be chosen for.
 
@@ -156,7 +169,7 @@ def choose_replicas(
     servers : sequence of Server
         P replicas, each with affine pieces and checked by `limits.check_run`.
     table : PolicyTable
-        The rule all replicas follow, one of those that `compiled.continuous` and `compiled.wait` run.
+        The rule all replicas follow, any but "nested-wait".
     horizon : float or None
         End of the run, s.
     rule : int
@@ -165,6 +178,8 @@ def choose_replicas(
         Which requests each replica could ever serve.
     draws : (N, 2) float array
         Uniform numbers of two choices.
+    first_token_s : (N,) float array, optional
+        Of requests that are handed over; see `run_kernel`.
 
     Returns
     -------
@@ -178,7 +193,9 @@ def choose_replicas(
     for server in servers:
         if id(server) not in parts:
             coefficients = server.iteration_time.require_coefficients("the kernel")
-            parts[id(server)] = _prepare(path, classes, slice(None), server, table, coefficients, end, 0.0, 0)
+            parts[id(server)] = _prepare(
+                path, classes, slice(None), server, table, coefficients, end, 0.0, 0, first_token_s
+            )
     runs = [parts[id(server)] for server in servers]
     pieces = max(len(run.coefficients) for run in runs)
 
@@ -211,20 +228,23 @@ def choose_replicas(
     layout["block"] = [run.calendars.phase.shape[1] for run in runs]
     phase = np.concatenate([run.calendars.phase.ravel() for run in runs])
     chosen = np.empty(len(path), dtype=np.int64)
-    compiled.route(stacked, phase, layout, table.kind == "wait", rule, fits.astype(np.int64), draws, chosen)
+    route = compiled.route_rare if _is_rare(table, first_token_s) else compiled.route
+    route(stacked, phase, layout, table.kind == "wait", rule, fits.astype(np.int64), draws, chosen)
     return chosen
 
 
 # ------------------------------------------------------------------ flat arrays for the loops, and back
 
 
-def _loop_of(table: PolicyTable) -> Callable[[compiled.Run], None]:
+def _loop_of(
+    table: PolicyTable, first_token_s: NDArray[np.float64] | None = None
+) -> Callable[[compiled.Run], None]:
     """The compiled loop that follows the table."""
     if table.kind == "wait":
         return compiled.wait
     if table.kind == "nested-wait":
         return compiled.nested
-    if table.kind == "vllm_v0" or table.preemption == "swap":
+    if _is_rare(table, first_token_s):
         return compiled.continuous_rare
     return compiled.continuous
 
@@ -243,6 +263,7 @@ def _prepare(
     horizon: float,
     warmup: float,
     points: int,
+    first_token_s: NDArray[np.float64] | None = None,
 ) -> compiled.Run:
     """Everything a loop reads and writes, empty system; the loops allocate nothing."""
     rules = _rules(server, table)
@@ -269,6 +290,11 @@ def _prepare(
         size = min(size, int(rules["capacity"][0]))
     slots = np.zeros(max(size, 1), dtype=compiled.SLOT)
     slots["newer"] = np.arange(1, len(slots) + 1)
+    returned = np.zeros(count, dtype=compiled.RETURNED)
+    first_token = np.full(count, np.nan)
+    if first_token_s is not None:
+        rules["handed"] = 1
+        returned["served"] = first_token[:] = first_token_s
     return compiled.Run(
         rules=rules,
         state=_initial_state(path, points, horizon),
@@ -290,9 +316,9 @@ def _prepare(
             bits=np.zeros(len(groups) * days // 64, dtype=np.int64),
             phase=np.zeros((len(groups), int(rules["block"][0])), dtype=np.int64),
         ),
-        returned=np.zeros(count, dtype=compiled.RETURNED),
+        returned=returned,
         admitted=np.full(count, np.nan),
-        first_token=np.full(count, np.nan),
+        first_token=first_token,
         finish=np.full(count, np.nan),
         preemptions=np.zeros(count, dtype=np.int64),
         gaps=np.zeros(histogram.BUCKETS, dtype=np.int64),

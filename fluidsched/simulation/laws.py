@@ -50,7 +50,13 @@ def _close(first: float, second: float, scale: float) -> bool:
 
 
 def check_laws(
-    path: ArrivalPath, server: Server, run: EngineRun, *, warmup: float, lossless: bool = True
+    path: ArrivalPath,
+    server: Server,
+    run: EngineRun,
+    *,
+    warmup: float,
+    lossless: bool = True,
+    handed_over: bool = False,
 ) -> None:
     """Verify the laws that a run's own records can show.
 
@@ -62,6 +68,8 @@ def check_laws(
         Start of its window, s.
     lossless : bool
         Whether no token is ever lost: false where preemption restarts.
+    handed_over : bool
+        Whether requests came with their first token and the KV of their prompt, computed elsewhere.
 
     Raises
     ------
@@ -77,7 +85,10 @@ def check_laws(
     if run.verdict == "finished":
         _hold("a finished run leaves nobody", (finished | rejected).all(), repr(run))
     _hold("arrival ≤ admission", not (admitted < arrival).any(), "an earlier admission")
-    _hold("admission < first token", (admitted[started] < first[started]).all(), "an earlier first token")
+    if handed_over and lossless:
+        _hold("the first token came before", (first <= arrival).all(), "a later first token")
+    elif not handed_over:
+        _hold("admission < first token", (admitted[started] < first[started]).all(), "an earlier first token")
     _hold("first token ≤ finish", not (finish < first).any(), "an earlier finish")
     single = (path.output_tokens == 1)[finished]
     _hold(
@@ -91,10 +102,12 @@ def check_laws(
     processed = int((path.prompt_tokens + path.output_tokens - 1)[finished].sum())
     accounted = processed + run.wasted_tokens + run.kv_end + run.stored_end
     found = run.batch_token_sum + run.cached_tokens
+    if handed_over:
+        found += int(path.prompt_tokens[~np.isnan(admitted)].sum())
     _hold("tokens are conserved", found == accounted, f"{found:,} and {accounted:,}")
     if lossless:
         gaps = int(run.gap_counts.sum())
-        continued = run.emitted_tokens - int(np.count_nonzero(first > warmup))
+        continued = run.emitted_tokens - (0 if handed_over else int(np.count_nonzero(first > warmup)))
         _hold("every token but the first ends a gap", gaps == continued, f"{gaps:,} and {continued:,}")
     if lossless and run.verdict == "finished" and warmup == 0.0:
         decoding = float((finish - first)[finished].sum())
@@ -154,13 +167,21 @@ class Audit:
     """Independent accounts of a reference run: give `observe` as `on_iteration`, then call `check`."""
 
     def __init__(
-        self, path: ArrivalPath, server: Server, table: PolicyTable, *, horizon: float | None, warmup: float
+        self,
+        path: ArrivalPath,
+        server: Server,
+        table: PolicyTable,
+        *,
+        horizon: float | None,
+        warmup: float,
+        handed_over: bool = False,
     ):
         self.limits = effective_limits(server, table)
         self.horizon = math.inf if horizon is None else horizon
         self.warmup = warmup
         self.held: dict[int, int] = {}
-        self.stored: dict[int, int] | None = {} if table.preemption == "swap" else None
+        self.swaps = table.preemption == "swap"
+        self.stored = dict(enumerate(path.prompt_tokens.tolist())) if handed_over else {}
         self.kv_s = dict.fromkeys(range(len(path)), 0.0)
         self.last_s = 0.0
         self.final_kv = (path.prompt_tokens + path.output_tokens - 1).tolist()
@@ -174,10 +195,10 @@ class Audit:
             times_in = (i in self.held) + batch.admitted.count(i) - batch.preempted.count(i)
             _hold("admissions and preemptions alternate", times_in in (0, 1), repr(batch))
             held = self.held.pop(i, 0)
-            if self.stored is not None and i in batch.preempted:
+            if self.swaps and i in batch.preempted:
                 self.stored[i] = held
             if times_in:
-                self.held[i] = (self.stored or {}).pop(i, self.cached[i])
+                self.held[i] = self.stored.pop(i, self.cached[i])
         before = dict(self.held)
         for i, chunk in batch.prefill:
             self.held[i] += chunk

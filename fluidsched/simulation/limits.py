@@ -30,6 +30,7 @@ __all__ = [
     "UNLIMITED",
     "Limits",
     "beliefs",
+    "check_handed_over",
     "check_run",
     "effective_limits",
     "never_fits",
@@ -225,6 +226,24 @@ def remark_on_memory(server: Server, table: PolicyTable) -> None:
             f"{made_for:,.0f}",
             server.name,
             f"{server.kv_capacity:,.0f}",
+        )
+
+
+def check_handed_over(path: ArrivalPath, table: PolicyTable) -> None:
+    """Refuse what requests that come with their prompt's KV (rule 6a of the reference) cannot go with.
+
+    Tables whose rule does not know how to take KV in; requests of one output token, which have it already.
+    """
+    if table.kind not in SWAPPING:
+        raise InputError(
+            f"table {table.name!r}: kind",
+            table.kind,
+            f"be one of {', '.join(SWAPPING)}, the rules that decode what another machine has prefilled",
+        )
+    done = np.flatnonzero(path.output_tokens == 1)
+    if done.size:
+        raise InputError(
+            f"request {int(done[0])}", "1 output token", "have more: it was finished where it was prefilled"
         )
 
 

@@ -316,7 +316,8 @@ def alone_s(path: ArrivalPath, servers: Sequence[Server]) -> FloatArray | None:
     """Least time of every request alone on the quickest of the servers, s, (N,); None if one has no pieces."""
     if any(server.iteration_time.coefficients is None for server in servers):
         return None
-    times = [times_alone(path.prompt_tokens, path.output_tokens, server)[1] for server in servers]
+    lengths = path.prompt_tokens, path.output_tokens
+    times = [times_alone(*lengths, server, path.cached_prompt_tokens)[1] for server in servers]
     fastest: FloatArray = np.min(times, axis=0) if len(times) > 1 else times[0]
     return fastest
 

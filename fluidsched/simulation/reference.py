@@ -33,6 +33,11 @@ Requests
      computed after the iteration (p + k - 1 in iteration k); q_pf = Σ chunk·(computed before + chunk/2).
   6. Residents are ordered by (latest) admission, in the order in which one decision admits them.
 
+  6a. Requests that are *handed over* (`first_token_s` given, as decode machines of a cluster get them) come with
+     the KV of their prompt, computed elsewhere, and with token 1, emitted there: they wait with produced = 1, enter
+     as rule 9a says of their prompt's tokens, but without any time for moving, and decode at once. Once preempted
+     they are like all others, and recompute.
+
 Memory
   7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed + n)
      for it at once; other residents keep units(computed).
@@ -177,6 +182,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
 from fluidsched.errors import SimulationError
@@ -187,6 +193,7 @@ from fluidsched.simulation.histogram import BUCKETS, bucket
 from fluidsched.simulation.limits import (
     UNLIMITED,
     beliefs,
+    check_handed_over,
     check_run,
     effective_limits,
     never_fits,
@@ -206,11 +213,12 @@ Observer = Callable[[IterationSummary], Any]
 class _Request:
     """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23;
     `position`: see rule 27; `token_s`: when it emitted its latest token;
-    `stored`: its KV tokens in the host's memory; `cached`: those of its prompt in the prefix cache."""
+    `stored`: its KV tokens in the host's memory; `handed`: these came from another machine (rule 6a); `cached`:
+    those of its prompt in the prefix cache."""
 
     __slots__ = (
-        "admitted_s", "arrival_s", "believed", "cached", "computed", "finish_s", "first_token_s", "index", "key",
-        "output", "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "stored",
+        "admitted_s", "arrival_s", "believed", "cached", "computed", "finish_s", "first_token_s", "handed", "index",
+        "key", "output", "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "stored",
         "target", "token_s", "waiting_since",
     )  # fmt: skip
 
@@ -233,6 +241,7 @@ class _Request:
         self.cached = cached
         self.computed = self.produced = self.target = self.scheduled = self.preemptions = self.position = 0
         self.stored = 0
+        self.handed = False
         self.admitted_s = self.first_token_s = self.finish_s = self.token_s = math.nan
 
 
@@ -335,11 +344,14 @@ class _System:
         self.admitted.append(request)
 
     def _bring_back(self, request: _Request) -> None:
-        """Rule 9a: the KV of a request comes back from the host."""
+        """Rules 9a and 6a: the KV of a request comes back from the host, or from where it was computed."""
         request.target = request.prompt
         request.computed, request.stored = request.stored, 0
         self.used += self.limits.units(request.computed)
         self.held += request.computed
+        if request.handed:
+            request.handed = False
+            return
         self.stored -= request.computed
         self.moved += request.computed
 
@@ -702,6 +714,7 @@ def run_reference(
     warmup: float = 0.0,
     occupancy_points: int = 0,
     on_iteration: Observer | None = None,
+    first_token_s: NDArray[np.float64] | None = None,
 ) -> EngineRun:
     """Run one table on one path, one iteration at a time.
 
@@ -721,6 +734,9 @@ def run_reference(
         Points of the occupancy series; 0: none.
     on_iteration : callable, optional
         Called with the `IterationSummary` of every iteration when its batch is fixed.
+    first_token_s : (N,) float array, optional
+        When each request emitted token 1 elsewhere, s: all requests are handed over (rule 6a). For kinds in
+        `limits.SWAPPING`.
 
     Returns
     -------
@@ -751,6 +767,7 @@ def run_reference(
         warmup=warmup,
         occupancy_points=occupancy_points,
         on_iteration=on_iteration,
+        first_token_s=first_token_s,
     )
     engine.join_all()
     engine.advance(math.inf)
@@ -778,6 +795,7 @@ class Engine:
         warmup: float = 0.0,
         occupancy_points: int = 0,
         on_iteration: Observer | None = None,
+        first_token_s: NDArray[np.float64] | None = None,
     ):
         rule, table = (table, table.table) if isinstance(table, UserRule) else (None, table)
         path = within_model_length(path, server)
@@ -809,6 +827,11 @@ class Engine:
         if believed is not None:
             for request, length in zip(self.requests, believed.tolist(), strict=True):
                 request.believed = length
+        if first_token_s is not None:
+            check_handed_over(path, table)
+            for request, instant in zip(self.requests, first_token_s.tolist(), strict=True):
+                request.produced, request.stored, request.handed = 1, request.prompt, True
+                request.first_token_s = request.token_s = instant
         self.arrivals: deque[_Request] = deque()
         self.system = _System(server, table, warmup)
         self.horizon = math.inf if horizon is None else horizon

@@ -14,6 +14,7 @@ from kernel_cases import KINDS, cases, servers
 
 import fluidsched as fs
 from fluidsched.errors import InputError
+from fluidsched.policy.table import Segment
 from fluidsched.server import IterationTime, Pool, Server
 from fluidsched.simulation.cluster import GOLDEN, ClusterResult, simulate_cluster
 from fluidsched.simulation.reference import Engine, run_reference
@@ -87,7 +88,7 @@ def test_split_follows_the_shares_of_each_type() -> None:
 
 
 @pytest.mark.parametrize("dyadic", [True, False], ids=["dyadic", "real"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("nested-wait", "vllm_v0")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nested-wait"])
 def test_kernel_chooses_as_the_reference(kind: str, dyadic: bool) -> None:
     """Random systems of three replicas on two servers: the same replica for every request, by every router that
     looks. Real cases meet no arrival at the end of an iteration but by an accident of rounding."""
@@ -96,8 +97,6 @@ def test_kernel_chooses_as_the_reference(kind: str, dyadic: bool) -> None:
     @given(data=st.data())
     def compare(data: st.DataObject) -> None:
         case = data.draw(cases(kind, dyadic))
-        if case.table.preemption == "swap":
-            return
         other = data.draw(servers(kind, dyadic, 60))
         first, other = (dataclasses.replace(server, max_model_len=None) for server in (case.server, other))
         pools = [Pool(first, 2, name="one"), Pool(other, 1, name="other")]
@@ -262,7 +261,14 @@ def test_the_programs_split_carries_what_the_program_says() -> None:
             assert growth.mean() - error > 0.0
 
 
-SWAP = dataclasses.replace(fs.baselines.vllm(), preemption="swap")
+NESTED = fs.PolicyTable(
+    "nested-wait",
+    "nested-wait",
+    (fs.policy.TableType("*", threshold=2, gate=2),),
+    (Segment(49, 2),),
+    freeze=True,
+    block_iterations=1,
+)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +276,12 @@ SWAP = dataclasses.replace(fs.baselines.vllm(), preemption="swap")
     [
         ([Pool(SERVER, 1.5)], {}, "replicas"),
         ([Pool(SERVER, 0)], {}, "at least one replica"),
-        ([Pool(SERVER, 1, "prefill")], {}, "whole"),
+        ([Pool(SERVER, 1, "prefill")], {}, "that decode"),
         ([Pool(SERVER), Pool(SERVER)], {}, "unique"),
         ([Pool(SERVER)], {"routers": fs.routers.split([[1.0], [2.0]])}, "1 rows"),
         ([Pool(SERVER)], {"routers": []}, "at least one"),
         ([Pool(SERVER)], {"engine": "fast"}, "engine"),
-        ([Pool(SERVER)], {"routers": fs.routers.least_kv(), "policies": SWAP}, "reference"),
+        ([Pool(SERVER)], {"routers": fs.routers.least_kv(), "policies": NESTED}, "reference"),
     ],
 )
 def test_wrong_clusters_are_refused(pools: list[Pool], options: dict[str, object], match: str) -> None:
