@@ -22,6 +22,13 @@ over the R replications' values (Student). Σ_i δ_i ≤ δ/(K M), so with proba
 whose expected measure, at this horizon and warm-up, lies above a target (Bonferroni over pools, targets and
 confirmations; replications' values taken as normal).
 
+*Prefill and decode apart.* With one pool of each, TTFT and scheduling delay are the prefill pool's alone, which never
+waits for the other: it is sought and confirmed first, its requests ending with their first token. Then the decode
+pool is sought for TPOT and E2E, on runs of the whole fleet: the prefill pool found, the transfer, and a decode replica
+drawn for each request. E2E may need more prefill replicas than TTFT does (or than the plan, where no TTFT is asked);
+so where no number of decode replicas allowed meets it, the prefill pool gets one more and the decode pool is sought
+again.
+
 *The end of a run.* Judged are the requests that arrive between the warm-up and the horizon. Others keep arriving
 after it, until those judged have finished: a sixth of the horizon more, then twice as long again and again, on the
 same arrivals, as long as a value is only a lower bound for want of an end. More replicas would not help there; only
@@ -36,7 +43,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +54,15 @@ from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid import CapacityPlan
 from fluidsched.policy import PolicyTable, baselines
+from fluidsched.server import Server
 from fluidsched.simulation.measures import check_targets
 from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from fluidsched.simulation import SimulationResult
 
 __all__ = ["FleetCheck", "VerifiedCapacity", "verify_capacity"]
 
@@ -214,6 +224,8 @@ def verify_capacity(
     seed: int = 7,
     confidence: float = 0.95,
     most_replicas: int | None = None,
+    transfer_bandwidth: float | None = None,
+    transfer_latency: float = 0.0,
     progress: Progress | None = None,
 ) -> VerifiedCapacity:
     """Check a fleet against latency targets by simulation, and add replicas where they are missed.
@@ -221,11 +233,12 @@ def verify_capacity(
     Parameters
     ----------
     plan : CapacityPlan
-        From `plan_capacity` or `plan_load`, pools that serve whole requests. The demand checked is the one planned
-        for, headroom included.
+        From `plan_capacity` or `plan_load`; pools that serve whole requests, or one that prefills and one that
+        decodes. The demand checked is the one planned for, headroom included.
     targets : mapping of str to float
         Measure → what it may be at most, s: "p99_ttft", "p99_tpot", "mean_e2e", … (any latency of
-        `SimulationResult.summary`). Held to in every pool, hence by the whole fleet.
+        `SimulationResult.summary`). Held to in every pool, hence by the whole fleet; with prefill and decode apart,
+        by the fleet.
     policy : PolicyTable, optional
         What every replica runs; default `baselines.vllm()`.
     horizon, warmup : float, optional
@@ -239,6 +252,8 @@ def verify_capacity(
         1 − δ of the module's statement, below 1.
     most_replicas : int, optional
         Of any pool; default four times the plan's and eight more.
+    transfer_bandwidth, transfer_latency
+        Of KV from prefill to decode replicas, tokens/s and s; see `simulate_cluster`.
     progress : callable, optional
         Called as ``progress(pool, replicas tried, replicas tried)``.
 
@@ -249,7 +264,8 @@ def verify_capacity(
     Raises
     ------
     InputError
-        If an argument is wrong, or a pool serves only prefills or decodes, which the simulator does not know.
+        If an argument is wrong, or there is more than one pool that prefills or decodes, or one that serves whole
+        requests beside them.
     InfeasibleError
         If a target is missed with `most_replicas`; shows the nearest miss.
 
@@ -266,40 +282,69 @@ def verify_capacity(
     runs = check_count("replications", replications, minimum=2)
     level = check_real("confidence", confidence, above=0.0, below=1.0)
     table = baselines.vllm() if policy is None else policy
-    halves = [pool.name for pool in plan.pools if pool.replicas > 0 and pool.stage != "whole"]
-    if halves:
-        raise InputError(
-            "plan",
-            f"{halves[0]!r} serves half requests",
-            "have pools that serve whole requests",
-            "Plan without.",
-        )
     routed = plan.routing.routed_rate
     span = _long_enough(plan) if horizon is None else check_real("horizon", horizon, above=0.0)
     start = span / 6 if warmup is None else check_real("warmup", warmup, minimum=0.0, below=span)
     active = [k for k, rate in enumerate(routed) if plan.replicas[k] > 0 and rate.any()]
     error = (1.0 - level) / max(len(active) * len(asked), 1)
-    replicas, checks = plan.replicas.copy(), []
-    for k in active:
-        pool = _PoolTrial(
-            plan.pools[k].name,
-            plan.pools[k].server,
-            plan.workload.with_rates(routed[k]),
-            asked,
-            table,
-            (span, start, runs),
-            np.random.SeedSequence(check_count("seed", seed), spawn_key=(k,)),
-            error,
-            progress,
+    replicas = plan.replicas.copy()
+    sampling = _Sampling(span, start, runs)
+    trials: list[_PoolTrial] = []
+    apart = any(plan.pools[k].stage != "whole" for k in active)
+    if not apart and (transfer_latency or transfer_bandwidth is not None):
+        raise InputError(
+            "transfer_latency" if transfer_latency else "transfer_bandwidth",
+            transfer_latency or transfer_bandwidth,
+            "be left out: pools that serve requests whole transfer nothing",
         )
+
+    def trial(
+        k: int, simulated: _Simulated, measures: Mapping[str, float], again: int = 0, share: float = 1.0
+    ) -> _PoolTrial:
+        seeds = np.random.SeedSequence(check_count("seed", seed), spawn_key=(k, again) if again else (k,))
+        trials.append(
+            _PoolTrial(plan.pools[k].name, simulated, measures, sampling, seeds, share * error, progress)
+        )
+        return trials[-1]
+
+    def limits(k: int) -> tuple[int, int]:
         fewest = int(plan.replicas[k])
-        limit = (
-            4 * fewest + 8
-            if most_replicas is None
-            else check_count("most_replicas", most_replicas, minimum=1)
-        )
-        replicas[k] = pool.least(fewest, max(limit, fewest))
-        checks += pool.checks
+        limit = 4 * fewest + 8
+        if most_replicas is not None:
+            limit = check_count("most_replicas", most_replicas, minimum=1)
+        return fewest, max(limit, fewest)
+
+    if apart:
+        prefill, decode = _one_of_each(plan, active)
+        of_prefill = {m: limit for m, limit in asked.items() if m.endswith(("_ttft", "_scheduling_delay"))}
+        of_decode = {m: limit for m, limit in asked.items() if m not in of_prefill}
+        fewest, limit = limits(prefill)
+        share = _prefills(plan.workload.with_rates(routed[prefill]))
+        if of_prefill:
+            alone = _pool_alone(share, plan.pools[prefill].server, table)
+            replicas[prefill] = trial(prefill, alone, of_prefill).least(fewest, limit)
+        whole_lives = any(measure.endswith("_e2e") for measure in of_decode)
+        while of_decode:
+            again = int(replicas[prefill]) - fewest
+            whole = _pair(
+                plan, prefill, decode, int(replicas[prefill]), table, transfer_bandwidth, transfer_latency
+            )
+            portion = (
+                0.5 ** (again + 1) if whole_lives else 1.0
+            )  # of the error rate: there may be more attempts
+            try:
+                replicas[decode] = trial(decode, whole, of_decode, again, portion).least(*limits(decode))
+                break
+            except InfeasibleError:
+                if not whole_lives or replicas[prefill] >= limit:
+                    raise
+                replicas[prefill] += 1
+    else:
+        for k in active:
+            share = plan.workload.with_rates(routed[k])
+            alone = _pool_alone(share, plan.pools[k].server, table)
+            replicas[k] = trial(k, alone, asked).least(*limits(k))
+    checks = [check for tried in trials for check in tried.checks]
     replicas.setflags(write=False)
     settings = {
         "confidence": level,
@@ -325,23 +370,117 @@ def _long_enough(plan: CapacityPlan) -> float:
     return math.ceil(float(enough.max(initial=900.0)) / 60.0) * 60.0
 
 
+class _Sampling(NamedTuple):
+    """Requests judged arrive from `warmup` to `horizon`, s, in so many replications."""
+
+    horizon: float
+    warmup: float
+    replications: int
+
+
+_Simulated = Callable[[int, float, _Sampling, np.random.SeedSequence], "SimulationResult"]
+"""(replicas, end of the runs in s, sampling, seed) → runs of one policy."""
+
+
+def _pool_alone(workload: Workload, server: Server, policy: PolicyTable) -> _Simulated:
+    """One replica with its share of what is routed to the pool."""
+
+    def simulated(
+        replicas: int, end: float, sampling: _Sampling, seed: np.random.SeedSequence
+    ) -> SimulationResult:
+        from fluidsched.simulation import simulate
+
+        return simulate(
+            workload.with_rates(workload.arrival_rate / replicas),
+            server,
+            policy,
+            horizon=end,
+            warmup=sampling.warmup,
+            replications=sampling.replications,
+            seed=seed,
+        )
+
+    return simulated
+
+
+def _pair(
+    plan: CapacityPlan,
+    prefill: int,
+    decode: int,
+    prefills: int,
+    policy: PolicyTable,
+    bandwidth: float | None,
+    latency: float,
+) -> _Simulated:
+    """The whole fleet, with so many prefill replicas and the number of decode replicas to be tried."""
+
+    def simulated(
+        replicas: int, end: float, sampling: _Sampling, seed: np.random.SeedSequence
+    ) -> SimulationResult:
+        from fluidsched.simulation import routers
+        from fluidsched.simulation.cluster import simulate_cluster
+
+        pools = [
+            dataclasses.replace(plan.pools[k], replicas=number)
+            for k, number in ((prefill, prefills), (decode, replicas))
+        ]
+        return simulate_cluster(
+            plan.workload.with_rates(plan.routing.routed_rate[prefill]),
+            pools,
+            policy,
+            routers.random(),
+            transfer_bandwidth=bandwidth,
+            transfer_latency=latency,
+            horizon=end,
+            warmup=sampling.warmup,
+            replications=sampling.replications,
+            seed=seed,
+        ).whole
+
+    return simulated
+
+
+def _prefills(workload: Workload) -> Workload:
+    """The same requests ending with their first token."""
+    return workload.with_types(
+        dataclasses.replace(
+            member,
+            prompt_tokens=member.law.prompt_law,
+            output_tokens=1,
+            lengths=None,
+            output_range=None if member.output_range is None else (1, None),
+        )
+        for member in workload.types
+    )
+
+
+def _one_of_each(plan: CapacityPlan, active: list[int]) -> tuple[int, int]:
+    """The pool that prefills and the one that decodes."""
+    stages = [plan.pools[k].stage for k in active]
+    if sorted(stages) != ["decode", "prefill"]:
+        raise InputError(
+            "plan",
+            ", ".join(f"{plan.pools[k].name!r} ({stage})" for k, stage in zip(active, stages, strict=True)),
+            "use one pool that prefills and one that decodes, or pools that serve requests whole",
+            "Plan with one server for each stage.",
+        )
+    return active[stages.index("prefill")], active[stages.index("decode")]
+
+
 class _PoolTrial:
     """One pool's search for the least number of replicas, with a record of everything tried."""
 
     def __init__(
         self,
         name: str,
-        server: Any,
-        workload: Workload,
+        simulated: _Simulated,
         targets: Mapping[str, float],
-        policy: PolicyTable,
-        sampling: tuple[float, float, int],
+        sampling: _Sampling,
         seeds: np.random.SeedSequence,
         error: float,
         progress: Progress | None,
     ) -> None:
-        self._name, self._server, self._workload = name, server, workload
-        self._targets, self._policy, self._sampling = targets, policy, sampling
+        self._name, self._simulated, self._targets, self._sampling = name, simulated, targets, sampling
         self._search_seed, self._seeds = seeds.spawn(1)[0], seeds
         self._error, self._progress = error, progress
         self._tried = 0
@@ -397,23 +536,13 @@ class _PoolTrial:
         self, replicas: int, seed: np.random.SeedSequence
     ) -> tuple[dict[str, NDArray[np.float64]], dict[str, bool], bool]:
         """Return measure → values (R,), measure → whether they are lower bounds, and whether backlog grows."""
-        from fluidsched.simulation import simulate
         from fluidsched.simulation.measures import latency_statistic
 
-        horizon, warmup, count = self._sampling
-        name = self._policy.name
-        share = self._workload.with_rates(self._workload.arrival_rate / replicas)
+        horizon, warmup, _ = self._sampling
         longer = horizon / 6
         for _ in range(_DOUBLINGS):
-            runs = simulate(
-                share,
-                self._server,
-                self._policy,
-                horizon=horizon + longer,
-                warmup=warmup,
-                replications=count,
-                seed=seed,
-            )
+            runs = self._simulated(replicas, horizon + longer, self._sampling, seed)
+            (name,) = runs.policies
             values, is_bound = {}, {}
             for measure in self._targets:
                 judged = [
@@ -436,7 +565,7 @@ class _PoolTrial:
             f"{c.measure} {c.estimate:.4g} s (between {c.low:.4g} and {c.high:.4g}) against {c.target:g} s"
             for c in last
         )
-        horizon = self._sampling[0]
+        horizon = self._sampling.horizon
         longest = horizon / 6 * 2 ** (_DOUBLINGS - 1)
         open_ended = any(math.isinf(c.high) and c.verdict == "undecided" for c in last)
         reason = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -159,12 +160,66 @@ def test_wrong_input_is_named(plan: fs.fluid.CapacityPlan, asked: dict[str, Any]
         fs.verify_capacity(plan, **({"targets": {"p99_ttft": 1.0}} | asked))
 
 
-def test_half_requests_are_refused() -> None:
-    """The simulator knows no prefill or decode machines."""
+def pair_plan(rate: float = 24.0) -> fs.fluid.CapacityPlan:
+    """Prefill and decode machines of one kind for prompts of 500 and outputs of 100."""
     pair = [fs.Pool(SERVER, stage=stage, name=stage) for stage in ("prefill", "decode")]
-    plan = fs.plan_capacity(WORKLOAD, pair, [1.0, 1.0])
-    with pytest.raises(InputError, match="half requests"):
-        fs.verify_capacity(plan, {"p99_ttft": 1.0})
+    workload = fs.Workload([fs.RequestType("chat", rate, prompt_tokens=500, output_tokens=100)])
+    return fs.plan_capacity(workload, pair, [1.0, 1.0])
+
+
+def test_prefill_and_decode_machines_are_checked_each_for_its_latencies() -> None:
+    """TTFT is the prefill pool's and TPOT the decode pool's; what is confirmed holds in a simulation of the fleet."""
+    plan = pair_plan()
+    transfer = {"transfer_bandwidth": 2e6, "transfer_latency": 0.005}
+    targets = {"p99_ttft": 0.15, "p99_tpot": 0.035}
+    fleet = fs.verify_capacity(plan, targets, horizon=60.0, replications=4, **transfer)
+    assert {(c.pool, c.measure) for c in fleet.checks} == {("prefill", "p99_ttft"), ("decode", "p99_tpot")}
+    assert (fleet.added >= 0).all()
+    assert fleet.added.any()
+    pools = [
+        dataclasses.replace(pool, replicas=count)
+        for pool, count in zip(plan.pools, fleet.replicas.tolist(), strict=True)
+    ]
+    runs = fs.simulate_cluster(
+        plan.workload, pools, fs.baselines.vllm(), fs.routers.random(), horizon=60.0, replications=4, seed=99,
+        **transfer,
+    )  # fmt: skip
+    for measure, limit in targets.items():
+        assert runs.measures("vllm, random")[measure].mean() < limit
+    with pytest.raises(InfeasibleError, match=r"of 'decode' do not meet"):
+        fs.verify_capacity(plan, {"p99_tpot": 0.001}, horizon=20.0, replications=2, most_replicas=3)
+
+
+def test_whole_lives_may_need_more_prefill_machines() -> None:
+    """E2E alone, one prefill machine at 0.97 of what it can do: no number of decode machines makes up for its queue."""
+    time = fs.IterationTime.affine(0.01, 1e-4, 1e-5, 1e-8)
+    pair = [fs.Pool(fs.Server(100_000, time), stage=stage, name=stage) for stage in ("prefill", "decode")]
+    workload = fs.Workload([fs.RequestType("chat", 1.0, prompt_tokens=2000, output_tokens=20)])
+    rate = 0.97 * fs.fluid.solve_pools(workload, pair).critical_rate
+    plan = fs.plan_capacity(workload.with_rates([rate]), pair, [1.0, 1.0])
+    assert plan.replicas.tolist() == [1, 1]
+    fleet = fs.verify_capacity(plan, {"mean_e2e": 0.7}, horizon=300.0, replications=4, most_replicas=3)
+    assert fleet.replicas.tolist()[0] == 2
+    assert {c.pool for c in fleet.checks} == {"decode"}
+
+
+def test_several_pools_of_one_stage_are_refused() -> None:
+    """Which decode machine a prefill goes to is then the plan's, which independent trials do not follow."""
+    time = fs.IterationTime.affine(0.01, 1e-4, 1e-4, 1e-7)
+    pools = [
+        fs.Pool(fs.Server(capacity, time), stage=stage, name=name)
+        for name, stage, capacity in (("p", "prefill", 1e6), ("big", "decode", 1e6), ("small", "decode", 3e4))
+    ]
+    workload = fs.Workload([fs.RequestType("chat", 1.0, 200, 200)])
+    one = fs.fluid.solve_pools(workload, pools[:2]).critical_rate
+    crowd = fs.plan_capacity(workload.with_rates([1.2 * one]), pools, [1.0, 10.0, 6.0])
+    assert (crowd.replicas > 0).all()
+    with pytest.raises(InputError, match="one pool that prefills and one that decodes"):
+        fs.verify_capacity(crowd, {"p99_ttft": 1.0}, horizon=10.0)
+    with pytest.raises(InputError, match="transfer_latency"):
+        fs.verify_capacity(
+            fs.plan_capacity(WORKLOAD, [SERVER], [1.0]), {"p99_ttft": 1.0}, horizon=10.0, transfer_latency=0.1
+        )
 
 
 def test_it_shows_itself(verified: fleets.VerifiedCapacity) -> None:
