@@ -11,12 +11,27 @@ with length laws, O(output lengths)), however long requests stay. Lengths enter 
 E[p² − c² | o], c what is cached of a prompt, alone.
 
 Rules with a fluid version, numbered as in `reference`: 10 (whole prompts; a request is infinitesimal, so a token budget
-only bounds how much is admitted), 11 and 12, 13 without priorities (first come, first served is a common arrival
-time θ up to which every row is served), 14, 15, 17 without holds, 18. Preemption takes the newest cohort first, all
-requests of a cohort alike (the engines take its latest arrivals first). A server with nobody to serve, and no gate that
-keeps it, runs an iteration of T(nothing) and serves what arrived in it. Kinds "vllm", "capped" and "gated" are covered;
-other kinds, chunks, prefill intervals, priorities, holds, blocks of KV, swapping and admission by first chunk are
+only bounds how much is admitted), 11 and 12, 13 (first come, first served is a common arrival time θ up to which every
+row of one priority is served), 14, 15, 17, 18. Preemption takes the newest cohort first, all requests of a cohort alike
+(the engines take its latest arrivals first). A server with nobody to serve, and no gate that keeps it, runs an
+iteration of T(nothing) and serves what arrived in it.
+
+WAIT, rules 20 to 23: a row j is open when at least `gate` wait in it, a real number now, or its hold has expired; a
+block admits min(threshold, waiting) of every open row and runs their residents for `block_iterations` iterations, while
+the rows that are not open stand still with their KV. With no row open the server idles until the first one is, at
+t + (gate − waiting)/λ_j or when a hold expires. A row's residents move together, so each row has a clock of its own and
+a ring of finishing times on it, and M, R above are sums over rows of which only the open ones grow.
+
+Waiting at the start counts, for holds, from time 0. Kinds "vllm", "capped", "gated" and "wait" are covered; other
+kinds, chunks, prefill intervals, blocks of KV, swapping, orders by length, look-ahead and admission by first chunk are
 refused.
+
+**Verdicts.** The second half of the run is looked at where decisions are taken: at iterations, with WAIT at the starts
+of blocks. The queue grows if its drift, by thirds of that half, is above 1e-3 of the arrivals both times. Otherwise the
+run repeats itself with the smallest period for which KV, residents and queue do so, to 1e-6 of their largest values,
+over three periods and at least the longest output; period 1 is an equilibrium. Rows of WAIT open in cycles of their
+own, n_j/λ_j, which may have no common period: a run that does not repeat itself, but whose queue, residents and KV have
+the same means in all thirds to 5 %, is bounded.
 """
 
 from __future__ import annotations
@@ -24,9 +39,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +71,13 @@ class FluidTrajectory(Tabular):
     ----------
     time_s : numpy.ndarray, shape (I,)
         Start of each iteration, s.
+    idle_s : numpy.ndarray, shape (I,)
+        How long the server idled before it, s.
     iteration_time, resident_kv, residents, waiting, admitted, completed, preempted : numpy.ndarray, shape (I,)
         Its duration (s); KV tokens and requests held during it; requests waiting at its start, after the
         decision; requests admitted, completed and preempted.
     verdict : str
-        "equilibrium", "limit cycle", "eviction collapse", "overload" or "undecided".
+        "equilibrium", "limit cycle", "bounded", "eviction collapse", "overload" or "undecided".
     evidence : mapping
         The numbers the verdict rests on.
     policy : str
@@ -68,6 +85,7 @@ class FluidTrajectory(Tabular):
 
     policy: str
     time_s: NDArray[np.float64]
+    idle_s: NDArray[np.float64]
     iteration_time: NDArray[np.float64]
     resident_kv: NDArray[np.float64]
     residents: NDArray[np.float64]
@@ -98,7 +116,7 @@ class FluidTrajectory(Tabular):
 
 
 _SERIES = (
-    "time_s", "iteration_time", "resident_kv", "residents", "waiting", "admitted", "completed", "preempted",
+    "time_s", "idle_s", "iteration_time", "resident_kv", "residents", "waiting", "admitted", "completed", "preempted",
 )  # fmt: skip
 
 
@@ -108,15 +126,30 @@ Residents = Mapping[tuple[str, int], float]
 
 @dataclass
 class _Cohort:
-    """Requests that entered together: `mass` per class, `produced` tokens each when step `entered` began."""
+    """Requests that entered together: `mass` per class, `produced` tokens each when step `entered` began.
+
+    WAIT: of one `row`, on whose clock `entered` is, with `left` classes in it; preempted ones were last `served`
+    then, s.
+    """
 
     mass: Floats
     produced: int
     entered: int
+    row: int = 0
+    served: float = 0.0
+    left: int = 0
 
 
-class _Fluid:
-    """State and mechanism. A class is what one (type, row of the table, output length) have in common.
+class _Step(NamedTuple):
+    """One iteration: the series' entries, whether a decision began it, and the KV held while the server idled."""
+
+    entries: tuple[float, ...]
+    decided: bool
+    idle_kv: float
+
+
+class _Demand:
+    """Who comes and waits. A class is what one (type, row of the table, output length) have in common.
 
     Requests waiting at the start count as having arrived at a constant rate in [-1, 0); `since` is the arrival
     time up to which a row has been admitted.
@@ -129,16 +162,11 @@ class _Fluid:
         classes = _classes(workload, table)
         self.kind, self.row, self.output, self.rate, self.prompt, self.computed, self.attention = classes
         self.backlog = np.zeros_like(self.rate)
-        rows = len(table.types)
-        self.since = np.full(rows, -1.0)
-        self.windows: list[deque[tuple[int, float]]] = [deque() for _ in range(rows)]
-        self.now = self.kv = self.count = 0.0
-        self.step = 0
-        self.cohorts: deque[_Cohort] = deque()
-        self.stack: list[_Cohort] = []
-        self.finishing: dict[int, list[tuple[_Cohort, int]]] = {}
-
-    # -------------------------------------------------------------- queue
+        self.since = np.full(len(table.types), -1.0)
+        self.hold = np.array([math.inf if row.max_hold_s is None else row.max_hold_s for row in table.types])
+        priority = [math.inf if row.priority is None else float(row.priority) for row in table.types]
+        self.priority = np.array(priority)
+        self.now = 0.0
 
     def arrived(self, until: Floats) -> Floats:
         """Newcomers per class that arrived up to a time given per row."""
@@ -152,6 +180,70 @@ class _Fluid:
     def newcomers(self) -> Floats:
         """Waiting newcomers per row."""
         return self.per_row(self.arrived(np.full_like(self.since, self.now)) - self.arrived(self.since))
+
+    def latest(self, row: int, number: float) -> float:
+        """Arrival time of the last of the next `number` newcomers of a row, of whom more wait."""
+        stock, rate = self.per_row(self.backlog)[row], self.per_row(self.rate)[row]
+        start = float(self.since[row])
+        number += stock * min(start + 1.0, 1.0) + rate * max(start, 0.0)
+        return float(number / stock - 1.0 if number < stock else (number - stock) / rate)
+
+    def expiries(self) -> Floats:
+        """When the hold of each row's first newcomer in line expires; while nobody waits, of one who comes now."""
+        first = np.where(self.newcomers() > 0.0, np.maximum(self.since, 0.0), self.now)
+        return np.asarray(first + self.hold)
+
+    def needs(self, mass: Floats, produced: int) -> Floats:
+        """Memory, tokens of the iteration and slots that requests with so many tokens produced take to enter."""
+        number = float(mass.sum())
+        more = number * produced
+        return np.array([float(mass @ self.prompt) + more, float(mass @ self.computed) + more, number])
+
+    def prefill(self, entering: Iterable[_Cohort]) -> Floats:
+        """Memory, tokens, number and attention (squared tokens) of those that enter."""
+        total = np.zeros(4)
+        for cohort in entering:
+            total[:3] += self.needs(cohort.mass, cohort.produced)
+            again = cohort.produced * (2 * self.prompt + cohort.produced)
+            total[3] += float(cohort.mass @ (self.attention + again))
+        return total
+
+    def _arrives(self, row: int) -> bool:
+        """Whether a row can ever open again by itself."""
+        return bool(self.per_row(self.rate)[row] > 0.0) and self.table.types[row].threshold != 0
+
+    def gates_open(self) -> Floats:
+        """When each row's gate is met, or its hold expires, if nobody is admitted before."""
+        waiting, rates = self.stock(), self.per_row(self.rate)
+        expiries = self.expiries()
+        opens = [
+            min(self.now + max(0.0, (row.gate - waiting[j]) / rates[j]), expiries[j])
+            if self._arrives(j)
+            else math.inf
+            for j, row in enumerate(self.table.types)
+        ]
+        return np.array(opens)
+
+    def stock(self) -> Floats:
+        """Who counts towards the gates, per row."""
+        return self.newcomers()
+
+    def opened(self) -> NDArray[np.bool_]:
+        """Which rows' gates are met or holds expired, to within the rounding of time."""
+        return np.asarray(self.gates_open() <= self.now * (1 + 1e-12))
+
+
+class _Engine(_Demand):
+    """Residents run in every iteration: `vllm`, `capped`, `gated`."""
+
+    def __init__(self, workload: Workload, server: Server, table: PolicyTable):
+        super().__init__(workload, server, table)
+        self.windows: list[deque[tuple[int, float]]] = [deque() for _ in table.types]
+        self.kv = self.count = 0.0
+        self.step = 0
+        self.cohorts: deque[_Cohort] = deque()
+        self.stack: list[_Cohort] = []
+        self.finishing: dict[int, list[tuple[_Cohort, int]]] = {}
 
     def waiting(self) -> float:
         return float(self.newcomers().sum()) + sum(float(cohort.mass.sum()) for cohort in self.stack)
@@ -201,28 +293,19 @@ class _Fluid:
                 piece.mass = piece.mass * (1.0 - share)
                 return entering
         if not self.stack and (left > 0.0).all():
-            until = self.cut(left)
-            mass = self.arrived(until) - self.arrived(self.since)
-            self.since = until
+            mass, self.since = self.cut(left)
             for window, number in zip(self.windows, self.per_row(mass), strict=True):
                 window.append((self.step, float(number)))
             if mass.any():
                 entering.append(_Cohort(mass, 0, self.step))
         return entering
 
-    def needs(self, mass: Floats, produced: int) -> Floats:
-        """Memory, tokens of the iteration and slots that requests with so many tokens produced take to enter."""
-        number = float(mass.sum())
-        more = number * produced
-        return np.array([float(mass @ self.prompt) + more, float(mass @ self.computed) + more, number])
-
     def row_limits(self) -> Floats:
         """Latest arrival time that the threshold and gate of each row let in (rule 17)."""
         until = np.full_like(self.since, self.now)
         if self.table.kind != "gated":
             return until
-        waiting = self.newcomers()
-        stock, rates = self.per_row(self.backlog), self.per_row(self.rate)
+        waiting, opened = self.newcomers(), self.opened()
         for j, row in enumerate(self.table.types):
             window, period = self.windows[j], row.period or 1
             while window and window[0][0] <= self.step - period:
@@ -230,77 +313,71 @@ class _Fluid:
             if row.threshold is None:
                 continue
             allowed = row.threshold - sum(number for _, number in window)
-            if waiting[j] < row.gate * (1 - 1e-12) or allowed <= 0.0:
+            if not opened[j] or allowed <= 0.0:
                 until[j] = self.since[j]
             elif allowed < waiting[j]:
-                start = float(self.since[j])
-                allowed += stock[j] * min(start + 1.0, 1.0) + rates[j] * max(start, 0.0)
-                until[j] = allowed / stock[j] - 1.0 if allowed < stock[j] else (allowed - stock[j]) / rates[j]
+                until[j] = self.latest(j, allowed)
         return until
 
-    def cut(self, left: Floats) -> Floats:
-        """Per row, the arrival time up to which newcomers enter: rule 13's scan ends where one limit binds."""
+    def cut(self, left: Floats) -> tuple[Floats, Floats]:
+        """Newcomers that enter, and per row the arrival time up to which they do (rule 13).
+
+        The scan goes through the rows of one priority after the other, and ends where one limit binds.
+        """
         rows = self.row_limits()
+        entered = self.arrived(self.since)
+        until = self.since
+        for priority in np.unique(self.priority):
+            reached = self._cut_level(left, until, rows, self.priority == priority)
+            ended = (reached < rows)[self.priority == priority].any()
+            until = reached
+            if ended:
+                break
+        return self.arrived(until) - entered, until
+
+    def _cut_level(self, left: Floats, before: Floats, rows: Floats, level: NDArray[np.bool_]) -> Floats:
+        """The same for the rows of one level, given those of the levels before."""
         entered = self.arrived(self.since)
 
         def until(time: float) -> Floats:
-            cuts: Floats = np.minimum(np.maximum(time, self.since), rows)
-            return cuts
+            return np.where(level, np.minimum(np.maximum(time, before), rows), before)
 
         def use(time: float) -> Floats:
             return self.needs(self.arrived(until(time)) - entered, 0)
 
-        points = sorted({*self.since.tolist(), *rows.tolist(), *((0.0,) if self.now > 0.0 else ())})
+        here = {*before[level].tolist(), *rows[level].tolist()}
+        points = sorted({min(here), *here, *((0.0,) if self.now > 0.0 else ())})
 
         def over(time: float) -> bool:
             return bool((use(time) > left).any())
 
         first = bisect_right(points, False, key=over)
         if first == len(points):
-            return rows
+            return until(points[-1])
+        if first == 0:
+            return before
         low, high = use(points[first - 1]), use(points[first])
         share = min((limit - a) / (b - a) for limit, a, b in zip(left, low, high, strict=True) if b > limit)
         return until(points[first - 1] + share * (points[first] - points[first - 1]))
 
-    def idle_until(self) -> float:
-        """Nothing runs and no gate is met: when the first one is."""
-        waiting, rates = self.newcomers(), self.per_row(self.rate)
-        waits = [
-            (row.gate - waiting[j]) / rates[j]
-            for j, row in enumerate(self.table.types)
-            if rates[j] > 0.0 and row.threshold != 0
-        ]
-        return self.now + max(0.0, min(waits, default=math.inf))
-
     # -------------------------------------------------------------- one iteration
 
-    def iterate(self) -> tuple[float, ...]:
+    def iterate(self) -> _Step:
+        """Decide and run one iteration."""
         preempted = self.make_room()
-        decodes, read = self.count, self.kv + self.count
-        if decodes > self.limits.budget * (1 + 1e-12):
-            raise InputError(
-                f"table {self.table.name!r}: token_budget",
-                self.limits.budget,
-                f"cover all decodes, {decodes:,.0f} at {self.now:g} s: beyond it there is no fluid version",
-            )
+        decodes, read, ended = self.count, self.kv + self.count, self.now
+        _check_budget(self, decodes)
         entering = [] if preempted else self.admit()
         if not entering and self.count <= 0.0 and self.table.kind == "gated":
             for window in self.windows:
                 window.clear()
             entering = self.admit()
-            if not entering and self.idle_until() > self.now:
-                self.now = self.idle_until()
-                if math.isinf(self.now):
-                    raise InputError("table", self.table.name, "admit a type that arrives")
+            opens = float(self.gates_open().min())
+            if not entering and opens > self.now:
+                self.now = _in_time(opens, self.table)
                 entering = self.admit()
-        prefill = attention = admitted = entered = 0.0
+        entered, prefill, admitted, attention = self.prefill(entering).tolist()
         for cohort in entering:
-            memory, tokens, _ = self.needs(cohort.mass, cohort.produced)
-            entered += memory
-            prefill += tokens
-            again = cohort.produced * (2 * self.prompt + cohort.produced)
-            attention += float(cohort.mass @ (self.attention + again))
-            admitted += float(cohort.mass.sum())
             self.cohorts.append(cohort)
             for c in np.flatnonzero(cohort.mass).tolist():
                 end = self.step + int(self.output[c]) - cohort.produced - 1
@@ -322,7 +399,10 @@ class _Fluid:
             self.kv = self.count = 0.0
         self.step += 1
         self.now += duration
-        return start, duration, held, residents, waiting, admitted, completed, preempted
+        entries = (
+            start, start - ended, duration, held, residents, waiting, admitted, completed, preempted,
+        )  # fmt: skip
+        return _Step(entries, True, 0.0)
 
     def place(self, index: Mapping[str, int], waiting: Mapping[str, float], residents: Residents) -> None:
         """The initial state."""
@@ -339,6 +419,208 @@ class _Fluid:
             for c in np.flatnonzero(cohort.mass).tolist():
                 end = int(self.output[c]) - produced - 1
                 self.finishing.setdefault(end, []).append((cohort, c))
+
+
+class _Blocks(_Demand):
+    """Rows stand still or run for a block: `wait`. Arrays are per row of the table (J)."""
+
+    def __init__(self, workload: Workload, server: Server, table: PolicyTable):
+        super().__init__(workload, server, table)
+        rows = len(table.types)
+        self.kv, self.count, self.last = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+        self.clock = [0] * rows
+        self.left = 0
+        self.open: list[int] = []
+        self.entering: list[_Cohort] = []
+        self.cohorts: deque[_Cohort] = deque()  # in order of admission
+        self.members = [0] * rows  # cohorts with somebody in them
+        self.stacks: list[list[_Cohort]] = [[] for _ in range(rows)]
+        self.finishing: list[dict[int, list[tuple[_Cohort, int]]]] = [{} for _ in range(rows)]
+        self.order = np.argsort(self.priority, kind="stable").tolist()
+
+    def stock(self) -> Floats:
+        returned = [sum(float(piece.mass.sum()) for piece in stack) for stack in self.stacks]
+        return np.asarray(self.newcomers() + np.array(returned))
+
+    # -------------------------------------------------------------- decision
+
+    def expiries(self) -> Floats:
+        """Rule 23: residents and preempted requests hold too."""
+        first: Floats = super().expiries()
+        for j, stack in enumerate(self.stacks):
+            if self.count[j] > 0.0:
+                first[j] = min(first[j], self.last[j] + self.hold[j])
+            first[j] = min([float(first[j]), *(piece.served + float(self.hold[j]) for piece in stack)])
+        return first
+
+    def start_block(self) -> None:
+        """Rule 20: which rows open, and who enters."""
+        waiting = self.stock()
+        self.open = np.flatnonzero(self.opened()).tolist()
+        assert self.table.block_iterations is not None
+        self.left = self.table.block_iterations
+        slots = float(self.limits.slots) - float(self.count.sum())
+        for j in self.order:
+            if j in self.open:
+                number = min(float(self.table.types[j].threshold or 0), float(waiting[j]), slots)
+                slots -= number
+                self.enter(j, number)
+
+    def enter(self, j: int, number: float) -> None:
+        """So many enter from the front of a row's queue."""
+        stack = self.stacks[j]
+        while stack and number > 0.0:
+            piece = stack[-1]
+            mass = float(piece.mass.sum())
+            share = min(1.0, number / mass)
+            self.entering.append(_Cohort(piece.mass * share, piece.produced, self.clock[j], j, piece.served))
+            number -= share * mass
+            if share == 1.0:
+                stack.pop()
+            else:
+                piece.mass = piece.mass * (1.0 - share)
+        if stack or number <= 0.0:
+            return
+        before = self.arrived(self.since)
+        waiting = float(self.newcomers()[j])
+        self.since[j] = self.now if number >= waiting * (1 - 1e-12) else self.latest(j, number)
+        mass_in = self.arrived(self.since) - before
+        if mass_in.any():
+            self.entering.append(_Cohort(mass_in, 0, self.clock[j], j, self.now))
+
+    def make_room(self) -> Floats:
+        """Rule 21: preempt the newest, whatever its row, until the next iteration fits.
+
+        Returns how many were preempted, and how many of them had been admitted in this decision.
+        """
+        growing = float(self.count[self.open].sum())
+        needed = float(self.kv.sum()) + growing + float(self.prefill(self.entering)[0])
+        shortage, preempted = needed - self.capacity, np.zeros(2)
+        while shortage > 1e-9 * self.capacity:
+            line: list[_Cohort] | deque[_Cohort] = self.entering or self.cohorts
+            cohort = line[-1]
+            if line is self.cohorts and cohort.left == 0:
+                line.pop()
+                continue
+            j, resident = cohort.row, line is self.cohorts
+            produced = cohort.produced + (self.clock[j] - cohort.entered if resident else 0)
+            more = produced if not resident or j in self.open else produced - 1
+            frees = float(self.needs(cohort.mass, more)[0])
+            share = 1.0 if frees <= shortage else shortage / frees
+            lost = cohort.mass * share
+            cohort.mass -= lost
+            if share == 1.0:
+                cohort.mass[:] = 0.0
+                cohort.left = 0
+                self.members[j] -= resident
+                line.pop()
+            if resident:
+                self.kv[j] -= float(self.needs(lost, produced - 1)[0])
+                self.count[j] -= float(lost.sum())
+            shortage -= share * frees
+            preempted += float(lost.sum()) * np.array([1.0, not resident])
+            if lost.any():
+                kept = 0 if self.table.preemption == "restart" else produced
+                served = float(self.last[j]) if resident else cohort.served
+                self.stacks[j].append(_Cohort(lost, kept, 0, j, served))
+        return preempted
+
+    # -------------------------------------------------------------- one iteration
+
+    def iterate(self) -> _Step:
+        """Decide, if no block runs, and run one iteration; rules 20 to 22."""
+        ended, idle_kv, preempted, decided = self.now, float(self.kv.sum()), np.zeros(2), False
+        if self.left > 0:
+            preempted = self.make_room()
+        while self.left == 0 or not (self.entering or self.count[self.open].any()):
+            if decided:  # nobody is left to serve: wait until another row opens, or holds expire
+                opens = self.gates_open()
+                later = opens[opens > self.now * (1 + 1e-12)]
+                self.now = _in_time(float(later.min(initial=math.inf)), self.table)
+            self.start_block()
+            decided = True
+            preempted += self.make_room()
+        decodes, read = float(self.count[self.open].sum()), float((self.kv + self.count)[self.open].sum())
+        _, prefill, admitted, attention = self.prefill(self.entering).tolist()
+        _check_budget(self, decodes + prefill)
+        duration = float(self.server.iteration_time(prefill, decodes, read, attention / 2))
+        start, waiting = self.now, float(self.stock().sum())
+        self.kv[self.open] += self.count[self.open]
+        for cohort in self.entering:
+            j = cohort.row
+            memory, _, number = self.needs(cohort.mass, cohort.produced).tolist()
+            self.kv[j] += memory
+            self.count[j] += number
+            for c in np.flatnonzero(cohort.mass).tolist():
+                end = self.clock[j] + int(self.output[c]) - cohort.produced - 1
+                self.finishing[j].setdefault(end, []).append((cohort, c))
+                cohort.left += 1
+            self.members[j] += 1
+        self.cohorts.extend(self.entering)
+        self.entering = []
+        held, residents, completed = float(self.kv.sum()), float(self.count.sum()), 0.0
+        self.now += duration
+        for j in self.open:
+            for cohort, c in self.finishing[j].pop(self.clock[j], ()):
+                mass = float(cohort.mass[c])
+                cohort.mass[c] = 0.0
+                completed += mass
+                self.count[j] -= mass
+                self.kv[j] -= mass * float(self.prompt[c] + self.output[c] - 1)
+                if cohort.left > 0:
+                    cohort.left -= 1
+                    self.members[j] -= cohort.left == 0
+            if self.members[j] == 0:
+                self.kv[j] = self.count[j] = 0.0  # nobody: rounding aside
+            self.clock[j] += 1
+            self.last[j] = self.now
+        while self.cohorts and self.cohorts[0].left == 0:
+            self.cohorts.popleft()
+        self.left = self.left - 1 if self.count[self.open].any() else 0
+        entries = (
+            start, start - ended, duration, held, residents, waiting, admitted + preempted[1], completed,
+            preempted[0],
+        )  # fmt: skip
+        return _Step(entries, decided, idle_kv)
+
+    def place(self, index: Mapping[str, int], waiting: Mapping[str, float], residents: Residents) -> None:
+        """The initial state: residents of a type are spread over its rows, none of which has run yet."""
+        for name, number in waiting.items():
+            mine = self.kind == index[name]
+            self.backlog[mine] += number * self.rate[mine] / self.rate[mine].sum()
+        for (name, produced), number in sorted(residents.items(), key=lambda item: -item[0][1]):
+            mine = (self.kind == index[name]) & (self.output > produced)
+            mass = np.where(mine, self.rate, 0.0)
+            mass *= number / mass.sum()
+            for j in np.unique(self.row[mine]).tolist():
+                cohort = _Cohort(np.where(self.row == j, mass, 0.0), produced, 0, j)
+                self.cohorts.append(cohort)
+                memory, _, count = self.needs(cohort.mass, produced - 1).tolist()
+                self.kv[j] += memory
+                self.count[j] += count
+                for c in np.flatnonzero(cohort.mass).tolist():
+                    end = int(self.output[c]) - produced - 1
+                    self.finishing[j].setdefault(end, []).append((cohort, c))
+                    cohort.left += 1
+                self.members[j] += cohort.left > 0
+
+
+def _check_budget(fluid: _Demand, tokens: float) -> None:
+    """Refuse what tokens per iteration forbid: for those that must run there is no fluid version then."""
+    if tokens > fluid.limits.budget * (1 + 1e-12):
+        raise InputError(
+            f"table {fluid.table.name!r}: token_budget",
+            fluid.limits.budget,
+            f"cover all decodes, and with WAIT all that enter, {tokens:,.0f} at {fluid.now:g} s: beyond it there is "
+            "no fluid version",
+        )
+
+
+def _in_time(instant: float, table: PolicyTable) -> float:
+    """An instant at which something happens; without any the table admits nobody who comes."""
+    if math.isinf(instant):
+        raise InputError("table", table.name, "admit a type that arrives")
+    return instant
 
 
 def _classes(workload: Workload, table: PolicyTable) -> tuple[NDArray[Any], ...]:
@@ -384,7 +666,7 @@ def fluid_trajectory(
     server : Server
         With coefficients for its iteration time and without a block size.
     table : PolicyTable
-        Kind "vllm", "capped" or "gated"; see the module for what it must not use.
+        Kind "vllm", "capped", "gated" or "wait"; see the module for what it must not use.
     iterations : int, optional
         How many; by default 40 times the longest output, at least 400.
     waiting : mapping, optional
@@ -431,12 +713,14 @@ def fluid_trajectory(
         raise InputError(
             "server.kv_capacity", server.kv_capacity, f"hold the longest request, {largest:,.0f}"
         )
-    fluid = _Fluid(workload, server, table)
+    fluid = _Blocks(workload, server, table) if table.kind == "wait" else _Engine(workload, server, table)
     fluid.place(index, waiting, residents)
-    series = np.array([fluid.iterate() for _ in range(count)]).T.copy()
+    steps = [fluid.iterate() for _ in range(count)]
+    series = np.array([step.entries for step in steps]).T.copy()
     for array in series:
         array.setflags(write=False)
-    verdict, evidence = _judge(series, float(workload.arrival_rate.sum()), longest)
+    decided, idle_kv = (np.array([getattr(step, name) for step in steps]) for name in ("decided", "idle_kv"))
+    verdict, evidence = _judge(series, decided, idle_kv, float(workload.arrival_rate.sum()), longest)
     named: dict[str, Any] = dict(zip(_SERIES, series, strict=True))
     return FluidTrajectory(policy=table.name, verdict=verdict, evidence=evidence, **named)
 
@@ -448,8 +732,9 @@ def _check_type(name: str, index: Mapping[str, int]) -> None:
 
 def _check_rules(server: Server, table: PolicyTable) -> None:
     place = f"table {table.name!r}: "
-    if table.kind not in ("vllm", "capped", "gated"):
-        raise InputError(f"{place}kind", table.kind, "be 'vllm', 'capped' or 'gated'", "Simulate it instead.")
+    kinds = ("vllm", "capped", "gated", "wait")
+    if table.kind not in kinds:
+        raise InputError(f"{place}kind", table.kind, f"be one of {', '.join(kinds)}", "Simulate it instead.")
     refused = [
         ("chunk_tokens", table.chunk_tokens is not None),
         ("prefill_interval", table.prefill_interval not in (None, 1)),
@@ -457,8 +742,6 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
         ("order", table.order != "fcfs"),
         ("lookahead", table.lookahead.mode != "none"),
         ("whole_prompt_admission", not table.whole_prompt_admission),
-        ("priority", any(row.priority is not None for row in table.types)),
-        ("max_hold_s", any(row.max_hold_s is not None for row in table.types)),
     ]
     for name, wrong in refused:
         if wrong:
@@ -471,21 +754,20 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
         raise InputError("server.iteration_time", "a function", "have coefficients")
 
 
-def _judge(series: Floats, arrival_rate: float, longest: int) -> tuple[str, dict[str, float]]:
-    """Name what the second half of the run does.
-
-    The queue grows if its drift, by thirds of that half, is above 1e-3 of the arrivals both times. Otherwise the
-    run repeats itself with the smallest period for which KV, residents and queue do so, to 1e-6 of their
-    largest values, over three periods and at least the longest output; period 1 is an equilibrium.
-    """
-    time, duration, kv, residents, queue, _, completed, preempted = series[:, series.shape[1] // 2 :]
-    span = float(duration.sum())
+def _judge(
+    series: Floats, decided: NDArray[np.bool_], idle_kv: Floats, arrival_rate: float, longest: int
+) -> tuple[str, dict[str, float]]:
+    """Name what the second half of the run does; see the module."""
+    half = series.shape[1] // 2
+    time, idle, duration, kv, residents, queue, _, completed, preempted = series[:, half:]
+    span = float(time[-1] + duration[-1] - time[0] + idle[0])
     evidence = {
         "completion_rate": float(completed.sum()) / span,
         "arrival_rate": arrival_rate,
         "preempted_per_completion": float(preempted.sum() / max(float(completed.sum()), 1e-300)),
-        "resident_kv": float(kv @ duration) / span,
+        "resident_kv": float(kv @ duration + idle_kv[half:] @ idle) / span,
         "iteration_time": float(duration.mean()),
+        "busy_fraction": float(duration.sum()) / span,
     }
     thirds = np.array_split(np.arange(len(time)), 3)
     mean_queue = [float(queue[part].mean()) for part in thirds]
@@ -494,12 +776,17 @@ def _judge(series: Floats, arrival_rate: float, longest: int) -> tuple[str, dict
     evidence["queue_drift"] = float(drift.mean())
     if (drift > 1e-3 * arrival_rate).all():
         return ("eviction collapse" if preempted.any() else "overload"), evidence
-    state = np.stack([kv, residents, queue])
+    state = np.stack([kv, residents, queue])[:, decided[half:]]
     scale = 1e-6 * (np.abs(state).max(axis=1, keepdims=True) + 1e-12)
     scale[2] = 1e-6 * (np.abs(state[1:]).max() + 1e-12)
-    for period in range(1, len(time) // 4):
-        window = max(3 * period, min(longest, len(time) - period))
+    count = state.shape[1]
+    for period in range(1, count // 4):
+        window = max(3 * period, min(longest, count - period))
         if (np.abs(state[:, -window:] - state[:, -window - period : -period]) <= scale).all():
             evidence["period"] = float(period)
             return ("equilibrium" if period == 1 else "limit cycle"), evidence
+    if count >= 30:
+        means = np.array([part.mean(axis=1) for part in np.array_split(state, 3, axis=1)])
+        if (np.ptp(means, axis=0) <= 0.05 * means.max(axis=0)).all():
+            return "bounded", evidence
     return "undecided", evidence
