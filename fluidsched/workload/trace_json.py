@@ -14,6 +14,10 @@ from fluidsched.workload.trace_rows import Columns, Rows, whole_number
 __all__ = ["is_trace", "read_json"]
 
 MOONCAKE = ("timestamp", "input_length", "output_length")
+BLOCKS = "hash_ids"
+MOONCAKE_BLOCK = 512
+"""Tokens of the blocks that `BLOCKS` names."""
+
 BENCH = ("input_lens", "output_lens", "start_times")
 LENGTHS = ("prompt_tokens", "output_tokens")
 
@@ -50,10 +54,12 @@ def _parsed(place: str, text: str) -> Any:
 def _mooncake(place: str, text: str) -> Columns:
     """One object per line, times in milliseconds."""
     cells: list[tuple[Any, ...]] = []
+    blocks: list[Any] = []
     for line, row in enumerate(text.rstrip().split("\n"), start=1):
         try:
             record = json.loads(row)
             cells.append(tuple(record[name] for name in MOONCAKE))
+            blocks.append(record.get(BLOCKS))
         except json.JSONDecodeError as error:
             raise InputError(f"{place}, line {line}", error.msg, "be one JSON object per line") from None
         except (KeyError, TypeError):
@@ -63,11 +69,15 @@ def _mooncake(place: str, text: str) -> Columns:
     rows = Rows(place, "line", range(1, len(cells) + 1))
     times, prompts, outputs = zip(*cells, strict=True)
     _refuse_text(rows, "timestamp", times, "milliseconds")
-    return {
+    columns: Columns = {
         "arrival_s": rows.times("timestamp", times, "milliseconds") / 1000,
         "prompt_tokens": rows.tokens("input_length", prompts, whole_number),
         "output_tokens": rows.tokens("output_length", outputs, whole_number),
     }
+    if any(ids is not None for ids in blocks):
+        columns[BLOCKS] = np.empty(len(blocks), dtype=object)
+        columns[BLOCKS][:] = blocks
+    return columns
 
 
 def _bench(place: str, result: Any) -> Columns:

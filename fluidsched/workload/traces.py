@@ -18,7 +18,9 @@ ShareGPT-style JSON   ``[{"conversations": [..]}, ..]``, or                none:
 Columns may come in any order and further columns are ignored, but for ``predicted_output_tokens``,
 ``predicted_output_minimum``, ``cached_prompt_tokens`` (0 or more) and ``type`` (a label) of the plain forms, which
 `ArrivalPath.to_csv` and `to_parquet` write, and BurstGPT's ``Model``, which becomes the label. Mooncake's
-``hash_ids`` are ignored. Lines may end with LF or CRLF; empty lines at the end are ignored.
+``hash_ids`` name blocks of 512 tokens, of which `read_trace(..., prefix_cache_tokens=…)` makes ``cached_prompt_tokens``
+(`fluidsched.workload.prefix_cache`); otherwise they are ignored. Lines may end with LF or CRLF;
+empty lines at the end are ignored.
 
 Rows are sorted by arrival time; rows of equal time keep the order of the file. Every request needs at least
 one prompt and one output token (so have all rows of the published Azure 2023 and Mooncake files): a row with
@@ -50,7 +52,8 @@ from fluidsched._files import read_text
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import FloatArray
 from fluidsched.workload.path import LEAST_TOKENS, TOKEN_COLUMNS, ArrivalPath
-from fluidsched.workload.trace_json import is_trace, read_json
+from fluidsched.workload.prefix_cache import lru_cached_tokens
+from fluidsched.workload.trace_json import BLOCKS, MOONCAKE_BLOCK, is_trace, read_json
 from fluidsched.workload.trace_parquet import MAGIC, read_parquet
 from fluidsched.workload.trace_rows import Columns, Rows
 
@@ -59,7 +62,7 @@ __all__ = ["is_json_trace", "read_trace"]
 _TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?:Z|\+00:00)?", re.ASCII)
 
 
-def read_trace(path: str | os.PathLike[str]) -> ArrivalPath:
+def read_trace(path: str | os.PathLike[str], *, prefix_cache_tokens: float | None = None) -> ArrivalPath:
     """Read a trace file as a path to replay, or to turn into a workload.
 
     Parameters
@@ -68,6 +71,9 @@ def read_trace(path: str | os.PathLike[str]) -> ArrivalPath:
         Azure LLM inference CSV, BurstGPT CSV, plain ``arrival_s,prompt_tokens,output_tokens`` CSV or Parquet,
         Mooncake JSONL, vLLM bench JSON, or ShareGPT-style JSON lengths; recognised by its beginning. See
         `fluidsched.workload.traces` for the rules.
+    prefix_cache_tokens : float, optional
+        Size of a prefix cache, tokens, possibly infinite: of a Mooncake trace with ``hash_ids`` the path then says how
+        much of every prompt it holds; see `fluidsched.workload.prefix_cache`. None: nothing is cached.
 
     Returns
     -------
@@ -78,7 +84,8 @@ def read_trace(path: str | os.PathLike[str]) -> ArrivalPath:
     Raises
     ------
     InputError
-        No such file, an empty one, an unknown beginning, no rows, or a bad row (named by its number).
+        No such file, an empty one, an unknown beginning, no rows, or a bad row (named by its number); a cache's size
+        for a trace that does not name its blocks.
 
     Notes
     -----
@@ -90,6 +97,31 @@ def read_trace(path: str | os.PathLike[str]) -> ArrivalPath:
         read_parquet(place, path) if _is_parquet(path) else _text_columns(place, read_text("path", path))
     )
     order = np.argsort(columns["arrival_s"], kind="stable")
+    blocks = columns.pop(BLOCKS, None)
+    if prefix_cache_tokens is not None:
+        if blocks is None:
+            raise InputError(
+                "prefix_cache_tokens",
+                prefix_cache_tokens,
+                f"be left out: {place} does not name the blocks of its prompts",
+                "Give a path cached_prompt_tokens, or types a cached_prefix_fraction.",
+            )
+        for i, (ids, prompt) in enumerate(zip(blocks, columns["prompt_tokens"].tolist(), strict=True)):
+            numbers = isinstance(ids, list) and all(type(block) is int for block in ids)
+            if not numbers or len(ids) < prompt // MOONCAKE_BLOCK:
+                raise InputError(
+                    f"{place}, line {i + 1}",
+                    f"{BLOCKS} {str(ids)[:60]}",
+                    f"name {prompt // MOONCAKE_BLOCK:,} blocks of {MOONCAKE_BLOCK} tokens by whole numbers",
+                    "Correct the line, or leave prefix_cache_tokens out.",
+                )
+        columns["cached_prompt_tokens"] = np.empty(len(order), dtype=np.int64)
+        columns["cached_prompt_tokens"][order] = lru_cached_tokens(
+            columns["prompt_tokens"][order],
+            [blocks[i] for i in order],
+            block_tokens=MOONCAKE_BLOCK,
+            cache_tokens=prefix_cache_tokens,
+        )
     names: tuple[str, ...] = ()
     if "type" in columns:
         labels = columns["type"].tolist()

@@ -1,0 +1,91 @@
+"""What a prefix cache of stated size finds of each prompt of a trace that names its blocks.
+
+A trace may say which blocks of b tokens a prompt begins with: ids i_1, i_2, …, equal in two requests exactly where
+the prompts are equal from their beginning up to the end of that block (so an id names a whole prefix, as the hashes of
+vLLM's and Mooncake's caches do). A request of p prompt tokens then has ⌊p/b⌋ whole blocks; a last block that is not
+full is never kept. The cache is one list of blocks, least recently used first:
+
+1. Requests come in the order of the path. A request finds m blocks, the most such that its first m are all in the
+   cache, and
+
+       c = b · min(m, ⌊(p − 1)/b⌋)
+
+   tokens of it are cached: at least one is computed, and, as in vLLM, whole blocks are.
+2. Then all its whole blocks are used, the last one first and the first one last, as vLLM frees the blocks of a request
+   that leaves: so the end of a prompt is forgotten before its beginning, and what is kept of it is a prefix.
+3. Beyond its size the cache drops the least recently used block.
+
+The list is that of arrivals, not of a simulation: a request finds the blocks of all who came before it, though they may
+still wait, and what policy serves them does not matter. That makes c a column of the path (`cached_prompt_tokens`), so
+that all policies compared find the same, in either engine; it overstates what a server finds while it falls behind.
+The size is that of a store of its own, beside the memory of the residents, who hold their whole prompts whether or not
+others hold the same blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from fluidsched._checks import check_count, check_real
+from fluidsched.errors import InputError
+from fluidsched.workload.lengths import IntArray
+
+__all__ = ["lru_cached_tokens"]
+
+
+def lru_cached_tokens(
+    prompt_tokens: IntArray, blocks: Sequence[Sequence[int]], *, block_tokens: int, cache_tokens: float
+) -> IntArray:
+    """Return how many tokens of each prompt a least-recently-used cache finds, int64[N].
+
+    Parameters
+    ----------
+    prompt_tokens : int64[N]
+        In order of arrival.
+    blocks : sequence of sequence of int
+        Ids of each prompt's blocks, at least the ⌊p/b⌋ whole ones.
+    block_tokens : int
+        b, tokens of a block.
+    cache_tokens : float
+        Size of the cache, tokens; whole blocks of it are used. May be infinite.
+
+    Raises
+    ------
+    InputError
+        For a size below 0, or a prompt with fewer ids than whole blocks.
+
+    Examples
+    --------
+    >>> prompts = np.array([40, 48, 33])
+    >>> lru_cached_tokens(prompts, [[1, 2, 3], [1, 2, 4], [1, 2, 5]], block_tokens=16, cache_tokens=math.inf)
+    array([ 0, 32, 32])
+    >>> lru_cached_tokens(prompts, [[1, 2, 3], [1, 2, 4], [1, 2, 5]], block_tokens=16, cache_tokens=16)
+    array([ 0, 16, 16])
+    """
+    block_tokens = check_count("block_tokens", block_tokens, minimum=1)
+    cache_tokens = check_real("cache_tokens", cache_tokens, minimum=0.0, allow_inf=True)
+    most = math.inf if math.isinf(cache_tokens) else cache_tokens // block_tokens
+    kept: OrderedDict[int, None] = OrderedDict()
+    cached = np.zeros(len(prompt_tokens), dtype=np.int64)
+    for i, (prompt, ids) in enumerate(zip(prompt_tokens.tolist(), blocks, strict=True)):
+        whole = prompt // block_tokens
+        if len(ids) < whole:
+            raise InputError(
+                f"blocks of request {i}",
+                f"{len(ids)} ids",
+                f"name the {whole} whole blocks of {block_tokens} tokens of its {prompt:,} prompt tokens",
+            )
+        found = 0
+        while found < whole and ids[found] in kept:
+            found += 1
+        cached[i] = block_tokens * min(found, (prompt - 1) // block_tokens)
+        for block in reversed(ids[:whole]):
+            kept[block] = None
+            kept.move_to_end(block)
+            if len(kept) > most:
+                kept.popitem(last=False)
+    return cached
