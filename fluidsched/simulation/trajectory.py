@@ -99,7 +99,7 @@ class FluidTrajectory(Tabular):
     def __repr__(self) -> str:
         facts = ", ".join(f"{name} {value:.6g}" for name, value in self.evidence.items())
         return (
-            f"FluidTrajectory of {self.policy!r}: {len(self.time_s):,} iterations, {self.verdict} ({facts})"
+            f"FluidTrajectory of {self.policy!r}: {len(self.time_s):,} iterations, {self.verdict}\n  {facts}"
         )
 
     def to_frame(self) -> pd.DataFrame:
