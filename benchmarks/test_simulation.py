@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from fluidsched.policy import baselines
-from fluidsched.policy.table import Match, PolicyTable, TableType
+from fluidsched.policy.table import Lookahead, Match, PolicyTable, TableType
 from fluidsched.server import IterationTime, Server, catalog
 from fluidsched.simulation import simulate
 from fluidsched.simulation.kernel import run_kernel, run_many
@@ -88,6 +89,34 @@ def test_five_thousand_requests(
     run = benchmark(run_kernel, path, SERVER, table, horizon=None)
     right = agrees(backlog_file(arrivals, CHECKED), SERVER, table)
     note(seed=SEED, requests=len(path), iterations=run.iterations, right=right)
+    assert right
+
+
+def _looking_ahead(mode: str, lengths: tuple[int, ...] = (), headroom: float = 0.0) -> PolicyTable:
+    ahead = Lookahead(mode, headroom, lengths)  # type: ignore[arg-type]
+    return replace(baselines.vllm(), name=mode, lookahead=ahead, predictor="exact")
+
+
+AHEAD = {
+    "vllm": baselines.vllm(),
+    "known": _looking_ahead("known"),
+    "law": _looking_ahead("law", tuple(range(100, 301, 20)), 500.0),
+    "reserve": _looking_ahead("reserve", headroom=300.0),
+    "mc_sf": baselines.mc_sf(),
+}
+
+
+@pytest.mark.parametrize("arrivals", ["poisson", "at-once"])
+@pytest.mark.parametrize("policy", AHEAD)
+def test_five_thousand_requests_and_little_memory(
+    policy: str, arrivals: str, benchmark: Any, note: Callable[..., None]
+) -> None:
+    """The same file with 16 000 tokens of KV, which 128 of these requests exceed: look-ahead beside vllm."""
+    path, table = backlog_file(arrivals), AHEAD[policy]
+    server = replace(SERVER, kv_capacity=16_000)
+    run = benchmark(run_kernel, path, server, table, horizon=None)
+    right = agrees(backlog_file(arrivals, CHECKED), server, table)
+    note(seed=SEED, requests=len(path), iterations=run.iterations, preempted=run.preempted, right=right)
     assert right
 
 

@@ -2,8 +2,8 @@ r"""The compiled loops of the kernel: event to event instead of token to token.
 
 Everything that numba compiles is in this one file, because its cache looks at one file's date only: a change
 here recompiles everything, and nothing stale is ever run. In order: durations of runs, the calendar of
-completions, the state, what the rules share, `continuous` (the rules in which everybody in service runs),
-`wait` and `nested`. Rule numbers are those of `fluidsched.simulation.reference`, which these loops repeat.
+completions, the state, what the rules share, look-ahead, `continuous` (the rules in which everybody in service
+runs), `wait` and `nested`. Rule numbers are those of `fluidsched.simulation.reference`, which these loops repeat.
 
 **Durations.** While n requests decode and nobody enters or leaves, iteration r = 0, 1, … of the run reads
 m + n r tokens of KV, so with affine pieces (c0, c_pf, c_dec, c_kv, c_attn) it lasts
@@ -45,10 +45,35 @@ end, where it joins the next list: a few operations per segment that it reaches,
 Admission is in the order of the path, preemption in the opposite one; so nobody overtakes, every list is in
 order of arrival, and those of one cohort, put on one day one after another, are found there in reverse.
 
+**Looking ahead.** On its clock a decode with base B, believed to finish at reading κ, is forecast to hold B + t
+at every reading t ≤ κ and nothing later. So what is forecast for t,
+
+    M(t) = Σ_{κ ≥ t} (B + t) = (how many κ ≥ t) t + (their Σ B),
+
+does not change with the clock: only entering, leaving early and standing still change it, and an end that passes
+changes nothing that is still ahead. M is largest at some κ. A segment tree over t (leaf t: the ends at t) keeps
+in every node the number n of ends in it, their Σ B, and a bound on what they alone amount to at any of its t,
+
+    peak(node) = max( peak(right), peak(left) + n(right) t_last(left) + ΣB(right) ),     exact in a leaf,
+
+so an end is put in or taken out along one path, log2 of the longest length ahead. A newcomer is put in, and taken
+out again if then M(t) exceeds the limit at a t that is ahead: from the latest t to the earliest, with the sums of
+all that end later at hand, subtrees whose bound is within the limit are passed over whole. That a bound exceeds the
+limit where the memory does not happens only near the limit, so a check is another few log2 of the length: in the
+benchmarks' 5 000 requests, 128 at a time and up to 300 long, 1 to 18 nodes of 1 023 (and in the worst case all).
+The t found is a witness, and is tried first the next time. A newcomer asks for less at it by one token per
+iteration that passes, so who is refused need not be asked again before that adds up to the excess, or t has come,
+or somebody leaves: with those who are refused, too, the loop goes from event to event. A law of m lengths puts m
+ends in, each with its share, m updates that share the upper parts of their paths; where one passes, those left
+weigh more. With blocks of b tokens ⌈(B + t)/b⌉ is linear in t only along t ≡ ρ mod b: there are b trees, one per ρ.
+`shortest_first` keeps the waiting of a row in a binary heap. All this is compiled only for runs that need it:
+for others the argument `ahead` is None, and numba drops what hangs on it.
+
 **Events.** At a decision the rule serves the running, preempts, admits. If prompts are being computed, one
 iteration is run; else as many as nothing can change in: until the next completion, the iteration memory
 ends at, the opening of an admission window, the end of a block, or the first end at or after an arrival
-that could enter, a hold time, the horizon, the end of the warm-up or a sampling instant. Waking for nothing
+that could enter, a hold time, the first iteration in which look-ahead may let in whom it refused, the horizon,
+the end of the warm-up or a sampling instant. Waking for nothing
 is harmless: the decision is made again and comes out the same.
 """
 
@@ -310,6 +335,22 @@ STATE = _record_type(
     "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
+#: Look-ahead (`shares` > 0) and order by length (`shortest`). limit: of memory forecast, in units / shares;
+#: longest: iterations that a forecast reaches at most; origin, leaves: of the trees, which reach from the origin
+#: over leaves x block readings of the clock; counted: residents in them; incomplete: forecast of those whose
+#: prompt stays incomplete; blocked: iterations for which who was refused is certain to be; witness: see above.
+AHEAD = _record_type("shares limit shortest longest origin leaves counted incomplete blocked witness")
+
+#: What is forecast of the resident in a slot: base and reading at which it had no token, the first of the lengths
+#: still possible, when that ends; earlier, later: its day.
+FORECAST = _record_type("counted base birth first date earlier later")
+
+#: A node of a tree: shares of requests that end in it, shares of their bases in units, bound on their memory.
+NODE = _record_type("count base peak")
+
+#: The waiting of a row, a heap of places: where it begins, how many there are.
+HEAP = _record_type("start waiting")
+
 Records = NDArray[np.void]
 Pointer = Any  # one record of such an array
 
@@ -360,6 +401,27 @@ class Run(NamedTuple):
     preemptions: Ints
     gaps: Ints
     occupancy: Floats
+
+
+class Ahead(NamedTuple):
+    """What look-ahead and orders by length read and write.
+
+    `believed` (N,) are lengths, or `lengths` (m,), ascending, a law; `place` (N,) is a request's place in the
+    order in which it is served within a priority and `requests` the inverse, `heap` (N,) holds places. `days`
+    and `bits` are a calendar of the next ends that pass.
+    """
+
+    state: Records
+    believed: Ints
+    lengths: Ints
+    forecasts: Records
+    days: Ints
+    bits: Ints
+    tree: Records
+    place: Ints
+    requests: Ints
+    heaps: Records
+    heap: Ints
 
 
 # --------------------------------------------------------------------------- gaps between tokens
@@ -688,6 +750,8 @@ def _return(run: Run, stack: int, slot: int, produced: int, held: int, served: f
         cached = _cached(run, request)
         s.wasted += held - cached
         s.cached -= cached
+    if rules.reserve > 0:
+        s.reserved -= _units(rules, run.prompt[request] + rules.reserve - 1)
     s.queued += run.prompt[request] + produced
     s.preempted += 1
     s.returned += 1
@@ -850,6 +914,401 @@ def _close(run: Run, now: float, held: int, verdict: int) -> None:
             request = returned[request].below
 
 
+# --------------------------------------------------------------------------- looking ahead
+
+
+@_part
+def _plant(tree: Records, at: int, leaves: int, leaf: int, count: int, base: int, following: int) -> None:
+    """Add to a leaf of the tree that begins at `at`, and bring up to date what is above it.
+
+    Nodes above the leaf `following` (`NOBODY`: none), too, are left to it: it is the next to be added to.
+    """
+    i = leaves + leaf
+    node = at + i
+    tree[node].count += count
+    tree[node].base += base
+    tree[node].peak = tree[node].base + tree[node].count * leaf
+    width = 1
+    level = 1
+    while i > 1:
+        if following != NOBODY and (leaves + following) >> level == i >> 1:
+            return
+        i >>= 1
+        left = at + 2 * i
+        last = 2 * i * width + width - 1 - leaves
+        right_count, right_base = tree[left + 1].count, tree[left + 1].base
+        peak = tree[left].peak
+        if right_count > 0:
+            peak += right_count * last + right_base
+            if tree[left].count == 0 or tree[left + 1].peak > peak:
+                peak = tree[left + 1].peak
+        node = at + i
+        tree[node].count = tree[left].count + right_count
+        tree[node].base = tree[left].base + right_base
+        tree[node].peak = peak
+        width *= 2
+        level += 1
+
+
+@_part
+def _first_excess(ahead: Ahead, block: int, clock: int, limit: int) -> tuple[int, int]:
+    """A reading of at least clock + 2 for which more than `limit` is forecast, and how much; else `NOBODY`."""
+    a, tree = ahead.state[0], ahead.tree
+    leaves = a.leaves
+    for rest in range(block):
+        at = rest * 2 * leaves
+        first = (clock + 1 - a.origin - rest + block) // block
+        i, width = 1, leaves
+        count = base = 0
+        while True:
+            node = at + i
+            last = i * width + width - 1 - leaves
+            if last < first:
+                break
+            if tree[node].count > 0:
+                peak = tree[node].peak + count * last + base
+                if peak > limit:
+                    if width == 1:
+                        return a.origin + block * last + rest, peak
+                    width >>= 1
+                    i = 2 * i + 1
+                    continue
+                count += tree[node].count
+                base += tree[node].base
+            while i & 1 == 0:
+                i >>= 1
+                width <<= 1
+            if i == 1:
+                break
+            i -= 1
+    return NOBODY, 0
+
+
+@_part
+def _forecast_at(ahead: Ahead, block: int, reading: int) -> int:
+    """Memory forecast for this reading of the clock, in units / shares."""
+    a, tree = ahead.state[0], ahead.tree
+    leaf, rest = (reading - a.origin) // block, (reading - a.origin) % block
+    at = rest * 2 * a.leaves
+    i = a.leaves + leaf
+    count, base = tree[at + i].count, tree[at + i].base
+    while i > 1:
+        if i & 1 == 0:
+            count += tree[at + i + 1].count
+            base += tree[at + i + 1].base
+        i >>= 1
+    return base + count * leaf
+
+
+@_inline
+def _forecast_end(run: Run, ahead: Ahead, request: int, base: int, birth: int, j: int) -> int:
+    """The reading at which it finishes if the j-th length is true.
+
+    A belief is cut where the request alone holds more than the limit: then rule 14 refuses everybody.
+    """
+    if ahead.lengths.size > 0:
+        return birth + ahead.lengths[j]
+    return min(birth + ahead.believed[request], ahead.state[0].limit * run.rules[0].block + 1 - base)
+
+
+@_inline
+def _first_length(run: Run, ahead: Ahead, request: int, base: int, birth: int) -> int:
+    """The first of the lengths that may still be true; their number if none may."""
+    clock = run.groups[0].clock
+    count = max(ahead.lengths.size, 1)
+    first = 0
+    while first < count and _forecast_end(run, ahead, request, base, birth, first) <= clock:
+        first += 1
+    return first
+
+
+@_part
+def _spread(run: Run, ahead: Ahead, request: int, base: int, birth: int, first: int, weight: int) -> None:
+    """Put so many shares of each length of a request, from the first possible on, into the trees.
+
+    What ends now or has ended is not looked at any more, and stays.
+    """
+    a = ahead.state[0]
+    block = run.rules[0].block
+    clock = run.groups[0].clock
+    count = max(ahead.lengths.size, 1)
+    while first < count and _forecast_end(run, ahead, request, base, birth, first) <= clock:
+        first += 1
+    if first == count:
+        return
+    for rest in range(block):
+        units = (base + a.origin + rest + block - 1) // block
+        end = _forecast_end(run, ahead, request, base, birth, first)
+        leaf = (end - a.origin - rest) // block
+        for j in range(first, count):
+            following = NOBODY
+            if j + 1 < count:
+                end = _forecast_end(run, ahead, request, base, birth, j + 1)
+                following = (end - a.origin - rest) // block
+            if leaf >= 0:
+                _plant(ahead.tree, rest * 2 * a.leaves, a.leaves, leaf, weight, weight * units, following)
+            leaf = following
+
+
+@_inline
+def _weight(ahead: Ahead, first: int) -> int:
+    """The shares of each length of a request of which those from `first` on may be true."""
+    return ahead.state[0].shares // max(ahead.lengths.size - first, 1)
+
+
+@_part
+def _own_forecast(
+    run: Run, ahead: Ahead, request: int, base: int, birth: int, first: int, reading: int
+) -> tuple[int, int]:
+    """What a request adds to the forecast for a reading: its shares and its memory."""
+    count = max(ahead.lengths.size, 1)
+    shares = 0
+    for j in range(first, count):
+        shares += _forecast_end(run, ahead, request, base, birth, j) >= reading
+    if shares == 0:
+        return 0, 0
+    shares *= _weight(ahead, first)
+    return shares, shares * _units(run.rules[0], base + reading)
+
+
+@_part
+def _incomplete_forecast(run: Run, ahead: Ahead, request: int, produced: int, target: int) -> int:
+    """Rule 33 for a request whose prompt stays incomplete, in units / shares."""
+    rules, shares = run.rules[0], ahead.state[0].shares
+    count = ahead.lengths.size
+    if count == 0:
+        return shares * _units(rules, target + max(ahead.believed[request] - produced - 1, 0))
+    first = 0
+    while first < count and ahead.lengths[first] <= produced:
+        first += 1
+    if first == count:
+        return shares * _units(rules, target)
+    total = 0
+    for j in range(first, count):
+        total += _units(rules, target + ahead.lengths[j] - produced - 1)
+    return total * _weight(ahead, first)
+
+
+@_part
+def _foresee(run: Run, ahead: Ahead, request: int, produced: int, target: int, after: int) -> bool:
+    """Rule 32: whether the request, which would hold `after` tokens after this iteration, fits what is ahead.
+
+    If so and its prompt is then complete, its forecast is in the trees.
+    """
+    a, rules = ahead.state[0], run.rules[0]
+    if a.shares == 0:
+        return True
+    clock = run.groups[0].clock
+    somebody = run.state[0].residents > 0
+    limit = a.limit * a.shares - a.incomplete
+    base, birth = target - clock - 1, clock - produced
+    first = max(ahead.lengths.size, 1)
+    if after < target:
+        if not somebody:
+            return True
+        limit -= _incomplete_forecast(run, ahead, request, produced, target)
+    else:
+        first = _first_length(run, ahead, request, base, birth)
+        known = somebody and first == 0 and ahead.lengths.size == 0
+        if known and _forecast_end(run, ahead, request, base, birth, 0) < birth + ahead.believed[request]:
+            return False  # even alone it is believed to exceed the limit
+    if somebody and limit < 0:
+        return False
+    shares = memory = 0
+    if somebody and a.witness > clock + 1:
+        shares, memory = _own_forecast(run, ahead, request, base, birth, first, a.witness)
+        memory += _forecast_at(ahead, rules.block, a.witness)
+    if memory <= limit or not somebody:
+        _spread(run, ahead, request, base, birth, first, _weight(ahead, first))
+        if not somebody:
+            return True
+        witness, memory = _first_excess(ahead, rules.block, clock, limit)
+        if witness == NOBODY:
+            return True
+        _spread(run, ahead, request, base, birth, first, -_weight(ahead, first))
+        shares, _ = _own_forecast(run, ahead, request, base, birth, first, witness)
+        a.witness = witness
+    a.blocked = a.witness - clock - 1
+    if shares > 0:
+        a.blocked = min(a.blocked, (memory - limit + shares - 1) // shares)
+    return False
+
+
+@_inline
+def _note(run: Run, ahead: Ahead, slot: int, base: int, birth: int, first: int) -> None:
+    """Remember the forecast of the resident in `slot`, which is in the trees."""
+    forecasts = ahead.forecasts
+    forecasts[slot].counted = 0
+    if first == max(ahead.lengths.size, 1):
+        return
+    date = _forecast_end(run, ahead, run.slots[slot].request, base, birth, first)
+    forecasts[slot].counted = 1
+    forecasts[slot].base = base
+    forecasts[slot].birth = birth
+    forecasts[slot].first = first
+    forecasts[slot].date = date
+    ahead.state[0].counted += 1
+    calendar_add(ahead.days, ahead.bits, forecasts, date & (ahead.days.size - 1), slot)
+
+
+@_part
+def _forecast(run: Run, ahead: Ahead, slot: int, base: int, birth: int) -> None:
+    """Put the forecast of the resident in `slot` into the trees."""
+    request = run.slots[slot].request
+    first = _first_length(run, ahead, request, base, birth)
+    _spread(run, ahead, request, base, birth, first, _weight(ahead, first))
+    _note(run, ahead, slot, base, birth, first)
+
+
+@_part
+def _forget(run: Run, ahead: Ahead, slot: int) -> None:
+    """Take the forecast of the resident in `slot`, or last there, out of the trees."""
+    forecasts = ahead.forecasts
+    if forecasts[slot].counted == 1:
+        forecasts[slot].counted = 0
+        ahead.state[0].counted -= 1
+        calendar_remove(ahead.days, ahead.bits, forecasts, forecasts[slot].date & (ahead.days.size - 1), slot)
+        request = run.slots[slot].request
+        base, birth, first = forecasts[slot].base, forecasts[slot].birth, forecasts[slot].first
+        _spread(run, ahead, request, base, birth, first, -_weight(ahead, first))
+
+
+@_part
+def _outlive(run: Run, ahead: Ahead, slot: int) -> None:
+    """The resident in `slot` has as many tokens as the length believed, or the first of them: more weighs the rest."""
+    forecasts = ahead.forecasts
+    request = run.slots[slot].request
+    base, birth, before = forecasts[slot].base, forecasts[slot].birth, forecasts[slot].first
+    calendar_remove(ahead.days, ahead.bits, forecasts, forecasts[slot].date & (ahead.days.size - 1), slot)
+    ahead.state[0].counted -= 1
+    first = _first_length(run, ahead, request, base, birth)
+    if first < ahead.lengths.size:
+        _spread(run, ahead, request, base, birth, first, _weight(ahead, first) - _weight(ahead, before))
+    _note(run, ahead, slot, base, birth, first)
+
+
+@_part
+def _forget_gone(run: Run, ahead: Ahead, count: int) -> None:
+    """Forget the `count` residents who left last."""
+    slot = run.state[0].vacant
+    for _ in range(count):
+        _forget(run, ahead, slot)
+        slot = run.slots[slot].newer
+
+
+@_part
+def _look_ahead(run: Run, ahead: Ahead, preempted: int) -> None:
+    """Before anybody is admitted: forget who was preempted, forecast prompts that this iteration completes."""
+    a, s, slots = ahead.state[0], run.state[0], run.slots
+    if a.shares == 0:
+        return
+    _forget_gone(run, ahead, preempted)
+    clock = run.groups[0].clock
+    for i in range(s.partials):
+        slot = slots[i].partial
+        target, produced = slots[slot].target, slots[slot].resumed
+        if slots[slot].done + slots[slot].chunk == target:
+            _forecast(run, ahead, slot, target - clock - 1, clock - produced)
+        else:
+            a.incomplete += _incomplete_forecast(run, ahead, slots[slot].request, produced, target)
+
+
+@_part
+def _enter_ahead(run: Run, ahead: Ahead, slot: int, row: int, produced: int, target: int, after: int) -> None:
+    """The resident in `slot` was just admitted, out of `row` (`NOBODY`: preempted before); see `_foresee`."""
+    a, slots = ahead.state[0], run.slots
+    if a.shortest == 1 and row != NOBODY:
+        _take_shortest(run, ahead, row)
+    if a.shares == 0:
+        return
+    clock = run.groups[0].clock
+    request = slots[slot].request
+    if after < target:
+        a.incomplete += _incomplete_forecast(run, ahead, request, produced, target)
+    else:
+        base, birth = target - clock - 1, clock - produced
+        _note(run, ahead, slot, base, birth, _first_length(run, ahead, request, base, birth))
+
+
+@_part
+def _pass_ahead(run: Run, ahead: Ahead, gone: int, ticks: int, walked: bool) -> None:
+    """The clock went on by `ticks`, `gone` residents left: keep to what is now believed of the others."""
+    a, s, slots, forecasts = ahead.state[0], run.state[0], run.slots, ahead.forecasts
+    if a.shares == 0:
+        return
+    _forget_gone(run, ahead, gone)
+    if walked:  # those who stood still end later
+        slot = s.oldest
+        while slot != NOBODY:
+            base = slots[slot].base
+            if forecasts[slot].counted == 1 and forecasts[slot].base != base:
+                _forget(run, ahead, slot)
+                _forecast(run, ahead, slot, base, slots[slot].key - run.output[slots[slot].request])
+            slot = slots[slot].newer
+    clock = run.groups[0].clock
+    days = ahead.days.size
+    day = clock - ticks
+    while a.counted > 0:
+        day += calendar_next(ahead.bits, 0, days, day)
+        if day > clock:
+            break
+        slot = ahead.days[day & (days - 1)]
+        while slot != NOBODY:
+            following = forecasts[slot].later
+            if forecasts[slot].date <= clock:
+                _outlive(run, ahead, slot)
+            slot = following
+    if clock + a.longest >= a.origin + a.leaves * run.rules[0].block:
+        for i in range(ahead.tree.size):
+            ahead.tree[i].count = ahead.tree[i].base = ahead.tree[i].peak = 0
+        a.origin = clock
+        slot = s.oldest
+        while slot != NOBODY:
+            if forecasts[slot].counted == 1:
+                base, birth, first = forecasts[slot].base, forecasts[slot].birth, forecasts[slot].first
+                _spread(run, ahead, slots[slot].request, base, birth, first, _weight(ahead, first))
+            slot = slots[slot].newer
+
+
+@_part
+def _queue_by_length(run: Run, ahead: Ahead, request: int) -> None:
+    """Rule 31: who has just joined the queue of its row takes its place in it; the first place is at its head."""
+    if ahead.state[0].shortest == 0:
+        return
+    row = run.row[request]
+    heaps, heap = ahead.heaps, ahead.heap
+    start, place = heaps[row].start, ahead.place[request]
+    i = heaps[row].waiting
+    heaps[row].waiting += 1
+    while i > 0 and heap[start + (i - 1) // 2] > place:
+        heap[start + i] = heap[start + (i - 1) // 2]
+        i = (i - 1) // 2
+    heap[start + i] = place
+    run.order[run.rows[row].head] = ahead.requests[heap[start]]
+
+
+@_part
+def _take_shortest(run: Run, ahead: Ahead, row: int) -> None:
+    """Who was at the head of the row's queue is out of it."""
+    heaps, heap = ahead.heaps, ahead.heap
+    start, size = heaps[row].start, heaps[row].waiting - 1
+    heaps[row].waiting = size
+    if size == 0:
+        return
+    place = heap[start + size]
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child + 1 < size and heap[start + child + 1] < heap[start + child]:
+            child += 1
+        if child >= size or heap[start + child] > place:
+            break
+        heap[start + i] = heap[start + child]
+        i = child
+    heap[start + i] = place
+    run.order[run.rows[row].head] = ahead.requests[heap[start]]
+
+
 # --------------------------------------------------------------------------- everybody in service runs
 
 
@@ -958,29 +1417,32 @@ def _bring_back(run: Run, slot: int, stored: int, from_host: bool) -> None:
     s.stalls += 1
 
 
-def _admission(rare: bool) -> Callable[[Run, int, int, float], int]:
+def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int]:
     """The scan of the queue, with or without swapping."""
 
     @_inline
-    def _admit_waiting(run: Run, used: int, budget: int, now: float) -> int:
-        """Rules 13 to 15 and 19: admit while somebody may enter and fits; return why it ended."""
+    def _admit_waiting(run: Run, ahead: Ahead | None, used: int, budget: int, now: float) -> int:
+        """Rules 13 to 15, 19 and 32: admit while somebody may enter and fits; return why it ended."""
         s, rules, slots = run.state[0], run.rules[0], run.slots
         groups, rows, returned = run.groups, run.rows, run.returned
         while budget > 0 and s.residents < rules.slots:
             row = NOBODY
+            produced = 0
             if s.returned > 0:
                 request = groups[0].top
-                target = run.prompt[request] + returned[request].produced
+                produced = returned[request].produced
             else:
-                request = NOBODY
+                request = first = NOBODY
                 for j in range(rows.size):
                     if rows[j].quota > 0 and rows[j].head < rows[j].tail:
-                        head = run.order[rows[j].head]
-                        if row == NOBODY or (rows[j].rank, head) < (rows[row].rank, request):
-                            row, request = j, head
+                        head = place = run.order[rows[j].head]
+                        if ahead is not None:
+                            place = ahead.place[head]
+                        if row == NOBODY or (rows[j].rank, place) < (rows[row].rank, first):
+                            row, request, first = j, head, place
                 if row == NOBODY:
                     return _NOBODY_MAY
-                target = run.prompt[request]
+            target = run.prompt[request] + produced
             holds = _cached(run, request)  # as soon as it enters
             stored = 0
             if rare:
@@ -988,6 +1450,7 @@ def _admission(rare: bool) -> Callable[[Run, int, int, float], int]:
                     stored = returned[request].stored
                 elif rules.handed:
                     stored = run.prompt[request]
+                    produced = 1
                     target += 1
                 if stored > 0:
                     holds = stored
@@ -995,17 +1458,21 @@ def _admission(rare: bool) -> Callable[[Run, int, int, float], int]:
             chunk = min(target - holds, budget, rules.chunk)
             if rules.whole_prompts and target - holds > budget:
                 return _NO_ROOM_IN_BATCH
+            if used + _units(rules, target if rules.whole_prompt else holds + chunk) > limit:
+                return _NO_MEMORY
             if rules.reserve > 0:
                 reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
-                if s.reserved + reserved > limit:
+                if s.residents > 0 and s.reserved + reserved > limit:
                     return _NO_MEMORY
                 s.reserved += reserved
-            elif used + _units(rules, target if rules.whole_prompt else holds + chunk) > limit:
+            if ahead is not None and not _foresee(run, ahead, request, produced, target, holds + chunk):
                 return _NO_MEMORY
             slot = _admit(run, 0, max(row, 0), now)
             slots[slot].chunk = chunk
             used += _units(rules, holds + chunk)
             budget -= chunk
+            if ahead is not None:
+                _enter_ahead(run, ahead, slot, row, produced, target, holds + chunk)
             if rare and stored > 0:
                 _bring_back(run, slot, stored, row == NOBODY)
             if row != NOBODY:
@@ -1145,18 +1612,25 @@ def _prefill(run: Run, now: float) -> None:
     s.partials = left
 
 
-def _continuous(rare: bool) -> Callable[[Run], None]:
+def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
     """The loop, with or without what few runs need; numba drops branches on a constant before it compiles."""
 
     @_loop
-    def continuous(run: Run) -> None:
+    def continuous(run: Run, ahead: Ahead | None) -> None:
         """Run any rule but `wait` on to its end, or to the first decision instant that is
         not before `until`; called again with a later `until`, it goes on from there."""
         s, rules, slots = run.state[0], run.rules[0], run.slots
         groups, rows, calendars, coef = run.groups, run.rows, run.calendars, run.coefficients
         now = s.now
+        overtaken = rows.size > 1  # who arrives may come before those who wait
+        if ahead is not None:
+            overtaken = overtaken or ahead.state[0].shortest == 1
         while True:
+            arrived = s.arrived
             _join(run, now)
+            if ahead is not None:
+                for i in range(arrived, s.arrived):
+                    _queue_by_length(run, ahead, i)
             held = groups[0].held
             for i in range(s.partials):
                 held += slots[slots[i].partial].done
@@ -1175,13 +1649,18 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
             resting = False
             if rare and rules.prompts_alone:  # rule 19b
                 _open_rows(run, now)
-                ended = _admit_waiting_rare(run, _units_held(groups, calendars, 0), rules.budget, now)
+                ended = _admit_waiting_rare(run, ahead, _units_held(groups, calendars, 0), rules.budget, now)
                 resting = s.partials > 0
             used = budget = 0
             walked = False
             if not resting:
                 used, budget, walked = _serve(run, held_back, now)
             evicting = s.preempted > preempted
+            if ahead is not None:
+                ahead.state[0].blocked = FAR
+                ahead.state[0].incomplete = 0
+                if s.partials > 0 or evicting:
+                    _look_ahead(run, ahead, s.preempted - preempted)
             cleared = not rules.gated
             closed = held_back or evicting or (rules.static and s.residents > 0)
             if rare:
@@ -1189,9 +1668,9 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
             while not closed:
                 _open_rows(run, now)
                 if rare:
-                    ended = _admit_waiting_rare(run, used, budget, now)
+                    ended = _admit_waiting_rare(run, ahead, used, budget, now)
                 else:
-                    ended = _admit_waiting(run, used, budget, now)
+                    ended = _admit_waiting(run, ahead, used, budget, now)
                 if s.residents > 0 or cleared:
                     break
                 for j in range(rows.size):  # rule 18
@@ -1235,7 +1714,7 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                     k = 1
                 elif held_back:
                     k = min(k, rules.interval - 1 - s.since_prefill)
-                elif ended == _NOBODY_MAY or (ended == _NO_MEMORY and s.returned == 0 and rows.size > 1):
+                elif ended == _NOBODY_MAY or (ended == _NO_MEMORY and s.returned == 0 and overtaken):
                     if s.arrived < run.arrival.size:
                         wake = min(wake, run.arrival[s.arrived])
                     if rules.gated:
@@ -1248,6 +1727,8 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
                                     k = min(k, oldest + rows[j].period - s.iterations)
                 elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < run.arrival.size:
                     wake = min(wake, run.arrival[s.arrived])  # whether anybody waits matters to rule 16
+                if ahead is not None:
+                    k = min(k, ahead.state[0].blocked)
                 k, duration, area, first, last = _run_length(run, decodes, reads, reads, now, wake, k)
                 holds = reads + decodes * (k - 1)
                 prompts = 0
@@ -1301,6 +1782,8 @@ def _continuous(rare: bool) -> Callable[[Run], None]:
             if walked:
                 _resume(run)
             _prefill(run, now)
+            if ahead is not None:
+                _pass_ahead(run, ahead, s.residents_before - s.residents, k, walked)
 
     return continuous
 
@@ -1846,8 +2329,9 @@ def nested(run: Run) -> None:
 
 SHORTEST_QUEUE, LEAST_KV, TWO_CHOICES = range(3)
 
-#: Where the slots of a replica lie, and its calendars' `phase`, which is as wide as its blocks.
-REPLICA = _record_type("first_slot last_slot first_phase block")
+#: Where the slots of a replica lie, its calendars' `phase`, which is as wide as its blocks, and the calendar and
+#: the trees of its forecasts.
+REPLICA = _record_type("first_slot last_slot first_phase block first_day last_day first_node last_node")
 
 
 @_inline
@@ -1895,6 +2379,28 @@ def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
 
 
 @_inline
+def _replica_ahead(ahead: Ahead, layout: Records, p: int) -> Ahead:
+    """The same of what look-ahead and orders by length need."""
+    count = layout.size
+    rows = ahead.heaps.size // count
+    places = ahead.heap.size // count
+    at = layout[p]
+    return Ahead(
+        state=ahead.state[p : p + 1],
+        believed=ahead.believed,
+        lengths=ahead.lengths,
+        forecasts=ahead.forecasts[at.first_slot : at.last_slot],
+        days=ahead.days[at.first_day : at.last_day],
+        bits=ahead.bits[at.first_day // 64 : at.last_day // 64],
+        tree=ahead.tree[at.first_node : at.last_node],
+        place=ahead.place,
+        requests=ahead.requests,
+        heaps=ahead.heaps[p * rows : (p + 1) * rows],
+        heap=ahead.heap[p * places : (p + 1) * places],
+    )
+
+
+@_inline
 def _seen(runs: Run, count: int, p: int, instant: float, rule: int) -> int:
     """What the router sees of replica p at an instant: requests in the system, or KV held and asked for."""
     s = runs.state[p]
@@ -1910,13 +2416,14 @@ def _seen(runs: Run, count: int, p: int, instant: float, rule: int) -> int:
     return held + s.queued
 
 
-def _routing(rare: bool) -> Callable[[Run, Ints, Records, bool, int, Ints, Floats, Ints], None]:
+def _routing(rare: bool) -> Callable[..., None]:
     """The router, over replicas of the loop with or without what few runs need."""
     advance = continuous_rare if rare else continuous
 
     @_loop
     def route(
         runs: Run,
+        ahead: Ahead | None,
         phase: Ints,
         layout: Records,
         blocks: bool,
@@ -1952,10 +2459,12 @@ def _routing(rare: bool) -> Callable[[Run, Ints, Records, bool, int, Ints, Float
                     continue
                 if runs.state[p].now < now:
                     runs.state[p].until = min(now, runs.rules[p].horizon)
-                    if blocks:
+                    if ahead is not None:
+                        advance(_replica(runs, phase, layout, p), _replica_ahead(ahead, layout, p))
+                    elif blocks:
                         wait(_replica(runs, phase, layout, p))
                     else:
-                        advance(_replica(runs, phase, layout, p))
+                        advance(_replica(runs, phase, layout, p), None)
                 seen = _seen(runs, count, p, now, rule)
                 if rule == LEAST_KV and runs.state[p].now <= now:
                     slots = runs.slots[layout[p].first_slot : layout[p].last_slot]
@@ -1970,6 +2479,10 @@ def _routing(rare: bool) -> Callable[[Run, Ints, Records, bool, int, Ints, Float
                 runs.rows[row].tail += 1
                 runs.state[best].waiting += 1
                 runs.state[best].queued += runs.prompt[i] + runs.rules[best].handed
+                if ahead is not None:
+                    _queue_by_length(
+                        _replica(runs, phase, layout, best), _replica_ahead(ahead, layout, best), i
+                    )
 
     return route
 

@@ -25,8 +25,8 @@ from fluidsched.server import Server
 from fluidsched.simulation import compiled, histogram
 from fluidsched.simulation.limits import (
     UNLIMITED,
+    beliefs,
     check_handed_over,
-    check_kernel,
     check_run,
     effective_limits,
     never_fits,
@@ -90,7 +90,6 @@ def run_kernel(
     ([2.0, 2.0], 11.0)
     """
     coefficients = server.iteration_time.require_coefficients("the kernel")
-    check_kernel(table)
     path = within_model_length(path, server)
     classes = check_run(path, server, table, horizon)
     end = np.inf if horizon is None else check_real("horizon", horizon, above=0.0)
@@ -103,7 +102,7 @@ def run_kernel(
         check_handed_over(path, table)
         first_token_s = first_token_s[joins]
     run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points, first_token_s)
-    _loop_of(table, first_token_s)(run)
+    _follow(table, run, _ahead(path, joins, server, table, run), first_token_s)
     return _engine_run(run, table, rejected, joins, points)
 
 
@@ -186,17 +185,18 @@ def choose_replicas(
     (N,) int64 array
         The replica of each request; -1 where it fits nowhere.
     """
-    check_kernel(table)
     end = np.inf if horizon is None else horizon
     classes = table.classify(path)
     parts = {}
     for server in servers:
         if id(server) not in parts:
             coefficients = server.iteration_time.require_coefficients("the kernel")
-            parts[id(server)] = _prepare(
+            run = _prepare(
                 path, classes, slice(None), server, table, coefficients, end, 0.0, 0, first_token_s
             )
-    runs = [parts[id(server)] for server in servers]
+            parts[id(server)] = run, _ahead(path, slice(None), server, table, run)
+    runs = [parts[id(server)][0] for server in servers]
+    forecasts = [parts[id(server)][1] for server in servers]
     pieces = max(len(run.coefficients) for run in runs)
 
     def joined(name: str) -> NDArray[Any]:
@@ -227,26 +227,48 @@ def choose_replicas(
     layout["first_slot"], layout["last_slot"], layout["first_phase"] = slots[:-1], slots[1:], phases[:-1]
     layout["block"] = [run.calendars.phase.shape[1] for run in runs]
     phase = np.concatenate([run.calendars.phase.ravel() for run in runs])
+    ahead = _stacked_ahead(forecasts, layout)
     chosen = np.empty(len(path), dtype=np.int64)
     route = compiled.route_rare if _is_rare(table, first_token_s) else compiled.route
-    route(stacked, phase, layout, table.kind == "wait", rule, fits.astype(np.int64), draws, chosen)
+    route(stacked, ahead, phase, layout, table.kind == "wait", rule, fits.astype(np.int64), draws, chosen)
     return chosen
+
+
+def _stacked_ahead(
+    forecasts: Sequence[compiled.Ahead | None], layout: NDArray[np.void]
+) -> compiled.Ahead | None:
+    """Those of all replicas one after the other, and in `layout` where each lies; what is shared once."""
+    parts = [part for part in forecasts if part is not None]
+    if not parts:
+        return None
+    days = np.cumsum([0] + [part.days.size for part in parts])
+    nodes = np.cumsum([0] + [part.tree.size for part in parts])
+    layout["first_day"], layout["last_day"] = days[:-1], days[1:]
+    layout["first_node"], layout["last_node"] = nodes[:-1], nodes[1:]
+    names = ("state", "forecasts", "days", "bits", "tree", "heaps", "heap")
+    return parts[0]._replace(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    )
 
 
 # ------------------------------------------------------------------ flat arrays for the loops, and back
 
 
-def _loop_of(
-    table: PolicyTable, first_token_s: NDArray[np.float64] | None = None
-) -> Callable[[compiled.Run], None]:
-    """The compiled loop that follows the table."""
+def _follow(
+    table: PolicyTable,
+    run: compiled.Run,
+    ahead: compiled.Ahead | None,
+    first_token_s: NDArray[np.float64] | None = None,
+) -> None:
+    """Run the compiled loop that follows the table."""
     if table.kind == "wait":
-        return compiled.wait
-    if table.kind == "nested-wait":
-        return compiled.nested
-    if _is_rare(table, first_token_s):
-        return compiled.continuous_rare
-    return compiled.continuous
+        compiled.wait(run)
+    elif table.kind == "nested-wait":
+        compiled.nested(run)
+    elif _is_rare(table, first_token_s):
+        compiled.continuous_rare(run, ahead)
+    else:
+        compiled.continuous(run, ahead)
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -323,6 +345,58 @@ def _prepare(
         preemptions=np.zeros(count, dtype=np.int64),
         gaps=np.zeros(histogram.BUCKETS, dtype=np.int64),
         occupancy=np.zeros((2 * points, 4)),
+    )
+
+
+def _ahead(
+    path: ArrivalPath,
+    joins: slice | NDArray[np.int64],
+    server: Server,
+    table: PolicyTable,
+    run: compiled.Run,
+) -> compiled.Ahead | None:
+    """What look-ahead and an order by length need, empty system; None if the table has neither."""
+    limits = effective_limits(server, table)
+    by_length = table.order == "shortest_first"
+    if not by_length and table.lookahead.mode not in ("known", "law"):
+        return None
+    believed = beliefs(path, table)
+    count = len(run.output)
+    lengths = np.array(table.lookahead.lengths, dtype=np.int64)
+    mine = np.zeros(count, dtype=np.int64) if believed is None else np.array(believed[joins])
+    requests = np.lexsort((np.arange(count), mine)) if by_length else np.arange(count)
+    place = np.empty(count, dtype=np.int64)
+    place[requests] = np.arange(count)
+
+    state = np.zeros(1, dtype=compiled.AHEAD)
+    state["shortest"], state["shares"] = by_length, limits.shares
+    nodes = days = 0
+    if limits.shares:
+        longest = int(mine.max(initial=1))
+        if lengths.size:
+            longest = int(lengths[-1])
+        else:  # beliefs are cut where one request alone exceeds the limit
+            longest = min(longest, max(limits.admission * limits.block, 0) + 1)
+        days = compiled.calendar_days(longest + 1, 1)
+        leaves = 1
+        while leaves * limits.block <= 2 * longest + 2:
+            leaves *= 2
+        nodes = 2 * leaves * limits.block
+        state["limit"], state["longest"], state["leaves"] = limits.admission, longest + 1, leaves
+    heaps = np.zeros(len(run.rows), dtype=compiled.HEAP)
+    heaps["start"] = run.rows["head"]
+    return compiled.Ahead(
+        state=state,
+        believed=mine,
+        lengths=lengths,
+        forecasts=np.zeros(len(run.slots), dtype=compiled.FORECAST),
+        days=np.full(days, compiled.NOBODY, dtype=np.int64),
+        bits=np.zeros(days // 64, dtype=np.int64),
+        tree=np.zeros(nodes, dtype=compiled.NODE),
+        place=place,
+        requests=requests,
+        heaps=heaps,
+        heap=np.zeros(count if by_length else 0, dtype=np.int64),
     )
 
 

@@ -247,15 +247,6 @@ def check_handed_over(path: ArrivalPath, table: PolicyTable) -> None:
         )
 
 
-def check_kernel(table: PolicyTable) -> None:
-    """Refuse what only the reference engine does: orders by length, and look-ahead but that of kinds that reserve."""
-    place, remedy = f"table {table.name!r}: ", 'Use engine="reference".'
-    if table.order != "fcfs":
-        raise InputError(f"{place}order", table.order, "be 'fcfs' in the kernel", remedy)
-    if table.kind not in RESERVING_KINDS and table.lookahead.mode != "none":
-        raise InputError(f"{place}lookahead", table.lookahead.mode, "have mode 'none' in the kernel", remedy)
-
-
 def _check_table(table: PolicyTable) -> None:
     place = f"table {table.name!r}: "
     if table.kind not in KINDS:

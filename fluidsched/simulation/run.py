@@ -23,7 +23,6 @@ from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation.laws import Audit, check_agreement, check_laws
 from fluidsched.simulation.limits import (
-    check_kernel,
     check_run,
     never_fits,
     remark_on_memory,
@@ -153,8 +152,6 @@ def simulate(
         raise InputError("server", server, "be a Server")
     if engine == "kernel":
         server.iteration_time.require_coefficients('engine="kernel"')
-        for table in tables:
-            check_kernel(table)
     found_by_rule = isinstance(warmup, str)
     if isinstance(warmup, str):
         check_choice("warmup", warmup, ("mser5",), "Or give seconds.")
@@ -168,6 +165,14 @@ def simulate(
                 "These look at every request.",
             )
         plain = [policy for policy in given if isinstance(policy, PolicyTable)]
+        for table in plain:
+            if table.order != "fcfs" or table.lookahead.mode in ("known", "law"):
+                raise InputError(
+                    "records",
+                    False,
+                    f"be True with table {table.name!r}, which goes by output lengths",
+                    "What it believes is not carried from one piece of a path to the next.",
+                )
         return _without_records(
             workload, server, plain, horizon, warmup, replications, seed, oversize, check_slo(slo), progress
         )

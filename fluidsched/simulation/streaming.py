@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation import compiled
-from fluidsched.simulation.kernel import _NOTHING, _engine_run, _loop_of, _prepare
+from fluidsched.simulation.kernel import _NOTHING, _engine_run, _follow, _prepare
 from fluidsched.simulation.limits import check_run, never_fits, within_model_length
 from fluidsched.simulation.measures import Requests, alone_s
 from fluidsched.simulation.records import STATUSES, EngineRun
@@ -74,7 +74,6 @@ def run_pieces(
     EngineRun
         Of the whole run, but with the rows of only those requests that were in the system at the end.
     """
-    loop = _loop_of(table)
     parts = _parts(pieces, server, table, tally, horizon)
     part = next(parts)
     run = _first(part, server, table, horizon, warmup, occupancy_points)
@@ -83,7 +82,7 @@ def run_pieces(
         coming = next(parts, None)
         if run.state["end"][0] == 0.0:  # else the horizon cut an iteration that began in an earlier piece
             run.state["until"] = horizon if coming is None else min(coming.arrival_s[0], horizon)
-            loop(run)
+            _follow(table, run, None)
         finished = ~np.isnan(run.finish)
         _fold(tally, run, types, alone, finished, horizon)
         if coming is None:

@@ -72,6 +72,7 @@ def cases(draw: st.DrawFn, kind: str, dyadic: bool) -> Case:
     outputs = [draw(st.integers(1, longest_output)) for _ in range(count)]
     cached = [draw(st.integers(0, p - 1)) for p in prompts] if draw(st.booleans()) else None
     types = draw(st.integers(1, 3)) if kind in ("gated", "wait") else 1
+    believed = [max(1, output + draw(st.integers(-6, 6))) for output in outputs]
     path = ArrivalPath.from_arrays(
         np.cumsum(np.array(gaps, dtype=np.float64)),
         np.array(prompts, dtype=np.int64),
@@ -79,6 +80,7 @@ def cases(draw: st.DrawFn, kind: str, dyadic: bool) -> Case:
         np.array([draw(st.integers(0, types - 1)) for _ in range(count)], dtype=np.int64),
         cached_prompt_tokens=cached,
         type_names=tuple("abc"[:types]),
+        predicted_output_tokens=np.array(believed, dtype=np.int64),
     )
     server = draw(servers(kind, dyadic, longest_prompt + longest_output))
     table = draw(tables(kind, dyadic, types, longest_output))
@@ -128,6 +130,9 @@ def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output:
         shared["chunk_tokens"] = _maybe(draw, st.integers(1, 20))
         shared["prefill_interval"] = _maybe(draw, st.integers(1, 9))
         shared["whole_prompt_admission"] = draw(st.booleans())
+        shared["order"] = draw(st.sampled_from(["fcfs", "fcfs", "shortest_first"]))
+        shared["predictor"] = draw(st.sampled_from([None, "exact"]))
+        shared["lookahead"] = draw(lookaheads(longest_output, shared["preemption"] == "swap"))
     if kind in ("orca", "faster_transformer"):
         shared["lookahead"] = Lookahead("reserve", longest_output + draw(st.integers(0, 3)))
     if kind in ("wait", "nested-wait"):
@@ -153,11 +158,26 @@ def tables(draw: st.DrawFn, kind: str, dyadic: bool, types: int, longest_output:
                 threshold=threshold,
                 gate=draw(st.integers(least, threshold)),
                 period=draw(st.integers(1, 12)) if kind == "gated" else None,
-                max_hold_s=_maybe(draw, st.just(_number(draw, dyadic, 1, 40, 0.25, "hold"))),
+                max_hold_s=None
+                if "order" in shared and shared["order"] != "fcfs"
+                else _maybe(draw, st.just(_number(draw, dyadic, 1, 40, 0.25, "hold"))),
                 priority=_maybe(draw, st.integers(0, 2)),
             )
         )
     return PolicyTable("table", kind, tuple(rows), **shared)
+
+
+@st.composite
+def lookaheads(draw: st.DrawFn, longest_output: int, swaps: bool) -> Lookahead:
+    mode = draw(st.sampled_from(["none", "reserve", *([] if swaps else ["none", "known", "known", "law"])]))
+    if mode == "reserve":
+        return Lookahead(mode, float(draw(st.integers(1, longest_output + 3))))
+    if mode == "none":
+        return Lookahead()
+    lengths = (
+        draw(st.lists(st.integers(1, longest_output + 2), min_size=1, max_size=5)) if mode == "law" else []
+    )
+    return Lookahead(mode, float(draw(st.sampled_from([0, 0, 3, 20]))), tuple(sorted(lengths)))
 
 
 def run_reference_and_judge(case: Case) -> tuple[EngineRun, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from kernel_cases import KINDS, Case, assert_same_run, cases, run_reference_and_
 
 from fluidsched.errors import InputError
 from fluidsched.policy import baselines
-from fluidsched.policy.table import PolicyTable, Segment, TableType
+from fluidsched.policy.table import Lookahead, PolicyTable, Segment, TableType
 from fluidsched.server import IterationTime, Server, catalog
 from fluidsched.simulation import compiled, kernel
 from fluidsched.simulation.kernel import run_kernel, run_many
@@ -127,7 +127,15 @@ def test_every_rule_is_compiled_once() -> None:
     for some in (path, _steady_path(5, 0)):
         run_kernel(some, SERVER, wait, horizon=None)
         run_kernel(some, SERVER, nested, horizon=None)
-    assert len(compiled.continuous.signatures) == 1
+    ahead = PolicyTable(
+        "ahead", "vllm", (TableType("*"),), lookahead=Lookahead("law", 0.0, (2, 4)), order="shortest_first",
+        predictor="exact",
+    )  # fmt: skip
+    known = replace(ahead, lookahead=Lookahead("known"), order="fcfs")
+    for some in (path, _steady_path(5, 0)):
+        run_kernel(some, SERVER, ahead, horizon=None)
+        run_kernel(some, SERVER, known, horizon=None)
+    assert len(compiled.continuous.signatures) == 2  # with and without look-ahead
     assert len(compiled.wait.signatures) == 1
     assert len(compiled.nested.signatures) == 1
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from kernel_cases import assert_same_run
 from numpy.testing import assert_array_equal
 from simulation_cases import engine_table, path_of, run_checked, server_of, typed_table
 
-import fluidsched as fs
 from fluidsched.errors import InputError
 from fluidsched.policy import Lookahead
 from fluidsched.server import IterationTime, Server
@@ -153,18 +156,67 @@ def test_paths_without_predictions_are_refused() -> None:
         run_reference(path_of((0.0, 1, 1, "A")), server_of(), gated, horizon=None)
 
 
-def test_the_kernel_refuses_what_it_does_not_do() -> None:
-    """Orders by length and look-ahead are for the reference engine; the error says so."""
-    reserve = engine_table(lookahead=Lookahead("reserve", 4.0))
-    for table in (_ahead(), reserve, engine_table(order="shortest_first", predictor="exact")):
-        with pytest.raises(InputError, match="reference"):
-            run_kernel(path_of((0.0, 1, 5)), server_of(9), table, horizon=None)
-        started: list[str] = []
-        with pytest.raises(InputError, match="reference"):
-            fs.simulate(
-                path_of((0.0, 1, 5)),
-                server_of(9),
-                [fs.baselines.vllm(), table.renamed("second")],
-                progress=lambda stage, done, total, seen=started: seen.append(stage),
-            )
-        assert started == []  # nothing runs before the error
+def _long_system(seed: int, block: int) -> tuple[ArrivalPath, Server]:
+    """250 requests that fill memory, a dozen at a time, with predictions up to twice too long or too short."""
+    rng = np.random.default_rng(seed)
+    count = 250
+    output = rng.geometric(1 / 30, count).clip(1, 60)
+    path = ArrivalPath.from_arrays(
+        np.cumsum(rng.exponential(1.2, count)),
+        rng.integers(1, 80, count),
+        output,
+        predicted_output_tokens=np.maximum(1, output * 2.0 ** rng.uniform(-1.0, 1.0, count)).astype(np.int64),
+    )
+    return path, Server(1000, IterationTime.affine(1.0, math.pi / 400, 0.01, 1e-5), block_size=block)
+
+
+@pytest.mark.parametrize("order", ["fcfs", "shortest_first"])
+@pytest.mark.parametrize("mode", ["known", "predicted", "law", "reserve"])
+def test_the_kernel_equals_the_reference_where_memory_is_full(mode: str, order: str) -> None:
+    """Many in service, clocks that pass the forecasts' span many times, lengths cut at the limit, blocks of 3."""
+    for seed, block in ((1, 1), (2, 3)):
+        path, server = _long_system(seed, block)
+        lengths = (2, 4, 7, 10, 13, 17, 21, 26, 31, 38, 46, 60) if mode == "law" else ()
+        ahead = Lookahead("known" if mode == "predicted" else mode, 100.0, lengths)
+        table = engine_table(
+            lookahead=ahead, order=order, predictor="exact" if mode == "known" else None, token_budget=200
+        )
+        reference = run_reference(path, server, table, horizon=None)
+        kernel = run_kernel(path, server, table, horizon=None)
+        assert_same_run(kernel, reference)
+        assert (reference.admitted_s > path.arrival_s + 30.0).any()  # they do wait for memory
+        assert reference.iterations > 400
+
+
+def test_a_request_that_can_never_fit_ahead_does_not_slow_the_kernel() -> None:
+    """Believed to need all of memory, it waits until it is alone, and all behind it with it."""
+    path = path_of((0.0, 1, 600), (1.0, 4, 5), (2.0, 1, 1))
+    believed = replace(path, predicted_output_tokens=np.array([600, 1_000_000, 1]))
+    for headroom in (0.0, 30.0):
+        table = replace(_ahead(headroom=headroom), predictor=None)
+        run = run_kernel(believed, server_of(1000), table, horizon=None)
+        assert_array_equal(run.admitted_s, [0.0, 600.0, 605.0])
+        assert_same_run(run, run_reference(believed, server_of(1000), table, horizon=None))
+
+
+def test_a_fresh_process_loads_look_ahead_from_the_cache() -> None:
+    """The loop compiled with look-ahead is kept on disk beside the one without, and runs when loaded from there."""
+    path = path_of((0.0, 1, 5), (1.0, 2, 3))
+    run_kernel(path, server_of(7), _ahead(), horizon=None)  # compiled now, if not before
+    script = """
+from fluidsched import ArrivalPath, IterationTime, Server
+from fluidsched.policy import Lookahead, PolicyTable, TableType
+from fluidsched.simulation import compiled
+from fluidsched.simulation.kernel import run_kernel
+
+path = ArrivalPath.from_arrays([0.0, 1.0], [1, 2], [5, 3])
+server = Server(7, IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+table = PolicyTable("t", "vllm", (TableType("*"),), lookahead=Lookahead("known"), predictor="exact")
+print(run_kernel(path, server, table, horizon=None).admitted_s.tolist())
+print(sum(compiled.continuous.stats.cache_hits.values()), sum(compiled.continuous.stats.cache_misses.values()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["[0.0, 4.0]", "1 0"]
