@@ -24,11 +24,12 @@ from vllm import __version__ as vllm_version
 from vllm_engine import make_scheduler, reply, request_of
 
 import fluidsched as fs
-from fluidsched.policy.table import Match, PolicyTable, TableType
+from fluidsched.policy.table import Lookahead, Match, PolicyTable, TableType
 
 
 def tables() -> dict[str, PolicyTable | None]:
-    """Stock vLLM, its slots full, and tables that admit nobody more: a cap; windows of 12 rows full; a block."""
+    """Stock vLLM, its slots full, and tables that admit nobody more: a cap; windows of 12 rows full; a block; a
+    forecast that has room for 96 of these requests."""
     edges = [1 + 50 * j for j in range(12)]
     gated = tuple(
         TableType(f"t{j}", Match((low, low + 49)), threshold=8, gate=0, period=1_000_000)
@@ -42,6 +43,7 @@ def tables() -> dict[str, PolicyTable | None]:
         "capped": PolicyTable("capped", "capped", (TableType("*"),), max_in_service=96),
         "gated": PolicyTable("gated", "gated", gated),
         "wait": PolicyTable("wait", "wait", wait, block_iterations=100_000, freeze=True),
+        "known": PolicyTable("known", "vllm", (TableType("*"),), lookahead=Lookahead("known", 280_000.0)),
     }
 
 

@@ -11,6 +11,9 @@ and the engine's adaptor (`fluidsched.integrations.vllm`) does it. Rule numbers 
 `fluidsched.simulation.reference`, whose batches these decisions reproduce in an engine that schedules running
 requests first, in the order of their admission, then waiting ones.
 
+Look-ahead, which asks of one request at a time whether it may enter, is the queue's `may_admit`, an order by length
+its `length_of`; both are the adaptor's to give (`fluidsched.policy.forecast` has the forecast).
+
 Two things differ, because the engine goes on serving people. Preempted requests are never held: they are
 visible at once, ahead of all others, whatever their row (rule 9's queue fronts under `wait`). And a table
 without `max_hold_s` gets one, or the last requests of a quiet evening would wait for ever.
@@ -86,7 +89,8 @@ class HeldQueue(Generic[T]):
     Newcomers stand in their row, oldest first; a row of index J, beyond the table's, holds those the table
     does not know, and is always open. Preempted requests stand apart, ahead of everybody, and are always
     visible. `open` sets how many of each row may be taken; the visible front is then the preempted, and after
-    them the smallest (priority, order of arrival) among the rows with something left to take (rule 13).
+    them the smallest (priority, order of arrival) among the rows with something left to take (rule 13), or
+    (priority, length, order of arrival) where lengths are given (rule 31).
 
     Parameters
     ----------
@@ -94,17 +98,27 @@ class HeldQueue(Generic[T]):
         Priority of each row of the table, smaller first; infinite where it has none. Shape (J,).
     row_by_row : bool
         Within a priority, whether all of one row come before the next row (rule 20) instead of by arrival.
+    length_of : callable, optional
+        Believed output length of a request, the same whenever asked; with it the shortest come first.
     """
 
-    def __init__(self, priorities: Sequence[float], *, row_by_row: bool = False):
+    def __init__(
+        self,
+        priorities: Sequence[float],
+        *,
+        row_by_row: bool = False,
+        length_of: Callable[[T], int] | None = None,
+    ):
         self.rows: list[OrderedDict[T, tuple[int, float]]] = [OrderedDict() for _ in (*priorities, 0.0)]
         self._priorities = [*priorities, math.inf]
         self._row_by_row = row_by_row
+        self._length_of = length_of
+        self._shortest: list[list[tuple[int, int, T]]] = [[] for _ in self.rows]  # heaps, with some who left
         self.preempted: deque[T] = deque()
         self.may_admit: Callable[[T], bool] | None = None
         self._row_of: dict[T, int] = {}
         self._left: dict[int, int] = {}
-        self._heads: list[tuple[float, int, int, int]] = []
+        self._heads: list[tuple[float, int, int, int, int]] = []
         self._taken: dict[T, tuple[int, int, float]] = {}
         self._next_number = 0
 
@@ -114,6 +128,8 @@ class HeldQueue(Generic[T]):
         """Put a newcomer at the end of its row; `now`, s, is when its wait begins."""
         self.rows[row][request] = (self._next_number, now)
         self._row_of[request] = row
+        if self._length_of is not None:
+            heapq.heappush(self._shortest[row], (self._length_of(request), self._next_number, request))
         self._next_number += 1
 
     def put_back(self, request: T) -> None:
@@ -123,6 +139,8 @@ class HeldQueue(Generic[T]):
             self.rows[row][request] = (number, since)
             self.rows[row].move_to_end(request, last=False)
             self._row_of[request] = row
+            if self._length_of is not None:
+                heapq.heappush(self._shortest[row], (self._length_of(request), number, request))
             if row in self._left:
                 self._left[row] += 1
                 heapq.heappush(self._heads, self._key(row))
@@ -165,7 +183,7 @@ class HeldQueue(Generic[T]):
             row = self._front_row()
             if row is None:
                 return None
-            request = next(iter(self.rows[row]))
+            _, _, request = self._first(row)
         if self.may_admit is not None and not self.may_admit(request):
             return None
         return request
@@ -178,7 +196,8 @@ class HeldQueue(Generic[T]):
         if row is None:
             raise IndexError("take from a queue that shows nobody")
         heapq.heappop(self._heads)
-        request, (number, since) = self.rows[row].popitem(last=False)
+        _, _, request = self._first(row)
+        number, since = self.rows[row].pop(request)
         del self._row_of[request]
         self._taken[request] = (row, number, since)
         self._left[row] -= 1
@@ -186,10 +205,20 @@ class HeldQueue(Generic[T]):
             heapq.heappush(self._heads, self._key(row))
         return request
 
-    def _key(self, row: int) -> tuple[float, int, int, int]:
-        """Place of a row's oldest newcomer among the heads; its last entry is the row."""
-        number, _ = next(iter(self.rows[row].values()))
-        return self._priorities[row], row if self._row_by_row else 0, number, row
+    def _first(self, row: int) -> tuple[int, int, T]:
+        """The length (0 if nobody asks), number and self of the newcomer that comes first in a row with any."""
+        if self._length_of is None:
+            request, (number, _) = next(iter(self.rows[row].items()))
+            return 0, number, request
+        heap, waiting = self._shortest[row], self.rows[row]
+        while heap[0][2] not in waiting or waiting[heap[0][2]][0] != heap[0][1]:
+            heapq.heappop(heap)  # taken or gone
+        return heap[0]
+
+    def _key(self, row: int) -> tuple[float, int, int, int, int]:
+        """Place of a row's first newcomer among the heads; its last entry is the row."""
+        length, number, _ = self._first(row)
+        return self._priorities[row], row if self._row_by_row else 0, length, number, row
 
     def _front_row(self) -> int | None:
         """The row whose oldest newcomer is next; heads that moved meanwhile are corrected."""
@@ -489,8 +518,17 @@ def rule_of(table: PolicyTable, max_hold_s: float | None) -> Rule:
         table.preemption,
         "be 'recompute', which is what the engine does",
     )
-    _require(table.order == "fcfs", f"{place}order", table.order, "be 'fcfs'")
-    _require(table.lookahead.mode == "none", f"{place}lookahead", table.lookahead.mode, "have mode 'none'")
+    believes = table.order != "fcfs" or table.lookahead.mode == "known"
+    if table.freeze:
+        _require(table.order == "fcfs", f"{place}order", table.order, f"be 'fcfs' in a {table.kind!r} table")
+        mode = table.lookahead.mode
+        _require(mode == "none", f"{place}lookahead", mode, f"have mode 'none' in a {table.kind!r} table")
+    _require(
+        not believes or table.predictor != "lower",
+        f"{place}predictor",
+        table.predictor,
+        "not be 'lower': requests state one length, not an interval",
+    )
     return _RULES[table.kind](table, max_hold_s)
 
 

@@ -20,6 +20,11 @@ Keys of ``fluidsched`` in ``--additional-config``:
 ``any_version``     true runs a vLLM outside the supported range
 ==================  ========================================================================================
 
+A table that looks ahead (`fluidsched.policy.forecast`) is asked of one waiting request at a time, when those in
+service have their tokens of the iteration; headroom is kept free as a watermark is. A request that states no output
+length (below) is believed to use up its ``max_tokens``, and never believed to be longer; prefix-cache hits are not
+looked up, so a prompt counts as if all of it were still to be computed.
+
 A request's row is the first whose match holds: by prompt length, by label if the request names one
 (``vllm_xargs: {"fluidsched_type": "chat"}``, or the row's index), by output length if it states a prediction
 (``{"fluidsched_output_tokens": 200}``). A request no row matches is admitted as stock vLLM would, and counted.
@@ -40,6 +45,7 @@ from typing import Any
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
 from fluidsched.integrations.holding import HeldQueue, Resident, match_row, rule_of
+from fluidsched.policy.forecast import Forecast, Served
 from fluidsched.policy.table import PolicyTable
 
 try:
@@ -176,11 +182,23 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         self._log_interval_s = settings["log_interval_s"] or math.inf
         _check_scheduler(self, self.table)
         _check_memory(self, self.table)
-        self._apply_limits()
+        self._forecast_limit = self._apply_limits()
         priorities = [math.inf if row.priority is None else row.priority for row in self.table.types]
-        self._held: HeldQueue[Any] = HeldQueue(priorities, row_by_row=self.table.kind == "wait")
+        self._held: HeldQueue[Any] = HeldQueue(
+            priorities,
+            row_by_row=self.table.kind == "wait",
+            length_of=None
+            if self.table.order == "fcfs"
+            else lambda request: self._believed[request.request_id],
+        )
         self.waiting = _Queue(self._held, self._row_of, lambda: self.clock())
         self._rows: dict[str, int] = {}
+        self._believed: dict[str, int] = {}
+        self._forecast: Forecast | None = None
+        self._scheduled: dict[str, int] = {}
+        if self.table.lookahead.mode != "none":
+            self._held.may_admit = self._fits_ahead
+            self._watch_allocations()
         self.clock: Callable[[], float] = time.monotonic
         self._next_log_s = self.clock() + self._log_interval_s
         self.counters = dict.fromkeys(
@@ -198,6 +216,8 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         for request, _ in marks:
             request.next_decode_eligible_step = PAUSED
         self._held.open(decision.allowances)
+        self._forecast = None
+        self._scheduled.clear()
         try:
             output = super().schedule(*args, **kwargs)
         finally:  # a mark that outlived its iteration would strand the request
@@ -221,13 +241,62 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
             for request in self.running
         ]
 
+    # ------------------------------------------------------------------ looking ahead
+
+    def _watch_allocations(self) -> None:
+        """Note what vLLM gives whom in the iteration it plans: whose prompt it completes, what the budget has left."""
+        manager = self.kv_cache_manager
+        allocate = manager.allocate_slots
+
+        def watched(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            blocks = allocate(request, num_new_tokens, *args, **kwargs)
+            if blocks is not None:
+                self._scheduled[request.request_id] = num_new_tokens
+            return blocks
+
+        manager.allocate_slots = watched
+
+    def _fits_ahead(self, request: Any) -> bool:
+        """Rule 32, asked when those in service and earlier newcomers have their tokens."""
+        if not self.running:
+            return True
+        if self._forecast is None:
+            self._forecast = Forecast(self.table.lookahead, self.block_size, self._forecast_limit, ())
+            self._forecast_of = 0
+            self._judged: tuple[str, int] | None = None
+        while self._forecast_of < len(self.running):
+            resident = self.running[self._forecast_of]
+            if not _has_all_tokens(resident):
+                self._forecast.add(self._served(resident, self._scheduled.get(resident.request_id, 0)))
+            self._forecast_of += 1
+        if self._judged != (request.request_id, self._forecast_of):  # vLLM looks at the front more than once
+            self._judged = request.request_id, self._forecast_of
+            chunk = self.max_num_scheduled_tokens - sum(self._scheduled.values())
+            if self.scheduler_config.long_prefill_token_threshold > 0:
+                chunk = min(chunk, self.scheduler_config.long_prefill_token_threshold)
+            self._verdict: bool = self._forecast.fits(self._served(request, min(request.num_tokens, chunk)))
+        return self._verdict
+
+    def _served(self, request: Any, tokens: int) -> Served:
+        """A request that gets so many tokens in this iteration."""
+        return Served(
+            request.num_prompt_tokens,
+            request.num_output_tokens + request.num_output_placeholders,
+            request.num_computed_tokens + tokens,
+            self._believed[request.request_id],
+        )
+
+    # ------------------------------------------------------------------ requests and limits
+
     def add_request(self, request: Any) -> None:
         """Find the request's row and queue it."""
         self._classify(request)
+        self._believed[request.request_id] = _believed_output(request)
         super().add_request(request)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._rows.pop(request.request_id, None)
+        self._believed.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _row_of(self, request: Any) -> int:
@@ -235,7 +304,7 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _classify(self, request: Any) -> None:
         unknown = len(self.table.types)
-        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        extra = _extra(request)
         stated = extra.get("fluidsched_type")
         output = extra.get("fluidsched_output_tokens")
         if output is None and self._output_from_limit:
@@ -252,8 +321,8 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
             row = unknown
         self._rows[request.request_id] = row
 
-    def _apply_limits(self) -> None:
-        """The table's limits where they are tighter than the server's."""
+    def _apply_limits(self) -> int:
+        """The table's limits where they are tighter than the server's; return the blocks a forecast may reach."""
         table = self.table
         if table.max_in_service is not None:
             self.max_num_active_reqs = min(self.max_num_active_reqs, table.max_in_service)
@@ -272,8 +341,11 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         keep = math.ceil(table.watermark * blocks)
         if table.kv_limit_tokens is not None:
             keep = max(keep, blocks - math.floor(table.kv_limit_tokens) // self.block_size)
+        if table.lookahead.mode in ("known", "law"):
+            keep += -(-math.ceil(table.lookahead.headroom_tokens) // self.block_size)
         manager = self.kv_cache_manager
         manager.watermark_blocks = max(manager.watermark_blocks, keep)
+        return int(blocks - manager.watermark_blocks)
 
     def _count(self, admitted: int, anything: bool, paused: int, now: float) -> None:
         counters = self.counters
@@ -288,6 +360,18 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         if now >= self._next_log_s:
             self._next_log_s = now + self._log_interval_s
             _logger.info("policy %r: %s", self.table.name, ", ".join(f"{k} {v}" for k, v in counters.items()))
+
+
+def _extra(request: Any) -> Mapping[str, Any]:
+    """What the client sent in ``vllm_xargs``."""
+    return getattr(request.sampling_params, "extra_args", None) or {}
+
+
+def _believed_output(request: Any) -> int:
+    """The output length a request states, or all that it may produce."""
+    stated = _extra(request).get("fluidsched_output_tokens")
+    limit = int(request.max_tokens)
+    return int(min(stated, limit)) if isinstance(stated, int) and stated > 0 else limit
 
 
 def _has_all_tokens(request: Any) -> bool:

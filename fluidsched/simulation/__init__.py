@@ -11,6 +11,7 @@ from fluidsched.simulation.records import STATUSES, EngineRun
 from fluidsched.simulation.result import SimulationResult
 from fluidsched.simulation.rules import Decision, UserRule
 from fluidsched.simulation.run import simulate
+from fluidsched.simulation.sorted_f import sorted_f
 from fluidsched.simulation.timeline import PolicyTimeline, policy_timeline
 from fluidsched.simulation.trajectory import FluidTrajectory, fluid_trajectory
 
@@ -27,4 +28,5 @@ __all__ = [
     "nested_booking_limit",
     "policy_timeline",
     "simulate",
+    "sorted_f",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from fluidsched.errors import InputError
 from fluidsched.integrations.holding import HeldQueue, Resident, match_row, rule_of
 from fluidsched.policy import baselines
+from fluidsched.policy.forecast import Forecast, Served
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 
 PRIORITIES = (1.0, 0.0, math.inf)
@@ -159,11 +162,98 @@ def test_tables_an_engine_cannot_follow_are_refused(table: PolicyTable) -> None:
         rule_of(table, None)
 
 
-def test_look_ahead_is_refused_by_an_engine() -> None:
-    """The plug-in asks only what fits now: a table that looks ahead is not followed in part."""
-    table = PolicyTable("t", "vllm", (TableType("*"),), lookahead=Lookahead("known"), predictor="exact")
-    with pytest.raises(InputError, match="lookahead"):
+def test_what_an_engine_cannot_know_is_refused() -> None:
+    """Blocks do not look ahead, and requests state one length, not an interval."""
+    table = PolicyTable("t", "vllm", (TableType("*"),), lookahead=Lookahead("known"), predictor="lower")
+    with pytest.raises(InputError, match="predictor"):
         rule_of(table, None)
+    rule_of(replace(table, predictor=None), None)
+    with pytest.raises(InputError, match="lookahead"):
+        rule_of(replace(nested(), lookahead=Lookahead("law", 0.0, (3,))), None)
+
+
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), max_size=20),
+    gone=st.sets(st.integers(0, 19)),
+    kept=st.integers(0, 4),
+)
+def test_shortest_first_is_a_sort_by_length(
+    requests: list[tuple[int, int]], gone: set[int], kept: int
+) -> None:
+    """Law: (priority, length, arrival), also after some left the queue and some were put back into it."""
+    queue: HeldQueue[int] = HeldQueue(PRIORITIES, length_of=lambda i: requests[i][1])
+    for i, (row, _) in enumerate(requests):
+        queue.join(i, row, float(i))
+    for i in gone & set(range(len(requests))):
+        queue.discard(i)
+    there = [i for i in range(len(requests)) if i not in gone]
+    expected = sorted(there, key=lambda i: (PRIORITIES[requests[i][0]], requests[i][1], i))
+    allowances = dict.fromkeys(range(3), len(requests))
+    for _ in range(2):  # the second time without those who were taken and not put back
+        queue.open(allowances)
+        taken = []
+        while queue.front() is not None:
+            taken.append(queue.take())
+        assert taken == expected
+        for i in reversed(taken[:kept]):
+            queue.put_back(i)
+        queue.shut()
+        expected = expected[:kept]
+
+
+def _forecast_by_hand(lookahead: Lookahead, block: int, served: list[Served]) -> Fraction:
+    """Rule 33 as it reads: every request's forecast at every later iteration, added up."""
+    longest = max([*lookahead.lengths, *(request.believed for request in served)])
+    most = Fraction(0)
+    for u in range(1, longest + 1):
+        memory = Fraction(0)
+        for request in served:
+            lengths = [o for o in lookahead.lengths or (request.believed,) if o > request.produced]
+            target = request.prompt + request.produced
+            if request.after < target:
+                peaks = [target + o - request.produced - 1 for o in lengths] or [target]
+                memory += Fraction(sum(math.ceil(Fraction(peak, block)) for peak in peaks), len(peaks))
+            elif lengths:
+                holds = [request.after + u if u <= o - request.produced - 1 else 0 for o in lengths]
+                memory += Fraction(sum(math.ceil(Fraction(tokens, block)) for tokens in holds), len(lengths))
+        most = max(most, memory)
+    return most
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(0, 6), st.booleans(), st.integers(1, 9)),
+        min_size=1,
+        max_size=6,
+    ),
+    lengths=st.lists(st.integers(1, 9), max_size=4),
+    block=st.integers(1, 4),
+)
+def test_the_forecast_is_rule_33(
+    requests: list[tuple[int, int, bool, int]], lengths: list[int], block: int
+) -> None:
+    """Witness: the largest memory ahead, added up iteration by iteration in fractions; one block less does not fit."""
+    served = [
+        Served(prompt, produced, prompt + produced - partly, believed)
+        for prompt, produced, partly, believed in requests
+    ]
+    mode = "law" if lengths else "known"
+    lookahead = Lookahead(mode, 0.0, tuple(sorted(lengths)))
+    peak = math.ceil(_forecast_by_hand(lookahead, block, served))
+    for limit in (peak, peak - 1):
+        ahead = Forecast(lookahead, block, limit, served[:-1])
+        assert ahead.fits(served[-1]) == (limit == peak)
+        ahead.add(served[-1])
+        assert ahead.fits(Served(1, 9, 10, 1)) == (limit == peak)  # refuted: it adds nothing
+
+
+def test_a_reserve_is_set_aside_for_everybody() -> None:
+    """R = 4 and blocks of 2: prompts of 2 set ⌈5/2⌉ = 3 blocks aside each, so seven hold two of them."""
+    ahead = Forecast(Lookahead("reserve", 4.0), 2, 7, [Served(2, 1, 3, 9)])
+    newcomer = Served(2, 0, 2, 9)
+    assert ahead.fits(newcomer)
+    ahead.add(newcomer)
+    assert not ahead.fits(newcomer)
 
 
 def nested(hold: float | None = None) -> PolicyTable:

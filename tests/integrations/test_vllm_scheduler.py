@@ -15,12 +15,12 @@ pytest.importorskip(
     "vllm", reason="vLLM is not installed; scripts/make_vllm_environment.sh makes a place for it"
 )
 
-from vllm_engine import make_scheduler, serve
+from vllm_engine import make_scheduler, request_of, serve
 
 import fluidsched as fs
 from fluidsched.errors import InputError
 from fluidsched.integrations.vllm import FluidScheduler
-from fluidsched.policy.table import Match, PolicyTable, Segment, TableType
+from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.simulation.records import IterationSummary
 from fluidsched.simulation.reference import run_reference
 
@@ -158,6 +158,52 @@ def test_tight_memory_preempts_as_the_reference_does(
     assert preemptions == sum(len(summary.preempted) for summary in summaries) > 0
 
 
+LAW = (4, 8, 12, 20, 20, 20, 30, 60)
+
+
+@pytest.mark.parametrize("order", ["fcfs", "shortest_first"])
+@pytest.mark.parametrize(
+    ("lookahead", "blocks", "block_size"),
+    [
+        pytest.param(Lookahead("known"), 160, 1, id="known"),
+        pytest.param(Lookahead("known", 20.0), 12, 16, id="known-blocks"),
+        pytest.param(Lookahead("law", 10.0, LAW), 180, 1, id="law"),
+        pytest.param(Lookahead("law", 20.0, LAW), 14, 16, id="law-blocks"),
+        pytest.param(Lookahead("reserve", 30.0), 14, 16, id="reserve"),
+    ],
+)
+def test_look_ahead_has_the_references_batches(
+    tmp_path: Path, lookahead: Lookahead, blocks: int, block_size: int, order: Any
+) -> None:
+    """Memory that binds, chunked prompts: admitted when the forecast of the reference simulator fits."""
+    table = dataclasses.replace(VLLM, lookahead=lookahead, order=order, predictor="exact")
+    summaries, preemptions = compare(tmp_path, table, blocks=blocks, block_size=block_size)
+    assert len(summaries) >= 1500
+    assert preemptions == sum(len(summary.preempted) for summary in summaries)
+    plain, more = compare(tmp_path, VLLM, blocks=blocks, block_size=block_size)
+    assert more > preemptions
+    assert [summary.admitted for summary in plain] != [summary.admitted for summary in summaries]
+
+
+def test_gated_tables_look_ahead(tmp_path: Path) -> None:
+    table = dataclasses.replace(GATED, lookahead=Lookahead("known"), predictor="exact")
+    summaries, _ = compare(tmp_path, table, blocks=130, budget=40, slots=40)
+    assert len(summaries) >= 1500
+
+
+@pytest.mark.parametrize(("stated", "believed"), [(7, 7), (400, 40), (None, 40), ("many", 40)])
+def test_a_request_that_states_nothing_is_believed_to_use_up_its_limit(
+    tmp_path: Path, stated: Any, believed: int
+) -> None:
+    """It never exceeds max_tokens, so neither is it believed to when it states more."""
+    table = dataclasses.replace(VLLM, lookahead=Lookahead("known"))
+    scheduler = make_scheduler(tmp_path, table, blocks=100)
+    request = request_of(fs.ArrivalPath.from_arrays([0.0], [16], [40]), 0)
+    request.sampling_params.extra_args = {"fluidsched_output_tokens": stated}
+    scheduler.add_request(request)
+    assert scheduler._believed == {"0": believed}
+
+
 def test_prefill_interval_is_vllms(tmp_path: Path) -> None:
     compare(tmp_path, dataclasses.replace(VLLM, token_budget=24, prefill_interval=4), blocks=1000)
 
@@ -165,8 +211,15 @@ def test_prefill_interval_is_vllms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(
     "table",
-    [wait(1), wait(4), nested_wait(2), GATED, VLLM],
-    ids=["wait", "blocks", "nested", "gated", "vllm"],
+    [
+        wait(1),
+        wait(4),
+        nested_wait(2),
+        GATED,
+        VLLM,
+        dataclasses.replace(VLLM, lookahead=Lookahead("law", 0.0, (4, 12))),
+    ],
+    ids=["wait", "blocks", "nested", "gated", "vllm", "law"],
 )
 def test_everybody_is_served_and_memory_drains(tmp_path: Path, table: PolicyTable, depth: int) -> None:
     """Tight memory, preemption, clients that leave while waiting or running: the rest get all their tokens."""
@@ -179,6 +232,7 @@ def test_everybody_is_served_and_memory_drains(tmp_path: Path, table: PolicyTabl
     assert scheduler.kv_cache_manager.usage == 0.0
     assert not scheduler.has_unfinished_requests()
     assert not scheduler._rows  # nothing remembered of requests that left
+    assert not scheduler._believed
     stayed = set(range(len(path))) - set(abort_at)
     assert {i: run.tokens[i] for i in stayed} == {i: int(path.output_tokens[i]) for i in stayed}
 

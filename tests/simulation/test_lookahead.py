@@ -14,6 +14,7 @@ from kernel_cases import assert_same_run
 from numpy.testing import assert_array_equal
 from simulation_cases import engine_table, path_of, run_checked, server_of, typed_table
 
+import fluidsched as fs
 from fluidsched.errors import InputError
 from fluidsched.policy import Lookahead
 from fluidsched.server import IterationTime, Server
@@ -188,6 +189,30 @@ def test_the_kernel_equals_the_reference_where_memory_is_full(mode: str, order: 
         assert reference.iterations > 400
 
 
+def test_requests_handed_over_are_forecast_like_others() -> None:
+    """They enter with their prompt's KV and one token, and decode at once: 20 random systems, in both engines."""
+    rng = np.random.default_rng(0)
+    for trial in range(20):
+        count = 30
+        arrival = np.cumsum(rng.exponential(2.0, count))
+        path = ArrivalPath.from_arrays(arrival, rng.integers(1, 20, count), rng.integers(2, 25, count))
+        server = Server(
+            int(rng.integers(60, 120)),
+            IterationTime.affine(1.0, 0.013, 0.017, 0.0001),
+            block_size=int(rng.choice([1, 3])),
+            swap_bandwidth=1e3,
+        )
+        ahead = Lookahead("known") if trial % 2 else Lookahead("law", 0.0, (3, 9, 20))
+        table = engine_table(
+            lookahead=ahead, order=str(rng.choice(["fcfs", "shortest_first"])), predictor="exact"
+        )
+        runs = [
+            run(path, server, table, horizon=None, first_token_s=arrival - 0.5)
+            for run in (run_kernel, run_reference)
+        ]
+        assert_same_run(*runs)
+
+
 def test_a_request_that_can_never_fit_ahead_does_not_slow_the_kernel() -> None:
     """Believed to need all of memory, it waits until it is alone, and all behind it with it."""
     path = path_of((0.0, 1, 600), (1.0, 4, 5), (2.0, 1, 1))
@@ -220,3 +245,11 @@ print(sum(compiled.continuous.stats.cache_hits.values()), sum(compiled.continuou
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["[0.0, 4.0]", "1 0"]
+
+
+def test_runs_without_records_are_refused() -> None:
+    """Beliefs are not carried from piece to piece of a path that is drawn while it runs; the error says so."""
+    workload = fs.Workload([fs.RequestType("chat", 4.0, prompt_tokens=16, output_tokens=8)])
+    for table in (_ahead(), engine_table(order="shortest_first", predictor="exact")):
+        with pytest.raises(InputError, match="goes by output lengths"):
+            fs.simulate(workload, server_of(100), table, horizon=9.0, replications=1, records=False)
