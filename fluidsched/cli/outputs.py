@@ -96,9 +96,11 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
+            # policies of one simulation count towards one total: one bar, which says whose turn it is
+            line = "simulate" if stage.startswith("simulate ") else stage
+            if line not in tasks:
+                tasks[line] = bar.add_task(stage, total=total)
+            bar.update(tasks[line], completed=done, total=total, description=stage)
 
         yield report
 

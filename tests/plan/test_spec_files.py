@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from fluidsched._toml import locating, read_toml
 from fluidsched.cli import app
 from fluidsched.errors import InputError
+from fluidsched.server import Server
 from fluidsched.sweeps import SweepSpec
+from fluidsched.workload import Workload, arrivals, lengths
 
 WORKLOAD = """# what is asked
 [[types]]
@@ -156,3 +160,39 @@ def test_right_files_are_read(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as left:
         app(["solve", "-w", str(tmp_path / "mix.toml"), "--server", str(tmp_path / "mine.toml"), "--quiet"])
     assert left.value.code == 0
+
+
+def _known(said: str) -> set[str]:
+    """Field names that an error about an unknown field lists."""
+    return set(re.findall(r"\w+", said[said.index("Known are ") + len("Known are ") :]))
+
+
+def test_every_field_that_is_read_is_documented(tmp_path: Path) -> None:
+    """The readers' own lists of fields, from their errors, against the page of fields."""
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "spec_files.md").read_text(encoding="utf-8")
+    sections = page.split("\n## ")
+    workload, server, sweep = (
+        next(text for text in sections if text.startswith(f"{name}, "))
+        for name in ("Workload", "Server", "Sweep")
+    )
+    one = {"name": "a", "arrival_rate": 1.0, "prompt_tokens": 5, "output_tokens": 5}
+    schema = {"schema": "fluidsched.workload/1"}
+    wrong: list[tuple[str, Callable[[], object]]] = [
+        (workload, lambda: Workload.from_dict({**schema, "name": "w", "types": [one], "qqqq": 1})),
+        (workload, lambda: Workload.from_dict({**schema, "name": "w", "types": [{**one, "qqqq": 1}]})),
+        (server, lambda: Server.from_dict({"schema": "fluidsched.server/1", "qqqq": 1})),
+    ]
+    for text, read in wrong:
+        with pytest.raises(InputError) as caught:
+            read()
+        fields = _known(str(caught.value))
+        assert len(fields) >= 4
+        assert all(f"`{field}`" in text for field in fields), fields
+    with pytest.raises(InputError) as caught:
+        SweepSpec.from_dict({"qqqq": 1})
+    for field in SweepSpec.__dataclass_fields__:
+        assert f"`{field}`" in sweep or field == "folder"
+    for makers in (lengths._MAKERS, arrivals._MAKERS):
+        for kind, (_, required, optional) in makers.items():
+            (line,) = re.findall(rf"^\| `{kind}` \| (.*) \|$", workload, flags=re.MULTILINE)
+            assert set(re.findall(r"`(\w+)`", line)) == {*required, *optional}, kind
