@@ -47,7 +47,7 @@ def plan(
         bool, typer.Option(help="Simulate other loads too, and the largest that one server carries.")
     ] = True,
 ) -> None:
-    """The main job: solve, compile, simulate beside today's engines, compare with the bound, write the files.
+    """The main job: solve, compile, simulate beside today's engines, compare with the bound, recommend, write files.
 
     Without arguments: the embedded Azure conversation workload at 0.8 of the fluid boundary of one A100-80GB that
     serves Llama-2-7B.

@@ -35,6 +35,7 @@ def test_a_wrong_answer_and_a_crash_are_failures_and_the_other_checks_go_on(
 
     monkeypatch.setattr("fluidsched.queues.embedded_queue_mean", lambda *_: 1.25)
     monkeypatch.setattr(installation, "_pictures", crash)
+    monkeypatch.setattr(installation, "_table", lambda: ("ok", "not tried again"))
     with pytest.raises(SystemExit) as left:
         app(["doctor", "--json"])
     assert left.value.code == 3

@@ -64,8 +64,14 @@ def result() -> planning.Plan:
 
 
 @pytest.fixture(scope="module")
-def text(result: planning.Plan) -> str:
-    return fs.report(result)
+def written(result: planning.Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan's directory."""
+    return result.write(tmp_path_factory.mktemp("plan") / "run")
+
+
+@pytest.fixture(scope="module")
+def text(written: Path) -> str:
+    return (written / "report.html").read_text(encoding="utf-8")
 
 
 def test_tags_close_in_order_and_there_is_one_of_each_landmark(text: str) -> None:
@@ -119,17 +125,27 @@ def test_the_page_answers_recommends_and_says_what_it_rests_on(result: planning.
     assert all(cell in page.text for cell in cells)
 
 
-def test_a_plan_s_directory_has_the_page(result: planning.Plan, text: str, tmp_path: Path) -> None:
-    written = result.write(tmp_path / "run")
-    assert (written / "report.html").read_text(encoding="utf-8") == text
-    assert fs.report(result, tmp_path / "alone.html") == (tmp_path / "alone.html").read_text(encoding="utf-8")
+def test_jupyter_shows_the_answer_the_recommendation_and_the_comparison(result: planning.Plan) -> None:
+    page = Page(result._repr_html_())
+    assert page.count("script") == 0
+    assert all(remark in page.text for remark in result.remarks)
+    assert result.recommendation.reason in page.text
+    assert page.count("table") >= 2
+    assert result.recommendation.to_latex().startswith(r"\begin{tabular}")
 
 
-def test_a_replay_without_curve_has_its_page() -> None:
+def test_the_page_of_a_directory_holds_the_directory_s_own_pictures(written: Path, text: str) -> None:
+    for picture in written.glob("*.png"):
+        assert base64.b64encode(picture.read_bytes()).decode() in text
+
+
+def test_a_replay_without_curve_has_its_page(tmp_path: Path) -> None:
     path = fs.ArrivalPath.from_arrays(
         [0.5 * k for k in range(30)], [64] * 30, [10 + k % 3 for k in range(30)]
     )
-    page = Page(fs.report(fs.plan(path, replay=True)))
+    text = fs.report(fs.plan(path, replay=True), tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text
+    page = Page(text)
     assert page.count("img") == 2
     assert "replayed once" in page.text
 
