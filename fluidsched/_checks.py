@@ -13,7 +13,15 @@ from typing import Any
 
 from fluidsched.errors import InputError
 
-__all__ = ["check_choice", "check_count", "check_fields", "check_keys", "check_real"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_fields",
+    "check_keys",
+    "check_real",
+    "check_scale",
+    "check_text",
+]
 
 
 def check_real(
@@ -37,9 +45,7 @@ def check_real(
         required += f", at most {maximum:g}"
     if below < math.inf:
         required += f", below {below:g}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputError(argument, value, required, remedy)
-    number = float(value)
+    number = _as_float(argument, value, required, remedy)
     if (
         math.isnan(number)
         or (math.isinf(number) and not allow_inf)
@@ -52,6 +58,41 @@ def check_real(
     return number
 
 
+SMALLEST, LARGEST = 1e-50, 1e50
+"""Magnitudes of rates, times and capacities: their products and quotients then stay within floating point."""
+
+
+LARGEST_COUNT = 2**53
+"""Largest limit on requests, tokens or iterations: floats count exactly up to it, compiled loops do not overflow."""
+
+
+def check_scale(
+    argument: str, value: Any, *, zero: bool = True, allow_inf: bool = False, remedy: str = ""
+) -> float:
+    """Return `value` as a float of at least 0 (above 0 without `zero`) whose magnitude arithmetic can carry."""
+    number = check_real(
+        argument,
+        value,
+        minimum=0.0 if zero else -math.inf,
+        above=-math.inf if zero else 0.0,
+        allow_inf=allow_inf,
+        remedy=remedy,
+    )
+    if number > 0.0 and not (SMALLEST <= number <= LARGEST or math.isinf(number)):
+        required = f"lie between {SMALLEST:g} and {LARGEST:g}" + (", or be 0" if zero else "")
+        raise InputError(argument, value, required, "Check its unit.")
+    return number
+
+
+def check_text(argument: str, value: Any) -> str:
+    """Return `value` if it is a non-empty string that can be written as UTF-8."""
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(argument, value, "be a non-empty string")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(argument, ascii(value), "be valid Unicode, without single surrogates")
+    return value
+
+
 def check_count(
     argument: str, value: Any, *, minimum: int = 0, maximum: int | None = None, remedy: str = ""
 ) -> int:
@@ -59,15 +100,23 @@ def check_count(
     required = f"be a whole number of at least {minimum:,}"
     if maximum is not None:
         required += f", at most {maximum:,}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputError(argument, value, required, remedy)
-    number = float(value)
+    number = _as_float(argument, value, required, remedy)
     if not math.isfinite(number) or number != math.floor(number):
         raise InputError(argument, value, required, remedy)
     count: int = int(value)  # type: ignore[call-overload]  # every Real here has __int__ or __trunc__
     if count < minimum or (maximum is not None and count > maximum):
         raise InputError(argument, value, required, remedy)
     return count
+
+
+def _as_float(argument: str, value: Any, required: str, remedy: str) -> float:
+    """The value as a float; booleans, what is no number and integers beyond all floats are refused."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(argument, value, required, remedy)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(argument, "an integer of more than 308 digits", required, remedy) from None
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[str], remedy: str = "") -> str:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,18 @@ import numpy as np
 
 from fluidsched.errors import InputError
 
-__all__ = ["dumps", "fingerprint", "loads", "read_text", "to_jsonable", "whole_file", "write_whole"]
+__all__ = [
+    "dumps",
+    "fingerprint",
+    "loads",
+    "read_text",
+    "to_jsonable",
+    "whole_file",
+    "write_whole",
+]
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextlib.contextmanager
@@ -101,8 +113,11 @@ def dumps(value: Any, *, indent: int | None = 2) -> str:
     return json.dumps(to_jsonable(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def loads(argument: str, text: str) -> Any:
-    """Parse strict JSON; syntax errors, NaN, infinities and repeated keys are `InputError`s with their place."""
+def loads(argument: str, text: str, *, strict: bool = True) -> Any:
+    """Parse JSON; what is wrong with it is an `InputError` with its place.
+
+    Strict JSON, our own, holds no NaN, no infinities and no key twice; other programs write such things.
+    """
 
     def refuse_constant(word: str) -> Any:
         raise InputError(argument, word, "hold finite numbers only", 'Write infinity as the string "inf".')
@@ -116,11 +131,24 @@ def loads(argument: str, text: str) -> Any:
         return result
 
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+        if not strict:
+            return json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+        if _SURROGATE.search(text):  # one that has lost its other half cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         raise InputError(f"{argument}, line {error.lineno}", error.msg, "be valid JSON") from None
     except RecursionError:
-        raise InputError(argument, "JSON nested too deeply", "be a fluidsched JSON file") from None
+        raise InputError(argument, "JSON nested too deeply", "be a JSON file that fluidsched knows") from None
+    except InputError:
+        raise
+    except UnicodeEncodeError:
+        raise InputError(argument, "a single surrogate escape", "hold valid Unicode") from None
+    except ValueError:  # Python's limit on the digits of an integer, its only other complaint
+        raise InputError(
+            argument, "a number of thousands of digits", "hold numbers of ordinary size"
+        ) from None
 
 
 def fingerprint(value: Any) -> str:

@@ -21,6 +21,9 @@ __all__ = ["locating", "read_toml"]
 
 Path = tuple[str | int, ...]
 
+_MOST_LINES = 1_000
+"""A longer file is not searched for the line of a key: the time grows with the square of its lines."""
+
 
 def read_toml(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a TOML file; what is not TOML is an `InputError` naming file and line."""
@@ -36,6 +39,14 @@ def read_toml(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         shown = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else ""
         raise InputError(
             f"{path}, line {line}, column {column}", f"{shown} ({what.lower()})", "be valid TOML"
+        ) from None
+    except RecursionError:
+        raise InputError(
+            str(path), "TOML nested too deeply", "be a TOML file that fluidsched knows"
+        ) from None
+    except ValueError:  # Python's limit on the digits of an integer, the only other complaint
+        raise InputError(
+            str(path), "a number of thousands of digits", "hold numbers of ordinary size"
         ) from None
 
 
@@ -55,6 +66,8 @@ def locating(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _line(text: str, argument: str, received: object) -> int | None:
     """Line of the statement that sets the key an error is about, or what comes nearest to it."""
+    if text.count("\n") > _MOST_LINES:
+        return None
     document = tomllib.loads(text)
     words = re.findall(r"[\w-]+|\[\d+\]", argument.partition(" of ")[0])
     key = _nearest(document, [int(word[1:-1]) if word[0] == "[" else word for word in words], received)

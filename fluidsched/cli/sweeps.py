@@ -35,6 +35,9 @@ def sweep(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run cells that failed again.")
     ] = False,
+    function: Annotated[
+        str, typer.Option(metavar="MODULE:NAME", help="A cell function of your own, importable here.")
+    ] = "simulate",
     table_format: Annotated[
         str, typer.Option("--format", help="parquet, csv, or auto: Parquet where pyarrow is installed.")
     ] = "auto",
@@ -57,6 +60,7 @@ def sweep(
 
     grid = { workload.load = [0.6, 0.8], policy = ["vllm", "capped"] }
     """
+    from fluidsched.sweeps import SweepSpec
     from fluidsched.sweeps import sweep as run
 
     if dask is not None and workers is not None:
@@ -64,7 +68,7 @@ def sweep(
     try:
         with _dask_executor(dask) as (executor, tasks_at_once), progress_bar(shown.quiet) as progress:
             result = run(
-                spec,
+                SweepSpec.from_toml(spec, function),
                 out,
                 executor=executor,
                 workers=tasks_at_once or workers,

@@ -31,6 +31,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from fluidsched.errors import InputError
 from fluidsched.server import IterationTime
 from fluidsched.server.pool import Stage
 from fluidsched.workload import Workload
@@ -81,7 +82,11 @@ def busy_work(
         ]
     )
     counts *= np.array(_COUNTED[stage])[:, None]
-    return np.asarray(coefficients[:, 1:] @ counts, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        work = np.asarray(coefficients[:, 1:] @ counts, dtype=np.float64)
+    if not np.isfinite(work).all():
+        raise InputError("iteration_time", iteration_time, "give the workload's requests finite times")
+    return work
 
 
 # Whether a stage has prefilled tokens, decoded tokens, KV reads, prefill attention.

@@ -38,6 +38,7 @@ from fluidsched.fluid.certificate import TOLERANCE
 from fluidsched.fluid.coefficients import Stage, block_kv_work, busy_work, chunk_overhead
 from fluidsched.server import Server
 from fluidsched.workload import Workload
+from fluidsched.workload.lengths import MAX_TOKENS
 
 __all__ = ["TOLERANCE", "FluidModel", "Objective", "build_model"]
 
@@ -259,7 +260,7 @@ def build_model(
         "decode": (output - 1.0, output - 1.0),
     }[stage]
     if chunk_tokens is not None and stage != "decode":
-        chunk_tokens = check_count("chunk_tokens", chunk_tokens, minimum=1)
+        chunk_tokens = check_count("chunk_tokens", chunk_tokens, minimum=1, maximum=MAX_TOKENS)
         more_iterations, more_work = chunk_overhead(workload, chunk_tokens, server.block_size)
         kv_work, iterations = kv_work + more_work, iterations + more_iterations
     limits = {
@@ -320,7 +321,7 @@ def _floors(workload: Workload, floors: ArrayLike | None) -> NDArray[np.float64]
 def _per_type(argument: str, workload: Workload, given: ArrayLike, maximum: float) -> NDArray[np.float64]:
     try:
         array = np.array(given, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(argument, given, "hold one number per type") from None
     if array.ndim == 0:
         array = np.full(len(workload), array)

@@ -476,7 +476,8 @@ class FluidSolution(Tabular):
             max_iteration_time=None if slowest == "inf" else slowest,
             chunk_tokens=field["chunk_tokens"],
         )
-        if not np.allclose(model.reward, field["reward"], rtol=TOLERANCE, atol=0.0):
+        reward = _numbers("fluid.reward", field["reward"], len(model.workload))
+        if not np.allclose(model.reward, reward, rtol=TOLERANCE, atol=0.0):
             raise InputError("fluid.reward", field["reward"], f"be what {field['objective']!r} means")
         return cls(
             model=model,

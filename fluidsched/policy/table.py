@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fluidsched._checks import check_choice, check_count, check_real
+from fluidsched._checks import LARGEST_COUNT, check_choice, check_count, check_real
 from fluidsched._display import Tabular
 from fluidsched._files import dumps, fingerprint, loads, read_text, to_jsonable, write_whole
 from fluidsched.errors import InputError
@@ -205,10 +205,16 @@ class TableType:
                     "admitted_rate", self.admitted_rate, f"be at most arrival_rate, {self.arrival_rate:g}"
                 )
         if self.threshold is not None:
-            put(self, "threshold", check_count("threshold", self.threshold))
-        put(self, "gate", check_count("gate", self.gate, maximum=self.threshold))
+            put(self, "threshold", check_count("threshold", self.threshold, maximum=LARGEST_COUNT))
+        put(
+            self,
+            "gate",
+            check_count(
+                "gate", self.gate, maximum=LARGEST_COUNT if self.threshold is None else self.threshold
+            ),
+        )
         if self.period is not None:
-            put(self, "period", check_count("period", self.period, minimum=1))
+            put(self, "period", check_count("period", self.period, minimum=1, maximum=LARGEST_COUNT))
         if self.max_hold_s is not None:
             put(self, "max_hold_s", check_real("max_hold_s", self.max_hold_s, above=0.0))
         if self.priority is not None:
@@ -234,8 +240,10 @@ class Segment:
     buffer: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "boundary", check_count("boundary", self.boundary))
-        object.__setattr__(self, "threshold", check_count("threshold", self.threshold, minimum=1))
+        object.__setattr__(self, "boundary", check_count("boundary", self.boundary, maximum=LARGEST_COUNT))
+        object.__setattr__(
+            self, "threshold", check_count("threshold", self.threshold, minimum=1, maximum=LARGEST_COUNT)
+        )
         object.__setattr__(self, "buffer", check_real("buffer", self.buffer, minimum=0.0))
 
 
@@ -270,7 +278,8 @@ class Lookahead:
             raise InputError("lengths", self.lengths, "be a list of output lengths, tokens")
         lengths: list[int] = []
         for k, tokens in enumerate(self.lengths):
-            lengths.append(check_count(f"lengths[{k}]", tokens, minimum=max([1, *lengths[-1:]])))
+            least_tokens = max([1, *lengths[-1:]])
+            lengths.append(check_count(f"lengths[{k}]", tokens, minimum=least_tokens, maximum=LARGEST_COUNT))
         if (len(lengths) > 0) != (self.mode == "law") or len(lengths) > MOST_LENGTHS:
             raise InputError(
                 "lengths",
@@ -365,6 +374,8 @@ class PolicyTable(Tabular):
     def __post_init__(self) -> None:
         put = object.__setattr__
         _check_name("name", self.name)
+        if "/" in self.name or "\\" in self.name or self.name in (".", ".."):
+            raise InputError("name", self.name, "be fit for the name of a file, policies/NAME.json")
         check_choice("kind", self.kind, KINDS)
         for argument, row_type in (("types", TableType), ("segments", Segment)):
             rows = getattr(self, argument)
@@ -375,7 +386,11 @@ class PolicyTable(Tabular):
             "block_iterations", "max_in_service", "token_budget", "chunk_tokens", "prefill_interval",
         ):  # fmt: skip
             if getattr(self, argument) is not None:
-                put(self, argument, check_count(argument, getattr(self, argument), minimum=1))
+                put(
+                    self,
+                    argument,
+                    check_count(argument, getattr(self, argument), minimum=1, maximum=LARGEST_COUNT),
+                )
         for argument in ("freeze", "whole_prompt_admission"):
             put(self, argument, _check_flag(argument, getattr(self, argument)))
         if self.kv_limit_tokens is not None:

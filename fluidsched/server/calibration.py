@@ -671,17 +671,29 @@ def _numbers(column: str, given: Any) -> Array:
     return values
 
 
+#: Unpacked size of a compressed table, millions of points: a small file may unpack to any size.
+_MOST_BYTES = 1 << 28
+
+
 def _read_csv(path: Path) -> dict[str, list[str]]:
     if path.suffix.lower() == ".gz":
         try:
-            text = gzip.decompress(path.read_bytes()).decode("utf-8-sig")
+            with gzip.open(path) as stream:
+                content = stream.read(_MOST_BYTES + 1)
+            text = content.decode("utf-8-sig")
         except FileNotFoundError:
             raise InputError("points", str(path), "name an existing file", "Check the path.") from None
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise InputError("points", f"{path} ({error})", "be gzip-compressed UTF-8 text") from None
+        if len(content) > _MOST_BYTES:
+            raise InputError("points", str(path), f"unpack to at most {_MOST_BYTES:,} bytes")
     else:
         text = _files.read_text("points", path)
-    header, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header, *rows = [row for row in reader if row] or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}", str(error), "be valid CSV") from None
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             raise InputError(f"{path}, row {number}", f"{len(row)} fields", f"have {len(header)} fields")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fluidsched._checks import check_fields, check_real
+from fluidsched._checks import check_fields, check_real, check_scale
 from fluidsched.errors import InputError
 
 __all__ = ["COEFFICIENTS", "BatchFunction", "BatchSummary", "IterationTime"]
@@ -318,7 +318,8 @@ def _checked(coefficients: ArrayLike) -> NDArray[np.float64]:
     array = np.empty(given.shape)
     for (piece, column), value in np.ndenumerate(given):
         name = COEFFICIENTS[column] if len(given) == 1 else f"{COEFFICIENTS[column]} of piece {piece}"
-        array[piece, column] = check_real(name, value, minimum=-math.inf if column == 0 else 0.0)
+        sign = -1.0 if column == 0 and check_real(name, value) < 0.0 else 1.0
+        array[piece, column] = sign * check_scale(name, sign * value)
     if array[:, 0].max() <= 0.0:
         raise InputError(
             "base",

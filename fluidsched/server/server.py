@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
-from fluidsched._checks import check_count, check_keys, check_real
+from fluidsched._checks import LARGEST_COUNT, check_count, check_keys, check_real, check_scale
 from fluidsched.errors import InputError
 from fluidsched.server.iteration import IterationTime
 
@@ -78,7 +78,9 @@ class Server:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
-        set_field(self, "kv_capacity", check_real("kv_capacity", self.kv_capacity, above=0.0, allow_inf=True))
+        set_field(
+            self, "kv_capacity", check_scale("kv_capacity", self.kv_capacity, zero=False, allow_inf=True)
+        )
         if not isinstance(self.iteration_time, IterationTime):
             raise InputError(
                 "iteration_time",
@@ -89,11 +91,15 @@ class Server:
         for limit in ("max_batch_size", "token_budget", "block_size"):
             value = getattr(self, limit)
             if value is not None:
-                set_field(self, limit, check_count(limit, value, minimum=1))
+                set_field(self, limit, check_count(limit, value, minimum=1, maximum=LARGEST_COUNT))
         if self.max_model_len is not None:
-            set_field(self, "max_model_len", check_count("max_model_len", self.max_model_len, minimum=2))
+            set_field(
+                self,
+                "max_model_len",
+                check_count("max_model_len", self.max_model_len, minimum=2, maximum=LARGEST_COUNT),
+            )
         if self.swap_bandwidth is not None:
-            set_field(self, "swap_bandwidth", check_real("swap_bandwidth", self.swap_bandwidth, above=0.0))
+            set_field(self, "swap_bandwidth", check_scale("swap_bandwidth", self.swap_bandwidth, zero=False))
         if self.block_size is not None and self.kv_capacity < self.block_size:
             raise InputError(
                 "kv_capacity", self.kv_capacity, f"hold at least one block of {self.block_size:,} tokens"

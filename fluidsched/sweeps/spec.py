@@ -376,8 +376,19 @@ class SweepSpec:
         return cls(**fields, folder=folder)
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> SweepSpec:
-        """Read a TOML file with the fields of a spec; relative paths in it are relative to its folder."""
+    def from_toml(cls, path: str | os.PathLike[str], function: str | CellFunction = "simulate") -> SweepSpec:
+        """Read a TOML file with the fields of a spec; relative paths in it are relative to its folder.
+
+        A cell function of one's own is an argument: files say what to compute with, never what code to run.
+        """
         data = read_toml("spec", path)
         with locating(path):
-            return cls.from_dict(data, folder=Path(path).parent)
+            if data.get("function", "simulate") not in BUILT_IN:
+                raise InputError(
+                    "function",
+                    data["function"],
+                    'be "simulate" or left out: a file may not name code to run',
+                    "Give it on the command line (--function MODULE:NAME) or to SweepSpec.from_toml.",
+                )
+            named = {} if function == "simulate" else {"function": function}
+            return cls.from_dict(data | named, folder=Path(path).parent)

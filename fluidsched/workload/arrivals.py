@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fluidsched._checks import check_count, check_real
+from fluidsched._checks import check_count, check_real, check_scale
 from fluidsched.errors import InputError
 from fluidsched.workload import lengths
 from fluidsched.workload.lengths import FloatArray, LengthLaw
@@ -70,7 +70,7 @@ __all__ = [
 MAX_REQUESTS = 10**8
 """Largest expected number of requests, or of jumps of a modulating chain, of one draw."""
 
-MAX_CV = 100.0
+MIN_CV, MAX_CV = 1e-6, 100.0
 """Largest coefficient of variation of a gap."""
 
 MAX_USERS = 10**7
@@ -102,8 +102,8 @@ class ArrivalProcess(abc.ABC):
         >>> poisson().sample(2.0, 3.0, np.random.default_rng(1)).round(3)
         array([0.537, 0.691])
         """
-        rate = check_real("rate", rate, minimum=0)
-        horizon = check_real("horizon", horizon, above=0)
+        rate = check_scale("rate", rate)
+        horizon = check_scale("horizon", horizon, zero=False)
         if rate * horizon == 0:
             return np.empty(0)
         _check_expected(rate * horizon, "requests")
@@ -224,7 +224,7 @@ def renewal(cv: float) -> ArrivalProcess:
     >>> renewal(cv=3).dispersion(rate=2.0)
     9.0
     """
-    return _Renewal(check_real("cv", cv, minimum=0, maximum=MAX_CV))
+    return _Renewal(_check_cv("cv", cv))
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def closed_loop(users: int, think_cv: float = 1.0, response_share: float = 0.0) 
     """
     return _ClosedLoop(
         check_count("users", users, minimum=1, maximum=MAX_USERS),
-        check_real("think_cv", think_cv, minimum=0, maximum=MAX_CV),
+        _check_cv("think_cv", think_cv),
         check_real("response_share", response_share, minimum=0, maximum=math.nextafter(1.0, 0.0)),
     )
 
@@ -407,10 +407,10 @@ def markov_modulated(
     >>> round(process.dispersion(rate=4.0), 1)
     437.2
     """
-    relative = _number_row("relative_rate", relative_rate, minimum=0)
+    relative = _number_row("relative_rate", relative_rate)
     if len(relative) < 2:
         raise InputError("relative_rate", f"{len(relative)} states", "have at least 2", "Or use poisson().")
-    sojourns = _number_row("mean_sojourn", mean_sojourn, above=0, size=len(relative))
+    sojourns = _number_row("mean_sojourn", mean_sojourn, zero=False, size=len(relative))
     if max(relative) == 0:
         raise InputError("relative_rate", "all zero", "have a positive entry")
     rows = None
@@ -418,9 +418,7 @@ def markov_modulated(
         given = list(transition) if isinstance(transition, (Sequence, np.ndarray)) else []
         if len(given) != len(relative):
             raise InputError("transition", transition, f"be {len(relative)} rows of {len(relative)} numbers")
-        rows = tuple(
-            _number_row(f"transition[{i}]", row, minimum=0, size=len(relative)) for i, row in enumerate(given)
-        )
+        rows = tuple(_number_row(f"transition[{i}]", row, size=len(relative)) for i, row in enumerate(given))
         for index, row in enumerate(rows):
             if row[index] != 0 or abs(math.fsum(row) - 1) > 1e-9:
                 raise InputError(
@@ -507,13 +505,13 @@ def time_varying(relative_rate: ArrayLike, step: float | ArrayLike) -> ArrivalPr
     >>> np.histogram(times, bins=4, range=(0, 86400))[0]
     array([10530, 32707, 32880, 10606])
     """
-    relative = _number_row("relative_rate", relative_rate, minimum=0)
+    relative = _number_row("relative_rate", relative_rate)
     if max(relative) == 0:
         raise InputError("relative_rate", "all zero", "have a positive entry")
     if np.ndim(step) == 0:
-        steps = (check_real("step", step, above=0),) * len(relative)
+        steps = (check_scale("step", step, zero=False),) * len(relative)
     else:
-        steps = _number_row("step", step, above=0, size=len(relative))
+        steps = _number_row("step", step, zero=False, size=len(relative))
     return _TimeVarying(relative, steps)
 
 
@@ -624,7 +622,7 @@ def superposition(processes: Sequence[ArrivalProcess], shares: ArrayLike) -> Arr
     for index, part in enumerate(parts):
         if not isinstance(part, ArrivalProcess):
             raise InputError(f"processes[{index}]", part, "be an arrival process")
-    weights = _number_row("shares", shares, minimum=0, size=len(parts))
+    weights = _number_row("shares", shares, size=len(parts))
     if max(weights) == 0:
         raise InputError("shares", "all zero", "have a positive entry")
     present, kept = zip(*((p, w) for p, w in zip(parts, weights, strict=True) if w > 0), strict=True)
@@ -664,22 +662,23 @@ def _list_from_dicts(argument: str, data: object) -> list[ArrivalProcess]:
 
 
 def _number_row(
-    argument: str,
-    given: ArrayLike,
-    *,
-    minimum: float = -math.inf,
-    above: float = -math.inf,
-    size: int | None = None,
+    argument: str, given: ArrayLike, *, zero: bool = True, size: int | None = None
 ) -> tuple[float, ...]:
-    """Return a non-empty row of numbers as a tuple, each checked; `size`: how many there must be."""
+    """Return a row of non-negative numbers (positive without `zero`) as a tuple; `size`: how many there must be."""
     if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str):
         raise InputError(argument, given, "be a list of numbers")
     values = list(given)
     if not values or (size is not None and len(values) != size):
         raise InputError(argument, f"{len(values)} numbers", f"hold {size or 'at least one'}")
-    return tuple(
-        check_real(f"{argument}[{i}]", v, minimum=minimum, above=above) for i, v in enumerate(values)
-    )
+    return tuple(check_scale(f"{argument}[{i}]", v, zero=zero) for i, v in enumerate(values))
+
+
+def _check_cv(argument: str, cv: float) -> float:
+    """A coefficient of variation, 0 or such that its square is a number like others."""
+    number = check_real(argument, cv, minimum=0.0, maximum=MAX_CV)
+    if 0.0 < number < MIN_CV:
+        raise InputError(argument, cv, f"be 0 or at least {MIN_CV:g}", "Use 0 for equal gaps.")
+    return number
 
 
 def _check_expected(expected: float, what: str) -> None:

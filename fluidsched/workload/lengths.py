@@ -65,9 +65,16 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
+def _plain_array(argument: str, values: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists of unequal depth or length
+        raise InputError(argument, "a list of unequal lists", "be a list of numbers") from None
+
+
 def token_array(argument: str, values: ArrayLike, *, minimum: int = 1) -> IntArray:
     """Return `values` as a new int64[N] of whole numbers in `minimum`..2^31 − 1, or name the first offender."""
-    array = np.asarray(values)
+    array = _plain_array(argument, values)
     if array.ndim != 1:
         raise InputError(argument, f"an array of shape {array.shape}", "be one-dimensional")
     if array.dtype.kind not in "iuf" and array.size:
@@ -90,7 +97,7 @@ def _weight_array(argument: str, weights: ArrayLike | None, size: int) -> FloatA
         raise InputError("values", "no lengths", "hold at least one length")
     if weights is None:
         return np.ones(size)
-    array = np.asarray(weights)
+    array = _plain_array(argument, weights)
     if array.shape != (size,) or array.dtype.kind not in "iuf":
         raise InputError(
             argument, f"shape {array.shape}, {array.dtype}", f"be {size} numbers, one per length"
@@ -319,7 +326,9 @@ def geometric(mean: float, maximum: int | None = None, minimum: int = 1) -> Leng
     (200.0, 2048, True)
     """
     minimum = check_count("minimum", minimum, minimum=1, maximum=MAX_TOKENS)
-    mean = check_real("mean", mean, above=minimum, remedy="Use lengths.fixed for a constant length.")
+    mean = check_real(
+        "mean", mean, above=minimum, maximum=MAX_TOKENS, remedy="Use lengths.fixed for a constant length."
+    )
     excess = mean - minimum
     decay = math.log1p(1 / excess)  # −ln q of the uncut law
     if maximum is None:
@@ -357,7 +366,7 @@ def lognormal(mean: float, cv: float, maximum: int | None = None) -> LengthLaw:
     mean : float
         E[n], tokens, above 1; with `maximum` at most half of it.
     cv : float
-        Standard deviation over mean of exp(μ + σ Z), in (0, 100].
+        Standard deviation over mean of exp(μ + σ Z), in [1e-6, 100].
     maximum : int, optional
         Largest length, tokens. Without it the law is cut at an upper tail of mass 1e-12 (`is_bounded` False).
 
@@ -370,7 +379,7 @@ def lognormal(mean: float, cv: float, maximum: int | None = None) -> LengthLaw:
     from scipy.special import ndtr, ndtri
 
     mean = check_real("mean", mean, above=1, remedy="Use lengths.fixed for a constant length.")
-    cv = check_real("cv", cv, above=0, maximum=100, remedy="Use lengths.fixed for a constant length.")
+    cv = check_real("cv", cv, minimum=1e-6, maximum=100, remedy="Use lengths.fixed for a constant length.")
     sigma = math.sqrt(math.log1p(cv * cv))
     mu = math.log(mean) - sigma * sigma / 2
     if maximum is None:

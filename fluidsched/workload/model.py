@@ -44,7 +44,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
-from fluidsched._checks import check_count, check_keys, check_real
+from fluidsched._checks import check_count, check_keys, check_real, check_scale, check_text
 from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.workload import arrivals as processes
@@ -135,14 +135,10 @@ class RequestType:
     law: JointLaw = field(init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise InputError("name", self.name, "be a non-empty string")
+        check_text("name", self.name)
         store: dict[str, Any] = {}
-        store["arrival_rate"] = check_real(
-            f"arrival_rate of type {self.name!r}",
-            self.arrival_rate,
-            minimum=0,
-            remedy="Use 0 to switch a type off.",
+        store["arrival_rate"] = check_scale(
+            f"arrival_rate of type {self.name!r}", self.arrival_rate, remedy="Use 0 to switch a type off."
         )
         marginals = (self.prompt_tokens, self.output_tokens)
         if self.lengths is not None:
@@ -566,7 +562,7 @@ class Workload(Tabular):
         With one seed the scaled workload brings the same requests, sooner. So profiles and bursts that last a
         stated number of seconds get shorter too; to put more requests into the same profile use `with_rates`.
         """
-        zeta = check_real("zeta", zeta, minimum=0)
+        zeta = check_scale("zeta", zeta)
         types = [
             dataclasses.replace(
                 t,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fluidsched._files import loads
 from fluidsched.errors import InputError
 from fluidsched.workload.trace_rows import Columns, Rows, whole_number
 
@@ -36,19 +37,10 @@ def _is_bench(text: str) -> bool:
 def read_json(place: str, text: str) -> Columns:
     """Columns of a JSON trace; which of the formats is seen from the first character and the keys."""
     if text.lstrip().startswith("["):
-        return _lengths(place, _parsed(place, text))
+        return _lengths(place, loads(place, text, strict=False))
     if _is_bench(text):
-        return _bench(place, _parsed(place, text))
+        return _bench(place, loads(place, text, strict=False))
     return _mooncake(place, text)
-
-
-def _parsed(place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}, line {error.lineno}", error.msg, "be valid JSON") from None
-    except RecursionError:
-        raise InputError(place, "JSON nested too deeply", "be a trace") from None
 
 
 def _mooncake(place: str, text: str) -> Columns:
@@ -62,7 +54,7 @@ def _mooncake(place: str, text: str) -> Columns:
             blocks.append(record.get(BLOCKS))
         except json.JSONDecodeError as error:
             raise InputError(f"{place}, line {line}", error.msg, "be one JSON object per line") from None
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, RecursionError, ValueError):
             raise InputError(
                 f"{place}, line {line}", repr(row[:120]), f"be a JSON object with {', '.join(MOONCAKE)}"
             ) from None

@@ -80,15 +80,15 @@ def test_files_count_by_their_contents(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "trace.csv").write_text("one")
-    toml = 'function = "sweep_cells:draw"\n[base]\nworkload.file = "trace.csv"\n[grid]\nx = [1, 2]\n'
+    toml = '[base]\nworkload.file = "trace.csv"\n[grid]\nx = [1, 2]\n'
     (tmp_path / "a" / "spec.toml").write_text(toml)
     (tmp_path / "b" / "spec.toml").write_text(toml)
-    a, b = (SweepSpec.from_toml(tmp_path / folder / "spec.toml") for folder in "ab")
+    a, b = (SweepSpec.from_toml(tmp_path / folder / "spec.toml", FUNCTION) for folder in "ab")
     assert a.parameters(0)["workload.file"] == str(tmp_path / "a" / "trace.csv")
     assert a.fingerprint == b.fingerprint
     assert a.seed_sequence(1).spawn_key == b.seed_sequence(1).spawn_key
     (tmp_path / "b" / "trace.csv").write_text("two")
-    assert SweepSpec.from_toml(tmp_path / "b" / "spec.toml").fingerprint != a.fingerprint
+    assert SweepSpec.from_toml(tmp_path / "b" / "spec.toml", FUNCTION).fingerprint != a.fingerprint
 
 
 def test_spec_round_trips_through_its_dictionary() -> None:
@@ -139,6 +139,9 @@ def test_toml_errors_name_the_file_and_unknown_fields(tmp_path: Path) -> None:
         SweepSpec.from_toml(path)
     path.write_text("girdle = 1")
     with pytest.raises(InputError, match=r"spec\.girdle must be left out"):
+        SweepSpec.from_toml(path)
+    path.write_text('function = "os:remove"\n[grid]\nx = [1]')
+    with pytest.raises(InputError, match=r"function must be \"simulate\" or left out: .*; got os:remove"):
         SweepSpec.from_toml(path)
     with pytest.raises(InputError, match="must name an existing file"):
         SweepSpec.from_toml(tmp_path / "none.toml")

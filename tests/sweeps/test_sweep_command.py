@@ -12,7 +12,6 @@ import pytest
 from sweep_processes import Start
 
 SPEC = """
-function = "sweep_cells:draw"
 seed = 3
 [base]
 seconds = 0.01
@@ -44,6 +43,9 @@ def spec(tmp_path: Path) -> Path:
     return path
 
 
+OWN = ("--function", "sweep_cells:draw")
+
+
 def command(start: Start, *arguments: object) -> tuple[int, str, str]:
     process = start("-m", "fluidsched", "sweep", *arguments)
     output, errors = process.communicate(timeout=120)
@@ -51,11 +53,11 @@ def command(start: Start, *arguments: object) -> tuple[int, str, str]:
 
 
 def test_sweep_answers_for_people_and_programs(start: Start, spec: Path, tmp_path: Path) -> None:
-    status, output, errors = command(start, spec, "--out", tmp_path / "o", "--format", "csv")
+    status, output, errors = command(start, *OWN, spec, "--out", tmp_path / "o", "--format", "csv")
     assert (status, errors) == (0, "")
     assert output == f"<SweepResult 'sweep': 16 cells, in {tmp_path / 'o' / 'cells.csv'}>\n"
     status, output, _ = command(
-        start, spec, "-o", tmp_path / "o", "--format", "csv", "--json", "--workers", 2
+        start, *OWN, spec, "-o", tmp_path / "o", "--format", "csv", "--json", "--workers", 2
     )
     assert status == 0
     assert json.loads(output) == {"table": str(tmp_path / "o" / "cells.csv"), "cells": 16, "failed": 0}
@@ -74,32 +76,36 @@ def test_simulations_from_toml(start: Start, tmp_path: Path) -> None:
 
 
 def test_dask_cluster_by_address(start: Start, spec: Path, tmp_path: Path, dask_address: str) -> None:
-    status, _, errors = command(start, spec, "-o", tmp_path / "d", "--dask", dask_address, "--format", "csv")
+    status, _, errors = command(
+        start, *OWN, spec, "-o", tmp_path / "d", "--dask", dask_address, "--format", "csv"
+    )
     assert status == 0, errors
-    assert command(start, spec, "-o", tmp_path / "here", "--format", "csv")[0] == 0
+    assert command(start, *OWN, spec, "-o", tmp_path / "here", "--format", "csv")[0] == 0
     assert (tmp_path / "d" / "cells.csv").read_bytes() == (tmp_path / "here" / "cells.csv").read_bytes()
 
 
 def test_wrong_input_is_status_2(start: Start, spec: Path, tmp_path: Path) -> None:
     status, _, errors = command(start, tmp_path / "none.toml", "-o", tmp_path / "o")
     assert (status, "must name an existing file" in errors) == (2, True)
-    status, _, errors = command(start, spec, "-o", tmp_path / "o", "--workers", 1, "--dask", "tcp://x:1")
+    status, _, errors = command(
+        start, *OWN, spec, "-o", tmp_path / "o", "--workers", 1, "--dask", "tcp://x:1"
+    )
     assert (status, "--workers must be left out with --dask" in errors) == (2, True)
-    status, _, errors = command(start, spec, "-o", tmp_path / "o", "--format", "xlsx")
+    status, _, errors = command(start, *OWN, spec, "-o", tmp_path / "o", "--format", "xlsx")
     assert (status, "format must be" in errors) == (2, True)
 
 
 def test_a_scheduler_that_does_not_answer_is_status_2(start: Start, spec: Path, tmp_path: Path) -> None:
     pytest.importorskip("distributed", reason="needs the extra dask")
-    status, _, errors = command(start, spec, "-o", tmp_path / "o", "--dask", "tcp://127.0.0.1:9")
+    status, _, errors = command(start, *OWN, spec, "-o", tmp_path / "o", "--dask", "tcp://127.0.0.1:9")
     assert status == 2
     assert "--dask must be the address of a Dask scheduler that answers" in errors
 
 
 def test_a_sweep_without_one_good_cell_is_status_1(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text('function = "sweep_cells:draw"\n[grid]\nz = [1, 2]\n')
-    status, output, errors = command(start, path, "-o", tmp_path / "o", "--format", "csv")
+    path.write_text("[grid]\nz = [1, 2]\n")
+    status, output, errors = command(start, *OWN, path, "-o", tmp_path / "o", "--format", "csv")
     assert status == 1
     assert "2 cells, 2 failed" in output
     assert "--retry-failed" in errors
@@ -110,7 +116,7 @@ def test_interrupt_is_status_130_and_says_how_to_go_on(start: Start, tmp_path: P
     path = tmp_path / "slow.toml"
     path.write_text(SPEC.replace("0.01", "0.3"))
     process = start(
-        "-m", "fluidsched", "sweep", path, "-o", tmp_path / "o", "--workers", 2, start_new_session=True
+        "-m", "fluidsched", "sweep", *OWN, path, "-o", tmp_path / "o", "--workers", 2, start_new_session=True
     )
     journal = tmp_path / "o" / "journal.txt"
     deadline = time.monotonic() + 60
@@ -121,4 +127,4 @@ def test_interrupt_is_status_130_and_says_how_to_go_on(start: Start, tmp_path: P
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert errors.endswith(f"the same command goes on in {tmp_path / 'o'} with the rest.\n")
-    assert command(start, path, "-o", tmp_path / "o", "--format", "csv")[0] == 0
+    assert command(start, *OWN, path, "-o", tmp_path / "o", "--format", "csv")[0] == 0
