@@ -103,7 +103,7 @@ def check_count(
     number = _as_float(argument, value, required, remedy)
     if not math.isfinite(number) or number != math.floor(number):
         raise InputError(argument, value, required, remedy)
-    count: int = int(value)  # type: ignore[call-overload]  # every Real here has __int__ or __trunc__
+    count: int = int(value)
     if count < minimum or (maximum is not None and count > maximum):
         raise InputError(argument, value, required, remedy)
     return count
