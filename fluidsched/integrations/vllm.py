@@ -410,8 +410,9 @@ def _check_scheduler(scheduler: Any, table: PolicyTable) -> None:
     _require(scheduler.connector is None, "--kv-transfer-config", "a connector", "not be given")
     if not table.freeze:
         return
-    if "largest_cohort" in table.certificate:
-        needed = int(table.certificate["largest_cohort"]["value"])
+    cohort = table.certified("largest_cohort")
+    if cohort is not None:
+        needed = int(cohort)
         budget = scheduler.max_num_scheduled_tokens
         _require(
             budget >= needed,
@@ -423,7 +424,7 @@ def _check_scheduler(scheduler: Any, table: PolicyTable) -> None:
 
 def _check_memory(scheduler: Any, table: PolicyTable) -> None:
     capacity = (scheduler.kv_cache_config.num_blocks - 1) * scheduler.block_size
-    made_for = table.certificate.get("memory", {}).get("capacity")
+    made_for = table.certified("memory", "capacity")
     if made_for is None or math.isinf(made_for):
         return
     if capacity + scheduler.block_size <= made_for:

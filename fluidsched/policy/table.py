@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -582,6 +583,20 @@ class PolicyTable(Tabular):
                 "Compile the table for the workload the path comes from.",
             )
         return rows
+
+    def certified(self, entry: str, field: str = "value") -> float | None:
+        """Return a number of the certificate, None where it does not state one.
+
+        Examples
+        --------
+        >>> from fluidsched.policy import baselines
+        >>> baselines.vllm().certified("memory", "capacity") is None
+        True
+        """
+        stated = self.certificate.get(entry)
+        number = stated.get(field) if isinstance(stated, Mapping) else None
+        is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+        return float(number) if is_number else None
 
     # ------------------------------------------------------------------ JSON
 

@@ -217,7 +217,7 @@ def check_run(
 
 def remark_on_memory(server: Server, table: PolicyTable) -> None:
     """Log where a table was certified for more KV memory than the server has: its certificate does not hold here."""
-    made_for = table.certificate.get("memory", {}).get("capacity")
+    made_for = table.certified("memory", "capacity")
     if made_for is not None and made_for > server.kv_capacity:
         _log.warning(
             "table %r was compiled for %s tokens of KV, %r has %s: its certificate does not hold there; compile it "
