@@ -595,8 +595,7 @@ class PolicyTable(Tabular):
         """
         stated = self.certificate.get(entry)
         number = stated.get(field) if isinstance(stated, Mapping) else None
-        is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-        return float(number) if is_number else None
+        return float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else None
 
     # ------------------------------------------------------------------ JSON
 
