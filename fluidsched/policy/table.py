@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -595,7 +594,7 @@ class PolicyTable(Tabular):
         """
         stated = self.certificate.get(entry)
         number = stated.get(field) if isinstance(stated, Mapping) else None
-        return float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else None
+        return float(number) if isinstance(number, (int, float)) and not isinstance(number, bool) else None
 
     # ------------------------------------------------------------------ JSON
 
