@@ -27,7 +27,10 @@ def compile_(
         ),
     ] = None,
     horizon: Annotated[
-        float | None, typer.Option(help="Seconds: nested-wait, how long memory has to hold (default 3600).")
+        float | None,
+        typer.Option(
+            help="Seconds: nested-wait, how long memory has to hold (default 3600); wait, states its throughput."
+        ),
     ] = None,
     segments: Annotated[
         str | None,

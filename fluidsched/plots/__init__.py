@@ -28,7 +28,7 @@ from fluidsched.plots.runs import (
     trajectory,
 )
 from fluidsched.plots.servers import calibration
-from fluidsched.plots.tables import reach_curve, thresholds, wait_curve
+from fluidsched.plots.tables import reach_curve, segment_curve, thresholds, wait_curve
 from fluidsched.plots.workloads import arrivals, request_types
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "reach_curve",
     "request_types",
     "routing",
+    "segment_curve",
     "stability_boundary",
     "style",
     "thresholds",

@@ -22,7 +22,7 @@ from fluidsched.plots.frame import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fluidsched.policy import PolicyTable, ReachCurve, WaitCurve
+    from fluidsched.policy import PolicyTable, ReachCurve, SegmentCurve, WaitCurve
 
 
 _REASON_MARKERS = {"rounding": "o", "tokens": "^", "batch": "s", "memory": "D", "time": "v", None: "*"}
@@ -136,6 +136,51 @@ def wait_curve(curve: WaitCurve, *, ax: Axes | None = None) -> Axes:
     right.set_ylim(bottom=0.0)
     plain_logarithms(axes, "x")
     legend_above(axes, handles)
+    return axes
+
+
+@picture
+def segment_curve(curve: SegmentCurve, *, ax: Axes | None = None) -> Axes:
+    """Memory that a Nested WAIT table needs against the number of segments: places, and buffers on top.
+
+    Few segments waste places on the longest outputs, many pay a buffer each. Lines break where no table exists.
+
+    Parameters
+    ----------
+    curve : SegmentCurve
+        From `fluidsched.policy.segment_curve`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    axes = new_axes(ax)
+    segments = curve.segments
+    axes.plot(segments, curve.memory, label="needed in all", marker=".", **look(0))
+    axes.plot(segments, curve.base, label="places alone", marker=".", **look(1))
+    if np.isfinite(curve.capacity):
+        axes.axhline(curve.capacity, color="black", linewidth=1.2, linestyle=":", label="capacity C")
+    if curve.best is not None:
+        axes.plot(
+            curve.best,
+            curve.memory[segments == curve.best],
+            marker="o",
+            markersize=8,
+            fillstyle="none",
+            linestyle="none",
+            color="black",
+            label=f"least: {curve.best} segments",
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(f"segments L (blocks of {curve.block_iterations} iterations)")
+    axes.set_ylabel("KV cache bound (tokens)")
+    axes.set_ylim(bottom=0.0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    legend_above(axes)
     return axes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fluidsched.policy import baselines
 from fluidsched.policy.adaptation import Adaptation, adapt
 from fluidsched.policy.compiler import ReachCurve, compile_policy, largest_load, reach_curve
+from fluidsched.policy.nested_wait import SegmentCurve, segment_curve
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.policy.wait import WaitCurve, wait_curve
 
@@ -15,6 +16,7 @@ __all__ = [
     "PolicyTable",
     "ReachCurve",
     "Segment",
+    "SegmentCurve",
     "TableType",
     "WaitCurve",
     "adapt",
@@ -22,5 +24,6 @@ __all__ = [
     "compile_policy",
     "largest_load",
     "reach_curve",
+    "segment_curve",
     "wait_curve",
 ]

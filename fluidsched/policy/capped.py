@@ -116,7 +116,9 @@ def _largest_request(problem: Problem) -> float:
     return float((workload.max_prompt_tokens + workload.max_output_tokens - 1).max()) + problem.padding
 
 
-def carried(problem: Problem, cap: int | None, token_budget: float, work: FloatArray | None = None) -> float:
+def carried(
+    problem: Problem, cap: float | None, token_budget: float, work: FloatArray | None = None
+) -> float:
     """Largest multiple of the admitted rates that stays stable under a cap and a token budget.
 
     With the busy work of the mean batch, or with `work` (I, A). Where rates may be off, whatever the errors.

@@ -164,6 +164,12 @@ def compile_policy(
         if kind != "lookahead" and option is not None:
             raise InputError(name, option, f"be left out: tables of kind {kind!r} do not look ahead")
     if horizon is not None:
+        if kind not in ("wait", "nested-wait"):
+            raise InputError(
+                "horizon",
+                horizon,
+                f"be left out: what tables of kind {kind!r} promise holds at each iteration, whatever the horizon",
+            )
         horizon = check_real("horizon", horizon, above=0.0)
     _check_solution(fluid)
     problem = Problem.of(
@@ -461,10 +467,10 @@ def _capped(fluid: FluidSolution, problem: Problem, slack: Slack) -> PolicyTable
 def _lookahead(
     fluid: FluidSolution, problem: Problem, slack: Slack, mode: str, prediction: Prediction | None
 ) -> PolicyTable:
-    check_choice("mode", mode, lookahead.MODES)
+    believed = lookahead.checked_mode(mode)
     if prediction is not None and mode != "known":
         raise InputError("prediction", prediction, f"be left out: mode {mode!r} believes no prediction")
-    plan = lookahead.plan_lookahead(problem, mode, prediction)
+    plan = lookahead.plan_lookahead(problem, believed, prediction)
     multiple = lookahead.check_carried(problem, plan, _token_budget(problem), slack)
     offered = float(np.sum(fluid.workload.arrival_rate))
     return PolicyTable(

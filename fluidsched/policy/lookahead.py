@@ -41,11 +41,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fluidsched._checks import check_choice
 from fluidsched.errors import InfeasibleError
 from fluidsched.policy import capped
 from fluidsched.policy.problem import Problem, Slack, entry
@@ -55,9 +56,16 @@ from fluidsched.policy.table import MOST_LENGTHS, Lookahead
 if TYPE_CHECKING:
     from fluidsched.workload.predictions import Prediction
 
-__all__ = ["LookaheadPlan", "equal_slices", "forecast_error", "lookahead_certificate", "plan_lookahead"]
+__all__ = [
+    "LookaheadPlan",
+    "checked_mode",
+    "equal_slices",
+    "forecast_error",
+    "lookahead_certificate",
+    "plan_lookahead",
+]
 
-MODES = ("law", "known", "reserve")
+Mode = Literal["law", "known", "reserve"]
 MOST_AHEAD = 1024  # iterations ahead looked at: all if there are fewer, else this many, evenly spaced
 DRAWS = 20_000  # of prompts, outputs and predictions where beliefs are predictions
 
@@ -199,8 +207,14 @@ def _draws(
     return prompt, output, prediction.predict(output, rng)[0]
 
 
-def plan_lookahead(problem: Problem, mode: str, prediction: Prediction | None) -> LookaheadPlan:
-    """Choose the headroom of a mode, of `MODES`; `InfeasibleError` where it takes the whole memory."""
+def checked_mode(mode: str) -> Mode:
+    """Return `mode` if it is one of `Mode`."""
+    check_choice("mode", mode, get_args(Mode))
+    return cast(Mode, mode)
+
+
+def plan_lookahead(problem: Problem, mode: Mode, prediction: Prediction | None) -> LookaheadPlan:
+    """Choose the headroom of a mode; `InfeasibleError` where it takes the whole memory."""
     capacity = problem.capacity
     mean_kv = capped.resident_kv_law(problem)[0]
     if mode == "reserve":
@@ -216,7 +230,7 @@ def plan_lookahead(problem: Problem, mode: str, prediction: Prediction | None) -
         assert prediction is not None
         ahead, mean, square = predicted_error(*_draws(problem, prediction), problem.padding)
     if math.isinf(capacity):
-        return LookaheadPlan(Lookahead(mode, 0.0, lengths), True, math.inf)  # type: ignore[arg-type]
+        return LookaheadPlan(Lookahead(mode, 0.0, lengths), True, math.inf)
     full = capacity / mean_kv
     z = problem.z
     needed = full * mean + z * np.sqrt(full * square)
@@ -229,7 +243,7 @@ def plan_lookahead(problem: Problem, mode: str, prediction: Prediction | None) -
             "memory",
         )
     return LookaheadPlan(
-        Lookahead(mode, math.ceil(headroom), lengths),  # type: ignore[arg-type]  # one of MODES
+        Lookahead(mode, math.ceil(headroom), lengths),
         False,
         (capacity - headroom) / mean_kv,
         float(full * mean[worst]),
@@ -257,7 +271,7 @@ def _plan_reserve(problem: Problem) -> LookaheadPlan:
 def check_carried(problem: Problem, plan: LookaheadPlan, token_budget: float, slack: Slack) -> float:
     """The multiple of the admitted rates carried, or `InfeasibleError`."""
     residents = min(plan.residents, problem.slots)
-    multiple = capped.carried(problem, None if math.isinf(residents) else residents, token_budget)  # type: ignore[arg-type]
+    multiple = capped.carried(problem, None if math.isinf(residents) else residents, token_budget)
     margin = 0.0 if slack == "auto" else slack
     if multiple > 1.0 + margin:
         return multiple

@@ -68,7 +68,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fluidsched._checks import check_choice, check_count
+from fluidsched._checks import check_choice, check_count, check_real
+from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy.problem import Problem, Slack, entry, no_table, queue_estimate
 from fluidsched.policy.profiles import FloatArray
@@ -78,16 +79,21 @@ from fluidsched.queues import embedded_queue_mean, exact_buffer, lundberg_buffer
 from fluidsched.queues.lundberg import exponents_at_most
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
     from fluidsched.fluid import FluidSolution
 
 __all__ = [
     "NestedOptions",
     "NestedPlan",
+    "SegmentCurve",
     "Stream",
     "check_bounded",
     "nested_certificate",
     "nested_exists",
     "plan_nested",
+    "segment_curve",
     "shortest_cuts",
     "why_not",
 ]
@@ -698,11 +704,22 @@ class _Planner:
         def full() -> str:
             return self._relaxed(margin, low) if explain else "memory"
 
-        unstable = 0
+        n_or_reason = self._climb(n, margin, high, problem.capacity)
+        if isinstance(n_or_reason, str):
+            return full() if n_or_reason == "memory" else n_or_reason
+        n = n_or_reason
+        plan = self._within(n, margin)
+        if isinstance(plan, str):
+            return full() if plan == "memory" else plan
+        return plan if self.options.slack != "auto" else self._largest(plan)
+
+    def _climb(self, n: int, margin: float, high: float, capacity: float) -> int | str:
+        """The least n_1 from `n` on that keeps up; or "time", "rounding", "memory" (the base exceeds `capacity`)."""
+        stream, unstable = self.stream, 0
         while True:  # boundaries decide how long a run takes, not buffers: those are for the last n alone
             # Whatever the cuts, a block has at least the places that the flow past it fills.
-            if float(np.ceil(n * stream.share * (1 - 1e-9)) @ stream.held) > problem.capacity * (1 + 1e-12):
-                return full()
+            if float(np.ceil(n * stream.share * (1 - 1e-9)) @ stream.held) > capacity * (1 + 1e-12):
+                return "memory"
             chosen = self.choose(n)
             if chosen is None:
                 unstable += 1
@@ -713,16 +730,23 @@ class _Planner:
             cycle = float(stream.times(*chosen).sum())
             needed = math.ceil((1.0 + margin) * stream.rate * cycle * (1 - 1e-12))
             if needed <= n and stream.rate * cycle < n:
-                break
-            if stream.memory(*chosen, np.zeros(len(chosen[0])), self.log).base > problem.capacity:
-                return full()
+                return n
+            if stream.memory(*chosen, np.zeros(len(chosen[0])), self.log).base > capacity:
+                return "memory"
             n = max(needed, n + 1)
             if stream.rate * high < n:
                 return "time"
-        plan = self._within(n, margin)
-        if isinstance(plan, str):
-            return full() if plan == "memory" else plan
-        return plan if self.options.slack != "auto" else self._largest(plan)
+
+    def least(self, margin: float) -> NestedPlan | str:
+        """The fine plan of least n_1 that keeps up, whatever memory it takes; or "time" or "rounding"."""
+        low, high = self.stream.problem.equilibrium(1.0 + margin, self.stream.block)
+        if low > high:
+            return "time"
+        start = max(1, math.ceil(self.stream.rate * low * (1 - 1e-12)))
+        n = self._climb(start, margin, high, math.inf)
+        if isinstance(n, str):
+            return n
+        return self.plan(n, fine=True) or "rounding"
 
     def _within(self, n: int, margin: float) -> NestedPlan | str:
         """The plan for n_1 = n if it keeps up within the server's limits, fine only if the coarse one does not."""
@@ -977,3 +1001,130 @@ def nested_certificate(problem: Problem, plan: NestedPlan, options: NestedOption
             holds_for="Poisson arrivals at the admitted rates",
         ),
     }
+
+
+# ------------------------------------------------------------------ curves
+
+
+@dataclass(frozen=True)
+class SegmentCurve(Tabular):
+    """Memory that Nested WAIT needs against the number of segments, K numbers; NaN where no such table exists.
+
+    Few segments hold places for the longest requests, many keep a buffer each: the curve is U-shaped.
+
+    Attributes
+    ----------
+    segments : int64[K]
+        L.
+    memory : float64[K]
+        What residents hold at most, as certified: base memory, buffers and the bound on prompts, tokens.
+    base : float64[K]
+        M(n), the places alone, tokens.
+    threshold : float64[K]
+        n_1, requests per run.
+    reason : tuple of str or None, length K
+        Why there is no table: "time" or "rounding"; None where there is one.
+    block_iterations : int
+        ℓ.
+    capacity : float
+        KV tokens that tables may fill.
+    """
+
+    segments: IntArray
+    memory: FloatArray
+    base: FloatArray
+    threshold: FloatArray
+    reason: tuple[str | None, ...]
+    block_iterations: int
+    capacity: float
+
+    @property
+    def best(self) -> int | None:
+        """The number of segments that needs least memory; None where no table exists."""
+        if np.isnan(self.memory).all():
+            return None
+        return int(self.segments[np.nanargmin(self.memory)])
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per number of segments."""
+        import pandas as pd
+
+        columns = {name: getattr(self, name) for name in ("memory", "base", "threshold", "reason")}
+        return pd.DataFrame(columns, index=pd.Index(self.segments, name="segments"))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw memory against the number of segments; see `fluidsched.plots.segment_curve`."""
+        from fluidsched import plots
+
+        return plots.segment_curve(self, ax=ax)
+
+
+def segment_curve(
+    fluid: FluidSolution,
+    *,
+    slack: float = 0.05,
+    overflow_probability: float = 0.01,
+    block_iterations: int | None = None,
+    horizon: float = HORIZON,
+    segment_counts: Sequence[int] | None = None,
+    buffer: str = "exact",
+) -> SegmentCurve:
+    """Return the memory a Nested WAIT table needs against its number of segments, cut where least is needed.
+
+    The memory is what the table would need; it may exceed what the server has.
+
+    Parameters
+    ----------
+    fluid : FluidSolution
+    slack, overflow_probability, block_iterations, horizon, buffer
+        As in `compile_policy`; without `block_iterations` those of the table it compiles.
+    segment_counts : sequence of int, optional
+        Numbers L to try; None: 1 to 12, or to the number of possible cuts.
+
+    Returns
+    -------
+    SegmentCurve
+
+    Raises
+    ------
+    InfeasibleError
+        Without `block_iterations`, if no table exists.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> law = fs.lengths.geometric(mean=30, maximum=300)
+    >>> workload = fs.Workload([fs.RequestType("chat", 100.0, prompt_tokens=50, output_tokens=law)])
+    >>> server = fs.Server(2_000_000, fs.IterationTime.affine(0.05, 1e-5, 5e-5, 1e-8))
+    >>> curve = segment_curve(fs.solve_fluid(workload, server), block_iterations=5, segment_counts=[1, 2, 4, 8])
+    >>> curve.best
+    4
+    """
+    margin = check_real("slack", slack, minimum=0.0)
+    problem = Problem.of(fluid, overflow_probability)
+    check_bounded(problem)
+    options = NestedOptions(margin, block_iterations, horizon, "optimal", None, buffer)
+    if block_iterations is None:
+        block_iterations = plan_nested(problem, fluid, options).block_iterations
+    [block] = block_lengths(problem.mean_profile.stages, block_iterations)
+    cuts = len(_Planner(problem, options, block).cuts)
+    counts = list(range(1, min(12, cuts) + 1)) if segment_counts is None else list(segment_counts)
+    for i, count in enumerate(counts):
+        check_count(f"segment_counts[{i}]", count, minimum=1, maximum=cuts)
+    plans = [
+        _Planner(problem, dataclasses.replace(options, segment_count=count), block).least(margin)
+        for count in counts
+    ]
+
+    def column(get: Callable[[NestedPlan], float]) -> FloatArray:
+        return np.array([math.nan if isinstance(plan, str) else get(plan) for plan in plans])
+
+    return SegmentCurve(
+        np.array(counts, dtype=np.int64),
+        column(lambda plan: plan.memory),
+        column(lambda plan: plan.base),
+        column(lambda plan: float(plan.threshold[0])),
+        tuple(plan if isinstance(plan, str) else None for plan in plans),
+        block,
+        problem.capacity,
+    )

@@ -110,6 +110,8 @@ def test_cap_refuses_blocks():
     fluid = fs.solve_fluid(fs.Workload([fs.RequestType("p", 12.0, 512, 21)]), fs.Server(60_000, PAPER))
     with pytest.raises(InputError, match="block_iterations"):
         compile_policy(fluid, "capped", block_iterations=4)
+    with pytest.raises(InputError, match="horizon must be left out: what tables of kind 'capped'"):
+        compile_policy(fluid, "capped", horizon=60.0)
 
 
 def test_ages_vary_also_where_lengths_do_not():

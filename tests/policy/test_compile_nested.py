@@ -10,6 +10,7 @@ import pytest
 
 import fluidsched as fs
 from fluidsched.errors import InfeasibleError, InputError
+from fluidsched.policy import segment_curve
 from fluidsched.policy.nested_wait import Stream, shortest_cuts
 from fluidsched.policy.problem import Problem
 from fluidsched.queues import exact_buffer, lundberg_buffer, lundberg_exponent, lundberg_exponents
@@ -165,7 +166,9 @@ def test_a_compiled_table_keeps_its_conditions_and_survives_files(tmp_path: obje
 
 def test_large_queues_take_the_exponential_buffer_and_say_so() -> None:
     """Thousands of requests per run: the exact chain would be too large, and the certificate names what is used."""
-    table = fs.compile_policy(solved(mix(20_000.0), 4e7), "nested-wait", slack=0.2, block_iterations=1)
+    server = fs.Server(4e7, fs.IterationTime.affine(0.05, 1e-6, 1e-6, 1e-9))
+    fluid = fs.solve_fluid(mix(50_000.0), server)
+    table = fs.compile_policy(fluid, "nested-wait", slack=0.2, block_iterations=1)
     buffer = table.certificate["buffer"]
     assert buffer["method"][0] == "none"
     for size, method in zip(table.certificate["buffer"]["value"][1:], buffer["method"][1:], strict=True):
@@ -276,3 +279,22 @@ def test_without_a_table_the_reason_is_named(
     with pytest.raises(InfeasibleError) as caught:
         fs.compile_policy(fluid, "nested-wait", **options)  # type: ignore[arg-type]
     assert caught.value.reason == reason
+
+
+def test_memory_against_the_number_of_segments_is_u_shaped_and_drawn() -> None:
+    """Least in between; each point is what a table of so many segments certifies; the picture has its lines."""
+    law = fs.lengths.geometric(mean=30, maximum=300)
+    server = fs.Server(2_000_000, fs.IterationTime.affine(0.05, 1e-5, 5e-5, 1e-8))
+    fluid = fs.solve_fluid(fs.Workload([fs.RequestType("chat", 100.0, 50, law)]), server)
+    curve = segment_curve(fluid, slack=0.1, block_iterations=5, segment_counts=[1, 2, 3, 5, 9])
+    assert curve.best not in (1, 9)
+    table = fs.compile_policy(fluid, "nested-wait", slack=0.1, block_iterations=5, segment_count=3)
+    assert table.certificate["memory"]["value"] == pytest.approx(curve.memory[2], rel=1e-12)
+    assert (curve.base <= curve.memory).all()
+    assert list(curve.to_frame().index) == [1, 2, 3, 5, 9]
+    axes = curve.plot()
+    assert f"least: {curve.best} segments" in [text.get_text() for text in axes.get_legend().get_texts()]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), curve.memory)
+    none = segment_curve(fluid, slack=99.0, block_iterations=5, segment_counts=[2])
+    assert none.reason == ("time",)
+    assert none.best is None

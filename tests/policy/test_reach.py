@@ -86,7 +86,7 @@ def test_pictures(curve, a100):
     assert {f"ends by {reason}" for reason in curve.reason} <= set(drawn)
     fluid = fs.solve_fluid(fs.workloads.azure_conv().merged(1).at_load(0.8, a100), a100)
     blocks = wait_curve(fluid, block_iterations=[2, 8, 32, 128])
-    left = fs.plots.wait_curve(blocks)
+    left = blocks.plot()
     right = left.figure.axes[1]
     assert np.array_equal(left.get_lines()[0].get_ydata(), blocks.kv, equal_nan=True)
     assert np.array_equal(right.get_lines()[0].get_ydata(), blocks.wait, equal_nan=True)
