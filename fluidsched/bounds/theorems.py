@@ -28,13 +28,27 @@ boundary queue exceeds its buffer:
 
     P(overflow within H) ≤ Σ_{k≥2} P(queue k exceeds buffer k within 1 + H/(ℓ c0) cycles).
 
+The rest is stated for runs in which no queue exceeds its buffer x_k, so that nobody is preempted. No run of segments
+lasts longer than T, that of all of them with every place full and prompts of p_max; runs start as soon as n_1 wait and
+the server is free, as batches of literal WAIT with one type of rate Λ do. So with m = ΛT < n_1 the entry queue is at
+most that of WAIT, and of the residents there are at most N = Σ_b n_k(b) + Σ_k x_k, b the blocks of all segments:
+
+    queue after decisions  E[W]                 exact law of W' = W + X − n_1 1{W + X ≥ n_1}, X ~ Poisson(ΛT)
+    boundary queues        E[V_k]               exact law of V' = V + Y − n_k 1{V + Y ≥ n_k} after decisions, one
+                                                step per run of segment k − 1, Y ~ Binomial(n_{k−1}, p_k)
+    TTFT                   E[W]/Λ + T/2 + T_1
+    E2E                    (E[W] + N)/Λ + T/2   by Little's law for all requests in the system
+    throughput gap         (1/H) ( E[o] (E[W] + ΛT) + o_max N )
+
 **Source**: Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320, Theorems 1 and 2; exact queues and delays are
 derived here.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,7 +70,7 @@ if TYPE_CHECKING:
     from fluidsched.server import Server
     from fluidsched.workload import Workload
 
-__all__ = ["nested_wait_overflow", "wait_bounds"]
+__all__ = ["nested_wait_bounds", "nested_wait_overflow", "wait_bounds"]
 
 _Real = npt.NDArray[np.float64]
 
@@ -322,43 +336,198 @@ def nested_wait_overflow(table: PolicyTable, workload: Workload, server: Server,
     def none(violated: str) -> Bound:
         return Bound.not_applicable(name, "", "upper", formula, source, violated)
 
+    violated = _nested_violation(table, workload, server)
+    if violated is not None:
+        return none(violated)
+    total = 0.0
+    cycles = 1 + math.floor(duration / ((table.block_iterations or 1) * server.iteration_time.empty))
+    reach = _reach(workload, [-1, *(s.boundary for s in table.segments)])
+    for k in range(1, len(table.segments)):
+        before, segment = table.segments[k - 1], table.segments[k]
+        if reach[k] > 0.0:
+            total += first_passage_probability(
+                before.threshold,
+                reach[k] / reach[k - 1],
+                segment.threshold,
+                math.floor(segment.buffer),
+                cycles,
+            )
+    needed = _nested_memory(table, workload, server)
+    condition = f"Nested WAIT from an empty start, {needed:,.0f} tokens within capacity"
+    return Bound(name, min(total, 1.0), "", "upper", formula, source, condition)
+
+
+def _nested_violation(table: PolicyTable, workload: Workload, server: Server) -> str | None:
+    """The first condition on table, lengths and memory that fails; None if all hold."""
     if table.kind != "nested-wait":
-        return none(f"the table is of kind {table.kind!r}, not 'nested-wait'")
+        return f"the table is of kind {table.kind!r}, not 'nested-wait'"
     if any(row.max_hold_s is not None for row in table.types):
-        return none("the table has a hold limit")
-    block = table.block_iterations or 1
+        return "the table has a hold limit"
     last = table.segments[-1].boundary
     longest = int(workload.max_output_tokens.max()) - 1
     unbounded = [t.name for t in workload.types if not t.law.is_bounded]
     if unbounded or longest > last:
         who = f"type {unbounded[0]!r} is unbounded" if unbounded else f"{longest:,} decodes are possible"
-        return none(f"the last segment ends at {last:,} decodes, but {who}")
-
+        return f"the last segment ends at {last:,} decodes, but {who}"
     reach = _reach(workload, [-1, *(s.boundary for s in table.segments)])
+    for k in range(1, len(table.segments)):
+        expected = table.segments[k - 1].threshold * reach[k] / reach[k - 1] if reach[k] else 0.0
+        if expected >= table.segments[k].threshold:
+            return f"segment {k + 1}: p·n_(k−1) = {expected:.6g} ≥ n_k = {table.segments[k].threshold}"
+    needed, capacity = _nested_memory(table, workload, server), server.usable_kv_capacity
+    if needed > capacity:
+        return f"base memory and buffers take {needed:,.0f} tokens of {capacity:,.0f}"
+    return None
+
+
+def _nested_memory(table: PolicyTable, workload: Workload, server: Server) -> float:
+    """Base memory and all buffers, every prompt the longest, tokens."""
     padding = 0 if server.block_size is None else server.block_size - 1
     prompt = int(workload.max_prompt_tokens.max()) + padding
-    needed = _nested_base(table, prompt, block)
-    total = 0.0
-    cycles = 1 + math.floor(duration / (block * server.iteration_time.empty))
-    for before, segment, k in zip(
-        table.segments, table.segments[1:], range(1, len(table.segments)), strict=False
-    ):
+    needed = _nested_base(table, prompt, table.block_iterations or 1)
+    for before, segment in itertools.pairwise(table.segments):
         needed += (prompt + before.boundary) * segment.buffer
-        if reach[k] == 0.0:
-            continue
-        p = reach[k] / reach[k - 1]
-        if before.threshold * p >= segment.threshold:
-            return none(
-                f"segment {k + 1}: p·n_(k−1) = {before.threshold * p:.6g} ≥ n_k = {segment.threshold}"
+    return needed
+
+
+def nested_wait_bounds(
+    table: PolicyTable, workload: Workload, server: Server, horizon: float | None = None
+) -> tuple[Bound, ...]:
+    """Bounds on queues, TTFT, E2E latency and the throughput gap of a Nested WAIT table, no queue above its buffer.
+
+    Parameters
+    ----------
+    table : PolicyTable
+        Kind "nested-wait": L segments with boundary, threshold and buffer.
+    workload : Workload
+        Its types make one stream of requests, all Poisson.
+    server : Server
+    horizon : float, optional
+        H, seconds: needed by the throughput gap and at a critical first threshold. How likely a queue exceeds its
+        buffer within it, `nested_wait_overflow` says.
+
+    Returns
+    -------
+    tuple of Bound
+        "entry_queue", "boundary_queue[2]" … "boundary_queue[L]", "mean_ttft", "mean_e2e", "mean_waiting" (requests
+        waiting for their first service, on average over time) and "output_throughput_gap".
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> law = fs.lengths.empirical([4, 10], [0.6, 0.4])
+    >>> chat = fs.Workload([fs.RequestType("chat", 40.0, prompt_tokens=10, output_tokens=law)])
+    >>> server = fs.Server(20_000, fs.IterationTime.affine(0.05, 1e-5, 1e-5, 1e-7))
+    >>> table = fs.compile_policy(fs.solve_fluid(chat, server), "nested-wait", slack=0.2, segments=[3, 9])
+    >>> nested_wait_bounds(table, chat, server)[0]  # doctest: +ELLIPSIS
+    entry_queue ≤ ... requests (Nested WAIT, no boundary queue above its buffer, ΛT = ...)
+    """
+    if horizon is not None:
+        horizon = check_real("horizon", horizon, above=0.0)
+    formulas = {
+        "entry_queue": ("requests", "E[W], W' = W + X − n_1·1{W + X ≥ n_1}, X ~ Poisson(ΛT)"),
+        **{
+            f"boundary_queue[{k}]": (
+                "requests",
+                "E[V_k], V' = V + Y − n_k·1{V + Y ≥ n_k}, Y ~ Binomial(n_(k−1), p_k)",
             )
-        total += first_passage_probability(
-            before.threshold, p, segment.threshold, math.floor(segment.buffer), cycles
+            for k in range(2, len(table.segments) + 1)
+        },
+        "mean_ttft": ("s", "E[W]/Λ + T/2 + T_1"),
+        "mean_e2e": ("s", "(E[W] + Σ_b n_k(b) + Σ_k x_k)/Λ + T/2"),
+        "mean_waiting": ("requests", "E[W] + ΛT/2"),
+        "output_throughput_gap": ("tokens/s", "(1/H) ( E[o] (E[W] + ΛT) + o_max (Σ_b n_k(b) + Σ_k x_k) )"),
+    }
+    source = "arXiv 2504.11320, Theorem 2; constants derived here"
+
+    def none(names: Iterable[str], violated: str) -> tuple[Bound, ...]:
+        return tuple(
+            Bound.not_applicable(name, formulas[name][0], "upper", formulas[name][1], source, violated)
+            for name in names
         )
-    capacity = server.usable_kv_capacity
-    if needed > capacity:
-        return none(f"base memory and buffers take {needed:,.0f} tokens of {capacity:,.0f}")
-    condition = f"Nested WAIT from an empty start, {needed:,.0f} tokens within capacity"
-    return Bound(name, min(total, 1.0), "", "upper", formula, source, condition)
+
+    violated = _nested_violation(table, workload, server)
+    if violated is not None:
+        return none(formulas, violated)
+    block = table.block_iterations or 1
+    sizes = np.diff([0, *((s.boundary + 1) // block for s in table.segments)])
+    threshold = np.array([s.threshold for s in table.segments], dtype=np.float64)
+    places = np.repeat(threshold, sizes)
+    residents = float(places.sum()) + sum(s.buffer for s in table.segments[1:])
+    limits = (server.max_batch_size, table.max_in_service)
+    slots = min((limit for limit in limits if limit is not None), default=math.inf)
+    if residents > slots:
+        return none(formulas, f"up to {residents:,.0f} requests are in service, the limit is {slots:,}")
+    prompt = float(workload.max_prompt_tokens.max())
+    tokens = float(threshold[0] * prompt + places[1:].sum())
+    if server.token_budget is not None and tokens > server.token_budget:
+        return none(
+            formulas,
+            f"a run's first iteration takes {tokens:,.0f} tokens, the budget is {server.token_budget:,}",
+        )
+    reach = _reach(workload, [-1, *(s.boundary for s in table.segments)])
+    result: list[Bound] = []
+    prefix = "Nested WAIT, no boundary queue above its buffer"
+    for k in range(1, len(threshold)):
+        p, name = reach[k] / reach[k - 1] if reach[k] else 0.0, f"boundary_queue[{k + 1}]"
+        unit, formula = formulas[name]
+        trials, n = int(threshold[k - 1]), int(threshold[k])
+        value = embedded_queue_mean(n, trials * p, trials) if p > 0.0 else 0.0
+        result.append(
+            Bound(
+                name,
+                value,
+                unit,
+                "upper",
+                formula,
+                source,
+                f"{prefix}, p n_(k−1) = {trials * p:.6g} < n_k = {n}",
+            )
+        )
+    rest = ("mean_ttft", "mean_e2e", "mean_waiting", "output_throughput_gap")
+    other = [t for t in workload.types if t.arrivals != poisson()]
+    if other:
+        violated = f"arrivals of type {other[0].name!r} are not Poisson but {other[0].arrivals!r}"
+        return (*none(("entry_queue",), violated), *result, *none(rest, violated))
+    times = _nested_times(places, block, prompt, server)
+    cycle, first = float(times.sum()), float(times[0])
+    rate = workload.total_arrival_rate
+    arrivals = rate * cycle
+    queue, how, condition = _entry_queue(threshold[0], arrivals, cycle, horizon)
+    condition = (
+        condition.replace("literal WAIT, certain memory", prefix).replace("λT", "ΛT").replace("n =", "n_1 =")
+    )
+    if math.isnan(queue):
+        return (*none(("entry_queue",), condition), *result, *none(rest, condition))
+    outputs = float(workload.arrival_rate @ workload.mean_output_tokens) / rate if rate > 0.0 else 0.0
+    lost = outputs * (queue + arrivals) + float(workload.max_output_tokens.max()) * residents
+    values = {
+        "mean_ttft": queue / rate + cycle / 2.0 + first,
+        "mean_e2e": (queue + residents) / rate + cycle / 2.0,
+        "mean_waiting": queue + arrivals / 2.0,
+    }
+    if horizon is not None:
+        values["output_throughput_gap"] = lost / horizon
+    ends = [
+        Bound(n, v, formulas[n][0], "upper", formulas[n][1], source, condition) for n, v in values.items()
+    ]
+    if horizon is None:
+        ends += none(("output_throughput_gap",), "no horizon is given")
+    return (Bound("entry_queue", queue, "requests", "upper", how, source, condition), *result, *ends)
+
+
+def _nested_times(places: _Real, block: int, prompt: float, server: Server) -> _Real:
+    """Durations of the ℓ iterations of a run of all segments, every place full, prompts of p_max; s."""
+    rows = server.iteration_time.require_coefficients("the theorem constants")
+    base, per_prefill, per_decode, per_kv, per_attention = rows.T
+    r = np.arange(block)
+    decodes = np.full(block, places.sum())
+    decodes[0] -= places[0]
+    reads = places @ (prompt + block * np.arange(len(places))) + r * places.sum()
+    reads[0] -= places[0] * prompt
+    times = base[:, None] + np.outer(per_decode, decodes) + np.outer(per_kv, reads)
+    times[:, 0] += per_prefill * places[0] * prompt + per_attention * places[0] * prompt**2 / 2.0
+    return np.asarray(times.max(axis=0))
 
 
 def _reach(workload: Workload, boundaries: list[int]) -> _Real:

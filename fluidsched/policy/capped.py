@@ -6,8 +6,11 @@ per iteration, and holds p + k − 1 tokens. So its KV has mean and second momen
     κ̄ = Σ a_j W_j / Σ a_j S_j,        Σ a_j E[Σ_{k=1..o} (p + k − 1)²] / Σ a_j S_j,
 
 and standard deviation σ. For independent lengths N residents hold N κ̄ + z_δ σ √N or less with probability
-about 1 − δ; the cap is the largest whole N for which that is within C, or the server's largest batch if
-smaller. With δ = 0 every resident is taken as large as the largest request ever gets.
+about 1 − δ in the normal approximation. The cap is the largest whole N for which that is within C and the tail of
+the actual law, P(KV of N residents > C), at most δ (`fluidsched.policy.tails`; KV is skewed to the right, which at
+small δ costs a resident or two), or the server's largest batch if smaller. With δ = 0 every resident is taken as
+large as the largest request ever gets. Where rates may be off, the cap is that of the normal approximation in the
+worst mix.
 
 **Time.** While more wait than are let in, N are in service. Completions then come at rates θa with one
 iteration in N / (θ Σ a_j S_j) seconds, and T = max_i (c0_i + θ T Σ a_j w_ij); the queue shrinks iff θ > 1,
@@ -35,6 +38,7 @@ from fluidsched.errors import InfeasibleError
 from fluidsched.policy.problem import Problem, Slack, boundary_problem, entry
 from fluidsched.policy.profiles import FloatArray, normal_quantile
 from fluidsched.policy.robust import largest_kv, top_sum
+from fluidsched.policy.tails import Tail, resident_transform, tail_of
 
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
@@ -67,7 +71,8 @@ def _law_of(problem: Problem, iterations: Any, kv: Any, squares: Any) -> tuple[A
 
 
 def plan_cap(problem: Problem) -> tuple[float, int | None]:
-    """The real N at which memory is full, and the cap: whole and within the largest batch, or None."""
+    """The real N at which memory is full at mean + z sd, and the cap: whole, within the largest batch, or None."""
+    by_law = False
     if math.isinf(problem.capacity):
         real = math.inf
     elif problem.overflow_probability == 0.0:
@@ -78,9 +83,27 @@ def plan_cap(problem: Problem) -> tuple[float, int | None]:
         mean, deviation = resident_kv_law(problem)
         half = normal_quantile(problem.overflow_probability) * deviation / 2.0
         root = (math.sqrt(half * half + mean * problem.capacity) - half) / mean
-        real = root * root
+        real, by_law = root * root, True
     cap = min(real * (1 + 1e-12), problem.slots)
-    return real, None if math.isinf(cap) else math.floor(cap)
+    if math.isinf(cap):
+        return real, None
+    return real, _cap_by_law(problem, math.floor(cap)) if by_law else math.floor(cap)
+
+
+def overflow(problem: Problem, cap: int) -> Tail:
+    """P(KV of `cap` residents > C) at a random iteration, for independent lengths."""
+    mean, deviation = resident_kv_law(problem)
+    transform, largest = resident_transform(problem)
+    return tail_of(
+        lambda z: cap * transform(z), problem.capacity, cap * mean, math.sqrt(cap) * deviation, cap * largest
+    )
+
+
+def _cap_by_law(problem: Problem, cap: int) -> int:
+    """The largest number up to `cap` that overflows with probability δ at most."""
+    while cap > 0 and overflow(problem, cap).probability > problem.overflow_probability:
+        cap -= 1
+    return cap
 
 
 def _held_by_any_mix(problem: Problem, cap: float) -> float:
@@ -187,6 +210,23 @@ def check_carried(
     )
 
 
+def _overflow_entry(problem: Problem, cap: int | None, by_law: bool) -> dict[str, Any]:
+    delta = problem.overflow_probability
+    if not by_law or cap is None or math.isinf(problem.capacity):
+        return entry(0.0, "per iteration", "0: what N residents hold at most is within C", "certain")
+    tail = overflow(problem.without_errors(), cap)
+    return entry(
+        tail.probability,
+        "per iteration",
+        "P(KV of N residents > C), N in service at random iterations of their lives, from the law of the lengths: "
+        "(1/2π) ∫ Re e^(K(z) − z(C + 1)) / (1 − e^(−z)) dt, z = θ + it",
+        "probability",
+        target=delta,
+        chernoff=tail.chernoff,
+        holds_for="independent requests in the admitted proportions",
+    )
+
+
 def capped_certificate(problem: Problem, real: float, cap: int | None, token_budget: float) -> dict[str, Any]:
     """What a cap guarantees; entries as in `fluidsched.policy.problem.entry`."""
     mean, deviation = resident_kv_law(problem)
@@ -218,18 +258,18 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, token_bud
             sd_per_resident=deviation,
             z=z,
         ),
-        "overflow_probability": entry(
-            problem.overflow_probability,
-            "per iteration",
-            "δ of the normal approximation for independent lengths, N in service",
-            "probability" if by_law else "certain",
-        ),
+        "overflow_probability": _overflow_entry(problem, cap, by_law),
         "cap": entry(
             cap,
             "requests",
-            "⌊N⌋, N κ̄ + z σ sqrt(N) = C, at most the largest batch",
+            "largest N ≤ `real` with P(KV of N residents > C) ≤ δ, at most the largest batch"
+            if by_law and problem.rate_error is None
+            else "⌊N⌋ of `real`, at most the largest batch",
             "probability" if by_law else "certain",
             real=real,
+            real_formula="N κ̄ + z σ sqrt(N) = C: the normal approximation"
+            if by_law
+            else "N max_j (p_max + o_max − 1) = C",
         ),
         "carried": entry(
             multiple := carried(known, cap, token_budget),

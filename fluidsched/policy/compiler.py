@@ -39,6 +39,7 @@ from fluidsched.policy.problem import (
     rows_of,
 )
 from fluidsched.policy.table import PolicyTable, TableType
+from fluidsched.policy.tails import sized
 from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def compile_policy(
         exists at every smaller one); "capped", whose cap depends on memory alone, just has to carry the
         admitted rates.
     overflow_probability : float
-        δ in [0, 1/2]: memory holds with probability 1 − δ at each iteration where lengths are random. 0:
+        δ in [0, 1/2]: memory holds with probability 1 − δ at each iteration where lengths are random, by the tail of
+        the actual law, which the certificate states beside the worst case. 0:
         every request is taken as long as its type allows, and memory holds with certainty. "nested-wait":
         positive, the probability that memory overflows at any time within the horizon.
     block_iterations : int, optional
@@ -251,7 +253,7 @@ def largest_load(
     >>> server = fs.catalog.server("a100-80gb", "llama-2-7b")
     >>> fluid = fs.solve_fluid(fs.workloads.azure_conv().at_load(0.8, server), server)
     >>> round(largest_load(fluid, "capped"), 3)
-    0.987
+    0.986
     """
     check_choice("kind", kind, COMPILED_KINDS)
     slack = check_real("slack", slack, minimum=0.0)
@@ -489,7 +491,9 @@ def _lookahead(
 def _wait(
     fluid: FluidSolution, problem: Problem, slack: Slack, block_iterations: int | None, horizon: float | None
 ) -> PolicyTable:
-    plan = wait.plan_wait(problem, fluid, slack, block_iterations)
+    problem, plan = sized(
+        problem, lambda asked: wait.plan_wait(asked, fluid, slack, block_iterations), wait.wait_overflow
+    )
     rows = rows_of(fluid, plan.threshold, plan.threshold)
     return PolicyTable(
         "wait",
@@ -531,7 +535,11 @@ def _nested(fluid: FluidSolution, problem: Problem, options: nested_wait.NestedO
 
 def _gated(fluid: FluidSolution, problem: Problem, slack: Slack, window: int | None) -> PolicyTable:
     budget = _token_budget(problem)
-    plan, spacing = gated.plan_gated(problem, fluid, slack, budget, window)
+    problem, (plan, spacing) = sized(
+        problem,
+        lambda asked: gated.plan_gated(asked, fluid, slack, budget, window),
+        lambda asked, found: gated.gated_overflow(asked, found[0], found[1].lag),
+    )
     rows = rows_of(fluid, plan.threshold, np.zeros_like(plan.threshold), plan.period)
     return PolicyTable(
         "gated",

@@ -41,6 +41,7 @@ from fluidsched._checks import check_count
 from fluidsched.errors import InputError
 from fluidsched.policy.problem import Problem, Slack, entry, expected_largest, no_table, queue_estimate
 from fluidsched.policy.profiles import FloatArray, SpacedProfile
+from fluidsched.policy.tails import Held, Tail, overflow_entry, tail_of
 from fluidsched.queues import embedded_queue_mean
 
 if TYPE_CHECKING:
@@ -274,6 +275,29 @@ def why_not(problem: Problem, margin: float, token_budget: float, window: int | 
     return [plan for plan in plans if isinstance(plan, str)]
 
 
+def gated_overflow(problem: Problem, plan: GatedPlan, lag: IntArray) -> Tail:
+    """P(KV > C) with every window full, each window's requests where they hold most in the mean, independent."""
+    mean, variance = problem.mean_profile.kv
+    kinds, stages, counts = [], [], []
+    for j, (n, k) in enumerate(zip(plan.threshold.tolist(), plan.period.tolist(), strict=True)):
+        last = int(np.count_nonzero(problem.mean_profile.present[j])) - 1
+        delay = int(lag[j])
+        for age in range(last + delay, -1, -k):
+            low, high = max(age - k + 1 - delay, 0), min(age, last)
+            kinds.append(j)
+            stages.append(low + int(mean[j, low : high + 1].argmax()))
+            counts.append(float(n))
+    kind, stage, count = np.array(kinds), np.array(stages), np.array(counts)
+    held = Held(problem, kind, stage, problem.padding, count)
+    return tail_of(
+        held,
+        problem.capacity,
+        float(count @ mean[kind, stage]),
+        math.sqrt(count @ variance[kind, stage]),
+        held.largest,
+    )
+
+
 def _longest_held(problem: Problem, lag: IntArray, period: IntArray) -> FloatArray:
     """What the longest requests hold at most per unit of threshold, spaced by their periods, (A,) tokens.
 
@@ -319,13 +343,8 @@ def gated_certificate(
             worst_case=worst,
             z=problem.z,
         ),
-        "overflow_probability": entry(
-            0.0 if certain else problem.overflow_probability,
-            "per iteration",
-            "0: every length is accounted for"
-            if certain
-            else "δ of the normal approximation for independent lengths, every window full",
-            problem.guarantee,
+        "overflow_probability": overflow_entry(
+            problem, None if certain else gated_overflow(problem, plan, spacing.lag), "every window full"
         ),
         "in_service": entry(
             plan.in_service,

@@ -3,7 +3,9 @@ r"""What a compiler works from: admitted rates, the server's time and limits, an
 A compiled table must keep up with the admitted rates a_j (time), and what its residents hold must stay
 within the server (memory, slots, tokens per iteration). Amounts that are random because lengths are, sums
 over independent residents, are taken at mean + z_δ · standard deviation, z_δ the standard normal's (1 −
-δ)-quantile; with δ = 0 every request is taken as long as its type allows, and the bound is certain.
+δ)-quantile, a normal approximation; what a table then holds is checked against the tail of the actual law
+(`fluidsched.policy.tails`), and where that exceeds δ the table is compiled again with a larger z. With δ = 0
+every request is taken as long as its type allows, and the bound is certain.
 
 Types the fluid optimum refuses (a_j = 0) are left out here and get threshold 0: they are never admitted.
 """
@@ -11,6 +13,7 @@ Types the fluid optimum refuses (a_j = 0) are left out here and get threshold 0:
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -75,6 +78,8 @@ class Problem:
         d_j of `fluidsched.policy.robust`; None: rates are taken as known.
     error_budget : float
         Γ, how many types may be off by as much; infinite: all.
+    stricter : float, optional
+        Probability below δ that the normal approximation is taken at; None: δ itself.
     """
 
     workload: Workload
@@ -84,6 +89,7 @@ class Problem:
     kv_reserve: float = 0.0
     rate_error: FloatArray | None = None
     error_budget: float = math.inf
+    stricter: float | None = None
 
     @classmethod
     def of(
@@ -191,7 +197,16 @@ class Problem:
     @property
     def z(self) -> float:
         """Standard deviations added to the mean; 0 where bounds are certain."""
-        return 0.0 if self.is_certain else normal_quantile(self.overflow_probability)
+        return 0.0 if self.is_certain else normal_quantile(self.normal_probability)
+
+    @property
+    def normal_probability(self) -> float:
+        """What the normal approximation is asked for: δ, or less where the actual law's tail is larger."""
+        return self.overflow_probability if self.stricter is None else self.stricter
+
+    def asked_for(self, normal_probability: float) -> Problem:
+        """The same with more standard deviations added to the means."""
+        return dataclasses.replace(self.at_rate(self.rate), stricter=normal_probability)
 
     @cached_property
     def padding(self) -> int:

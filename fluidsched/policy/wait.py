@@ -29,9 +29,9 @@ where the batch is near a knee. Newton steps then use the mean batch, a bound fr
     max_r Σ_j n_j max( f_j(r), g_j )
 
 when each type has one length: with certainty, whatever arrives. For random lengths every entry is taken
-full and its requests independent, and what they hold at mean + z_δ · sd, the larger of the running and the
-paused value for mean and variance separately. So P(overflow) ≤ δ at each iteration in the normal
-approximation. Residents, at most Σ_j n_j ⌈S_j / k⌉, are held to the server's largest batch in the same
+full and its requests independent, and what they hold at mean + z · sd, the larger of the running and the
+paused value for mean and variance separately. z is the normal quantile of δ, raised until the tail of the actual law
+(`wait_overflow`) is at most δ. Residents, at most Σ_j n_j ⌈S_j / k⌉, are held to the server's largest batch in the same
 way, and the largest cohort, Σ_j n_j (p_max + decodes), to its token budget, if it has one; of prompts that are
 partly cached only the rest counts there.
 
@@ -71,6 +71,7 @@ from fluidsched.policy.problem import (
     queue_estimate,
 )
 from fluidsched.policy.profiles import BlockProfile, FloatArray, fold
+from fluidsched.policy.tails import Held, Tail, overflow_entry, tail_of
 from fluidsched.queues import embedded_queue_mean
 
 if TYPE_CHECKING:
@@ -431,6 +432,32 @@ def why_not(problem: Problem, margin: float, lengths: Sequence[int]) -> list[str
     return reasons
 
 
+def wait_overflow(problem: Problem, plan: WaitPlan) -> Tail:
+    """P(KV > C) with every entry full and its requests independent, where mean + z sd is largest in a block.
+
+    Of types that hold more paused than running then, what they hold paused.
+    """
+    k, n = plan.block_iterations, plan.threshold.astype(np.float64)
+    profile = problem.mean_profile
+    memory = profile.block(k)
+    mean, variance = n @ memory.mean, n @ memory.variance
+    r = int(problem.quantile(mean, variance).argmax())
+    kv, paused = profile.kv[0], profile.paused_kv[0]
+    runs = kv[:, r::k].sum(axis=1) >= paused[:, k::k].sum(axis=1)
+    parts = []
+    for extra, first, mine in ((0, r, runs), (-1, k, ~runs)):
+        stages = np.arange(first, profile.stages, k)
+        kind, at = np.nonzero(profile.present[:, stages] * mine[:, None] > 0.0)
+        parts.append(Held(problem, kind, stages[at], extra + problem.padding, n[kind]))
+    return tail_of(
+        lambda z: parts[0](z) + parts[1](z),
+        problem.capacity,
+        float(mean[r]),
+        math.sqrt(variance[r]),
+        parts[0].largest + parts[1].largest,
+    )
+
+
 def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) -> dict[str, Any]:
     """What a compiled WAIT table guarantees; entries as in `fluidsched.policy.problem.entry`."""
     k, n, cycle, rate = plan.block_iterations, plan.threshold, plan.cycle_time, problem.rate
@@ -460,7 +487,6 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
     )
     lengths_known = "certain" if problem.is_bounded else "probability"
     timing = "certain" if problem.has_fixed_times else "expectation"
-    delta = 0.0 if problem.is_certain else problem.overflow_probability
     return {
         "memory": entry(
             plan.kv,
@@ -472,13 +498,8 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
             worst_case=worst,
             z=problem.z,
         ),
-        "overflow_probability": entry(
-            delta,
-            "per iteration",
-            "0: every length is accounted for"
-            if problem.is_certain
-            else "δ of the normal approximation for independent lengths, every entry full",
-            problem.guarantee,
+        "overflow_probability": overflow_entry(
+            problem, wait_overflow(problem, plan) if not problem.is_certain else None, "every entry full"
         ),
         "in_service": entry(
             plan.in_service,

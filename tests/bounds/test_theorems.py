@@ -13,6 +13,7 @@ from fluidsched.bounds import (
     embedded_queue_mean,
     exact_buffer,
     first_passage_probability,
+    nested_wait_bounds,
     nested_wait_overflow,
     wait_bounds,
 )
@@ -240,3 +241,83 @@ def test_nested_wait_stepped_through_keeps_its_memory_and_overflow_probability()
     error = math.sqrt(expected * (1 - expected) / runs)
     assert abs(float((worst > x).mean()) - expected) <= 4.5 * error
     assert 0.005 < expected < 0.5
+
+
+def nested_case(rate: float = 60.0, **limits: object) -> tuple[fs.PolicyTable, fs.Workload, fs.Server]:
+    law = fs.lengths.empirical([4, 10, 30], [0.6, 0.3, 0.1])
+    workload = fs.Workload([fs.RequestType("mix", rate, 7, law)])
+    server = fs.Server(60_000, fs.IterationTime.affine(0.05, 1e-4, 1e-4, 1e-6), **limits)  # type: ignore[arg-type]
+    fluid = fs.solve_fluid(workload, server)
+    options = {"slack": 0.15, "segments": [3, 9, 29], "block_iterations": 2}
+    return fs.compile_policy(fluid, "nested-wait", **options), workload, server  # type: ignore[arg-type]
+
+
+def test_nested_constants_by_hand() -> None:
+    """T from the tokens of a full run, queues from the exact laws, and the formulas put together."""
+    table, workload, server = nested_case()
+    n1, n2, n3 = (s.threshold for s in table.segments)
+    bounds = by_name(nested_wait_bounds(table, workload, server, horizon=1000.0))
+    places = [n1] * 2 + [n2] * 3 + [n3] * 10
+    cycle = first = 0.0
+    for r in range(2):
+        decodes = sum(places) - (n1 if r == 0 else 0)
+        reads = sum(n * (7 + 2 * b + r) for b, n in enumerate(places) if b or r)
+        time = 0.05 + (1e-4 * n1 * 7 if r == 0 else 0.0) + 1e-4 * decodes + 1e-6 * reads
+        cycle += time
+        first = first or time
+    queue = embedded_queue_mean(n1, 60.0 * cycle)
+    residents = sum(places) + sum(s.buffer for s in table.segments)
+    expected = {
+        "entry_queue": queue,
+        "boundary_queue[2]": embedded_queue_mean(n2, 0.4 * n1, n1),
+        "boundary_queue[3]": embedded_queue_mean(n3, 0.25 * n2, n2),
+        "mean_ttft": queue / 60.0 + cycle / 2 + first,
+        "mean_e2e": (queue + residents) / 60.0 + cycle / 2,
+        "mean_waiting": queue + 30.0 * cycle,
+        "output_throughput_gap": (8.4 * (queue + 60.0 * cycle) + 30 * residents) / 1000.0,
+    }
+    assert set(bounds) == set(expected)
+    for name, value in expected.items():
+        assert bounds[name].value == pytest.approx(value, rel=1e-9), name
+
+
+def test_simulated_nested_wait_respects_its_bounds() -> None:
+    """8 runs of 600 s without a preemption; a bound is violated only if the lower 95 % end lies above it."""
+    table, workload, server = nested_case()
+    bounds = by_name(nested_wait_bounds(table, workload, server, horizon=600.0))
+    runs = fs.simulate(workload, server, [table], horizon=600.0, warmup=60.0, replications=8, seed=3)
+    assert (runs.measures(table.name)["preemptions"] == 0).all()
+    means: dict[str, list[float]] = {"mean_ttft": [], "mean_e2e": []}
+    for r in range(8):
+        frame = runs.requests(table.name, r)
+        done = frame[(frame["arrival_s"] > 60.0) & (frame["arrival_s"] < 500.0)]
+        means["mean_ttft"].append((done["first_token_s"] - done["arrival_s"]).mean())
+        means["mean_e2e"].append((done["finish_s"] - done["arrival_s"]).mean())
+    for name, values in means.items():
+        bound = bounds[name].value
+        assert bound is not None
+        assert np.mean(values) - 2.4 * np.std(values, ddof=1) / math.sqrt(8) <= bound
+        assert np.mean(values) > 0.1 * bound  # not vacuous
+
+
+def test_nested_constants_outside_their_conditions() -> None:
+    """Not applicable names what fails: kind, memory, slots, arrivals, load; without a horizon only the gap has none."""
+    table, workload, server = nested_case()
+    small = fs.Server(500, server.iteration_time)
+    few = fs.Server(60_000, server.iteration_time, max_batch_size=10)
+    bursts = workload.with_arrivals(fs.arrivals.renewal(cv=3.0))
+    for arguments, message in (
+        ((fs.baselines.vllm(), workload, server), "is of kind 'vllm'"),
+        ((table, workload, small), "base memory and buffers take"),
+        ((table, workload, few), "requests are in service, the limit is 10"),
+    ):
+        found = nested_wait_bounds(*arguments, horizon=10.0)
+        assert all(not b.applies and message in b.condition for b in found)
+    by_kind = by_name(nested_wait_bounds(table, bursts, server, horizon=10.0))
+    assert by_kind["boundary_queue[2]"].applies
+    assert "not Poisson" in by_kind["mean_ttft"].condition
+    fast = by_name(nested_wait_bounds(table, workload.scaled(3.0), server, horizon=10.0))
+    assert "ΛT = " in fast["mean_ttft"].condition
+    assert not fast["mean_ttft"].applies
+    without = by_name(nested_wait_bounds(table, workload, server))
+    assert [name for name, b in without.items() if not b.applies] == ["output_throughput_gap"]

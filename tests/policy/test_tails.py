@@ -1,0 +1,113 @@
+"""The tail of what independent residents hold: closed forms, convolutions by FFT as witnesses, and draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom, binomtest, poisson
+
+import fluidsched as fs
+from fluidsched.policy import capped, compile_policy
+from fluidsched.policy.problem import Problem
+from fluidsched.policy.profiles import normal_quantile
+from fluidsched.policy.tails import Held, tail_of
+
+TIME = fs.IterationTime.affine(0.01, 1e-6, 1e-6, 1e-9)
+
+
+@pytest.mark.parametrize("level", [5, 40, 60, 80, 99])
+def test_binomial_tails(level):
+    """100 tosses: P(S > x) within 1e-9 relative, from near 1 down to 8e-31, and below Chernoff's bound."""
+    found = tail_of(lambda z: 100 * np.log((1 + np.exp(z)) / 2), level, 50.0, 5.0, 100.0)
+    assert found.probability == pytest.approx(binom.sf(level, 100, 0.5), rel=1e-9)
+    assert found.probability <= found.chernoff
+
+
+@pytest.mark.parametrize("level", [30.5, 70, 200])
+def test_poisson_tails(level):
+    found = tail_of(lambda z: 30 * np.expm1(z), level, 30.0, math.sqrt(30), 1e9)
+    assert found.probability == pytest.approx(poisson.sf(math.floor(level), 30), rel=1e-9)
+
+
+def test_what_cannot_happen_has_probability_zero():
+    assert tail_of(lambda z: 5 * z, 5, 5.0, 0.0, 5.0).probability == 0.0
+    assert tail_of(lambda z: 5 * z, 4, 5.0, 0.0, 5.0).probability == 1.0
+
+
+def test_a_cap_s_overflow_is_the_convolution_of_its_residents():
+    """86 in service on the Azure conversations, convolved by FFT: 1.135 %, where the normal law says 1 %."""
+    server = fs.catalog.server("a100-80gb", "llama-2-7b")
+    fluid = fs.solve_fluid(fs.workloads.azure_conv().at_load(0.8, server), server)
+    problem = Problem.of(fluid, 0.01)
+    one = np.zeros(40_000)
+    for rate, request_type in zip(problem.rate, problem.workload.types, strict=True):
+        p, o, w = request_type.law.atoms()
+        np.add.at(one, p, rate * w)
+        np.add.at(one, p + o, -rate * w)
+    one = np.cumsum(one) / np.cumsum(one).sum()
+    law = np.fft.irfft(np.fft.rfft(one, 1 << 21) ** 86, 1 << 21)
+    witness = float(law[int(problem.capacity) + 1 :].sum())
+    found = capped.overflow(problem, 86).probability
+    assert found == pytest.approx(witness, rel=1e-8)
+    assert found == pytest.approx(0.01135, abs=1e-5)
+    table = compile_policy(fluid, "capped")
+    assert table.max_in_service == 85
+    assert table.certificate["cap"]["real"] == pytest.approx(86.66, abs=0.01)
+    line = table.certificate["overflow_probability"]
+    assert line["value"] == pytest.approx(capped.overflow(problem, 85).probability, rel=1e-12)
+    assert line["value"] <= line["target"] == 0.01 < line["chernoff"]
+
+
+def test_cells_are_convolved_whatever_their_laws():
+    """A product law and a joint one, stages and padding by hand: every cell's law written out and convolved."""
+    product = fs.RequestType("a", 1.0, fs.lengths.uniform(3, 6), fs.lengths.uniform(1, 5))
+    joint = fs.RequestType("b", 1.0, lengths=fs.lengths.joint([2, 9, 4], [2, 4, 7], [0.5, 0.3, 0.2]))
+    fluid = fs.solve_fluid(fs.Workload([product, joint]), fs.Server(1e6, TIME, block_size=4))
+    problem = Problem.of(fluid, 0.01)
+    kind, stage, count = np.array([0, 0, 1]), np.array([1, 3, 2]), np.array([2.0, 3.0, 2.0])
+    held = Held(problem, kind, stage, problem.padding - 1, count)
+    law = np.ones(1)
+    for j, s, n in zip(kind.tolist(), stage.tolist(), count.tolist(), strict=True):
+        cell = np.zeros(40)
+        for p, o, w in zip(*problem.workload.types[j].law.atoms(), strict=True):
+            cell[p + s + 2 if o > s else 0] += w
+        for _ in range(int(n)):
+            law = np.convolve(law, cell)
+    values = np.arange(len(law))
+    mean = float(law @ values)
+    deviation = math.sqrt(law @ (values - mean) ** 2)
+    for level in (20, 45, 60):
+        found = tail_of(held, level, mean, deviation, held.largest)
+        assert found.probability == pytest.approx(law[level + 1 :].sum(), rel=1e-9)
+    assert held.largest == values[law > 0.0].max()
+
+
+@pytest.mark.parametrize("kind", ["wait", "gated"])
+def test_tables_are_compiled_again_where_the_normal_law_is_too_short(kind):
+    """Few residents and rare long prompts: z is raised until the actual tail is at most δ."""
+    prompts = fs.lengths.empirical([100, 6000], [0.97, 0.03])
+    workload = fs.Workload([fs.RequestType("a", 8.0, prompts, fs.lengths.uniform(1, 20))])
+    fluid = fs.solve_fluid(workload, fs.Server(25_000, fs.IterationTime.affine(0.01, 1e-5, 1e-4, 1e-8)))
+    table = compile_policy(fluid, kind, overflow_probability=0.002)
+    assert table.certificate["memory"]["z"] > normal_quantile(0.002)
+    assert 0.0 < table.certificate["overflow_probability"]["value"] <= 0.002
+
+
+def test_drawn_blocks_overflow_as_often_as_stated():
+    """Full entries of a WAIT block at every stage, drawn 20 000 times; null: the stated probability, error 1e-4."""
+    law = fs.lengths.joint([50, 400, 1500], [5, 30, 12], [0.6, 0.3, 0.1])
+    fluid = fs.solve_fluid(fs.Workload([fs.RequestType("a", 30.0, lengths=law)]), fs.Server(60_000, TIME))
+    table = compile_policy(fluid, "wait", overflow_probability=0.05, block_iterations=4)
+    stated = table.certificate["overflow_probability"]["value"]
+    assert stated > 0.01
+    rng = np.random.default_rng(2)
+    n, draws, worst = int(table.types[0].threshold), 20_000, 0
+    for r in range(4):
+        held = np.zeros(draws)
+        for stage in range(r, 30, 4):
+            p, o = law.sample(rng, draws * n)
+            held += np.where(o > stage, p + stage, 0).reshape(draws, n).sum(axis=1)
+        worst = max(worst, int((held > 60_000).sum()))
+    assert binomtest(worst, draws, stated).pvalue > 1e-4
