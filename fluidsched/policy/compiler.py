@@ -9,11 +9,14 @@ each table's certificate states what it guarantees, entry by entry: value, unit,
 Types that the optimum refuses (a_j = 0, in overload) get threshold 0: they are never admitted. Types it
 rations (a_j < λ_j) are admitted at a_j; as long as all their demand is offered their queue grows. Thin the
 path by `fluid.admitted_fraction` to see the admitted stream alone; the certificate's queue and TTFT are
-those of that stream.
+those of that stream. Where the optimum rations, it lies on the boundary and leaves no slack: ``admitted_share``
+compiles for a little less, and the rows state the rates.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,6 +57,7 @@ __all__ = ["ReachCurve", "compile_policy", "largest_load", "reach_curve"]
 
 TYPED_KINDS = ("capped", "wait", "gated")  # those whose reach against the number of types is of interest
 COMPILED_KINDS = (*TYPED_KINDS, "nested-wait")
+INSIDE_SLACK = 0.02  # of tables in overload, where the optimum leaves none
 TOKEN_BUDGET = 2048  # tokens per iteration of capped and gated tables, as vLLM's default
 
 
@@ -73,6 +77,7 @@ def compile_policy(
     buffer: str | None = None,
     mode: str | None = None,
     prediction: Prediction | None = None,
+    admitted_share: float | str = 1.0,
 ) -> PolicyTable:
     """Compile a fluid solution into a policy table of the given kind.
 
@@ -123,6 +128,11 @@ def compile_policy(
     prediction : Prediction, optional
         "lookahead" with mode "known" only: how the path's predictions err; the table then believes them. None:
         lengths are taken as true, and no headroom is kept.
+    admitted_share : float or "auto"
+        The table is compiled for this share, in (0, 1], of the solution's admitted rates. In overload the optimum lies
+        on the boundary, where no table has slack: "auto" goes as little inside as a table with a slack of 0.02 (or the
+        `slack` given, if a number) needs, to 0.001. The certificate's "admitted_share" and the rows state it; thin the
+        path by the rows' admitted over arrival rates for the stream that is meant. Not for "lookahead".
 
     Returns
     -------
@@ -134,7 +144,8 @@ def compile_policy(
     InfeasibleError
         No such table exists. `reason` is "time" (the server is too slow), "memory", "rounding" (it exists
         for thresholds that need not be whole), "batch" (the largest batch is too small) or "tokens" (a
-        token budget is); the message says up to which share of the fluid boundary one exists.
+        token budget is), or "segments" (no whole thresholds keep the boundary queues of the segments asked for
+        stable); the message says up to which share of the fluid boundary one exists.
     InputError
         An argument is out of range, the iteration time is no maximum of affine pieces, or δ = 0 where a
         type's lengths have no upper bound.
@@ -177,6 +188,42 @@ def compile_policy(
     problem = Problem.of(
         fluid, overflow_probability, kv_reserve, rate_error=rate_error, error_budget=error_budget
     )
+    if admitted_share != 1.0:
+        if kind == "lookahead":
+            raise InputError("admitted_share", admitted_share, "be left out: look-ahead tables keep no rates")
+        if isinstance(admitted_share, str):
+            check_choice("admitted_share", admitted_share, ("auto",), "Or give a share, e.g. 0.97.")
+            margin = INSIDE_SLACK if slack == "auto" else slack
+            share = _reach(fluid, problem, kind, margin, block_iterations, problem)[0]
+            share = math.floor(share / SHARE_TOLERANCE + 1e-6) * SHARE_TOLERANCE
+            if share == 0.0:
+                share = 1.0  # no table at any load: compiling says why
+        else:
+            share = check_real("admitted_share", admitted_share, above=0.0, maximum=1.0)
+        inside = dataclasses.replace(fluid, admitted_rate=share * np.asarray(fluid.admitted_rate))
+        table = compile_policy(
+            inside,
+            kind,
+            slack=slack,
+            overflow_probability=overflow_probability,
+            block_iterations=block_iterations,
+            horizon=horizon,
+            kv_reserve=kv_reserve,
+            rate_error=rate_error,
+            error_budget=error_budget,
+            segments=segments,
+            segment_count=segment_count,
+            buffer=buffer,
+        )
+        line = entry(
+            share,
+            "× the solution's admitted rates",
+            "given"
+            if not isinstance(admitted_share, str)
+            else "largest at which a table with the slack exists",
+            "certain",
+        )
+        return dataclasses.replace(table, certificate={**table.certificate, "admitted_share": line})
     if kind == "capped":
         if block_iterations is not None:
             raise InputError("block_iterations", block_iterations, "be left out: a cap has no blocks")
@@ -264,17 +311,26 @@ def largest_load(
 
 
 def _reach(
-    fluid: FluidSolution, problem: Problem, kind: str, slack: float, block_iterations: int | None
+    fluid: FluidSolution,
+    problem: Problem,
+    kind: str,
+    slack: float,
+    block_iterations: int | None,
+    full: Problem | None = None,
 ) -> tuple[float, Callable[[Problem], list[str]]]:
-    """The largest share of the boundary at which a table exists, and what forbids one at a problem's rates."""
+    """The largest share of the boundary at which a table exists, and what forbids one at a problem's rates.
+
+    Of the boundary along the offered mix, or of the rates of `full`.
+    """
     budget = _token_budget(problem)
+    full = boundary_problem(fluid, problem) if full is None else full
     if kind == "capped":
-        share = min(capped.share_carried(problem, fluid, budget) / (1.0 + slack), 1.0)
+        share = min(capped.carried(full, capped.plan_cap(full)[1], budget) / (1.0 + slack), 1.0)
         return share, lambda offered: ["memory" if capped.plan_cap(offered)[1] == 0 else "time"]
     if kind == "wait":
         lengths = wait.block_lengths(problem.mean_profile.stages, block_iterations, problem.size)
         return (
-            largest_share(fluid, problem, lambda offered, k: wait.wait_exists(offered, slack, k), lengths),
+            largest_share(full, lambda offered, k: wait.wait_exists(offered, slack, k), lengths),
             lambda offered: wait.why_not(offered, slack, lengths),
         )
     if kind == "nested-wait":
@@ -284,8 +340,7 @@ def _reach(
         nested_wait.check_bounded(problem)
         return (
             largest_share(
-                fluid,
-                problem,
+                full,
                 lambda offered, k: nested_wait.nested_exists(offered, options, k),
                 nested_wait.lengths_to_try(problem, options),
             ),
@@ -293,8 +348,7 @@ def _reach(
         )
     return (
         largest_share(
-            fluid,
-            problem,
+            full,
             lambda offered, k: gated.gated_exists(offered, slack, budget, k),
             gated.windows_to_try(problem, budget, block_iterations),
         ),

@@ -714,17 +714,17 @@ class _Planner:
         return plan if self.options.slack != "auto" else self._largest(plan)
 
     def _climb(self, n: int, margin: float, high: float, capacity: float) -> int | str:
-        """The least n_1 from `n` on that keeps up; or "time", "rounding", "memory" (the base exceeds `capacity`)."""
+        """The least n_1 from `n` on that keeps up; or "time", "segments", "memory" (the base exceeds `capacity`)."""
         stream, unstable = self.stream, 0
         while True:  # boundaries decide how long a run takes, not buffers: those are for the last n alone
             # Whatever the cuts, a block has at least the places that the flow past it fills.
             if float(np.ceil(n * stream.share * (1 - 1e-9)) @ stream.held) > capacity * (1 + 1e-12):
-                return "memory"
+                return "segments" if unstable else "memory"
             chosen = self.choose(n)
             if chosen is None:
                 unstable += 1
                 if unstable > MOST_UNSTABLE:
-                    return "rounding"
+                    return "segments"
                 n += 1
                 continue
             cycle = float(stream.times(*chosen).sum())
@@ -738,7 +738,7 @@ class _Planner:
                 return "time"
 
     def least(self, margin: float) -> NestedPlan | str:
-        """The fine plan of least n_1 that keeps up, whatever memory it takes; or "time" or "rounding"."""
+        """The fine plan of least n_1 that keeps up, whatever memory it takes; or "time" or "segments"."""
         low, high = self.stream.problem.equilibrium(1.0 + margin, self.stream.block)
         if low > high:
             return "time"
@@ -746,7 +746,7 @@ class _Planner:
         n = self._climb(start, margin, high, math.inf)
         if isinstance(n, str):
             return n
-        return self.plan(n, fine=True) or "rounding"
+        return self.plan(n, fine=True) or "segments"
 
     def _within(self, n: int, margin: float) -> NestedPlan | str:
         """The plan for n_1 = n if it keeps up within the server's limits, fine only if the coarse one does not."""
@@ -754,7 +754,7 @@ class _Planner:
         for fine in (False, True):
             plan = self.plan(n, fine)
             if plan is None:
-                return "rounding"
+                return "segments"
             broken = self.exceeded(plan) or ("" if plan.slack >= margin and plan.slack > 0.0 else "time")
             if not broken:
                 return plan
@@ -1023,7 +1023,7 @@ class SegmentCurve(Tabular):
     threshold : float64[K]
         n_1, requests per run.
     reason : tuple of str or None, length K
-        Why there is no table: "time" or "rounding"; None where there is one.
+        Why there is no table: "time" or "segments"; None where there is one.
     block_iterations : int
         ℓ.
     capacity : float

@@ -423,6 +423,8 @@ def entry(value: Any, unit: str, formula: str, guarantee: str, **more: Any) -> d
 
 _REASONS = {  # the least severe first
     "rounding": "it would do if thresholds need not be whole",
+    "segments": "no whole thresholds keep every boundary queue stable, p_k n_(k−1) < n_k < n_(k−1): so few requests "
+    "per run need fewer segments",
     "tokens": "the token budget per iteration is too small",
     "batch": "more requests would be in service than the batch or half the token budget allows",
     "memory": "the thresholds need more KV memory than the server has",
@@ -439,7 +441,7 @@ def boundary_problem(fluid: FluidSolution, problem: Problem) -> Problem:
     if problem.rate_error is not None:
         errors[admitted] = problem.rate_error
         errors[~admitted] = problem.rate_error.max()  # the refused: as much as the worst of the others
-    return Problem.of(
+    boundary = Problem.of(
         fluid,
         problem.overflow_probability,
         problem.kv_reserve,
@@ -447,23 +449,21 @@ def boundary_problem(fluid: FluidSolution, problem: Problem) -> Problem:
         errors.tolist(),
         problem.error_budget if math.isfinite(problem.error_budget) else None,
     )
+    if len(boundary.rate) == len(problem.rate):
+        return problem.at_rate(boundary.rate)  # the same types: lengths need no second look
+    return boundary
 
 
-def largest_share(
-    fluid: FluidSolution, problem: Problem, exists: Callable[[Problem, int], bool], lengths: Sequence[int]
-) -> float:
-    """Largest share of the fluid boundary, along the offered mix, at which `exists` for a length; 0 if nowhere.
+def largest_share(full: Problem, exists: Callable[[Problem, int], bool], lengths: Sequence[int]) -> float:
+    """Largest share of the rates of `full` at which `exists` for a length; 0 if nowhere.
 
     In whole thousandths, rounded down. `exists` must be monotone in the load: what exists at a load exists below
     it. Every length is asked only whether it goes further than the best so far, a few spread over all of them
     first.
     """
-    boundary = boundary_problem(fluid, problem)
-    if len(boundary.rate) == len(problem.rate):
-        boundary = problem.at_rate(boundary.rate)  # the same types: lengths need no second look
 
     def reaches(thousandths: int, length: int) -> bool:
-        return exists(boundary.at_rate(thousandths * SHARE_TOLERANCE * boundary.rate), length)
+        return exists(full.at_rate(thousandths * SHARE_TOLERANCE * full.rate), length)
 
     whole = round(1.0 / SHARE_TOLERANCE)
     best = 0
@@ -497,7 +497,7 @@ def no_table(
 ) -> InfeasibleError:
     """The error that no table `what` exists: the least severe reason, the largest load at which one does."""
     reason = least_severe(reasons)
-    share = largest_share(fluid, problem, exists, lengths)
+    share = largest_share(boundary_problem(fluid, problem), exists, lengths)
     until = (
         f"One exists up to {share:.3f} of the fluid boundary."
         if share > 0.0

@@ -59,6 +59,16 @@ __all__ = ["KINDS", "SCHEMA", "Lookahead", "Match", "PolicyTable", "Segment", "T
 
 SCHEMA = "fluidsched.policy/1"
 
+
+def _other_schema(version: object) -> str:
+    """What to do about a table of another schema."""
+    name, _, number = str(version).partition("/")
+    own, _, current = SCHEMA.partition("/")
+    if name == own and number.isdigit() and int(number) > int(current):
+        return "A newer version of fluidsched wrote this table: upgrade, or compile it again with this one."
+    return "This is no policy table, or an older version of fluidsched wrote it: compile it again."
+
+
 Kind = Literal[
     "vllm", "capped", "sarathi", "vllm_v0", "orca", "faster_transformer", "wait", "gated", "nested-wait"
 ]
@@ -614,7 +624,7 @@ class PolicyTable(Tabular):
                 "schema",
                 version,
                 f"be {SCHEMA!r}",
-                "Another version of fluidsched wrote this table, or none did.",
+                _other_schema(version),
             )
         values = _check_keys("", data, ["schema", *_names(cls)])
         del values["schema"]

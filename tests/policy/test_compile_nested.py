@@ -298,3 +298,12 @@ def test_memory_against_the_number_of_segments_is_u_shaped_and_drawn() -> None:
     none = segment_curve(fluid, slack=99.0, block_iterations=5, segment_counts=[2])
     assert none.reason == ("time",)
     assert none.best is None
+
+
+def test_thresholds_that_cannot_keep_a_boundary_queue_stable_have_a_reason_of_their_own() -> None:
+    """Three in a hundred leave between the cuts: no whole n_1 up to its limit leaves room for p n_1 < n_2 < n_1."""
+    law = fs.lengths.empirical([4, 10, 30], [0.003, 0.003, 0.994])
+    fluid = solved(fs.Workload([fs.RequestType("a", 1.0, 7, law)]))
+    with pytest.raises(InfeasibleError, match=r"p_k n_\(k−1\) < n_k") as caught:
+        fs.compile_policy(fluid, "nested-wait", slack=0.1, block_iterations=1, segments=[3, 9, 29])
+    assert caught.value.reason == "segments"

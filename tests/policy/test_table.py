@@ -267,3 +267,14 @@ def test_baselines_and_their_defaults():
         assert table.types == (TableType("*"),)
     with pytest.raises(InputError, match="max_output_tokens"):
         baselines.orca(0)
+
+
+def test_a_newer_schema_is_told_from_no_schema():
+    """A table of version 2 asks for an upgrade; one without a schema is no table."""
+    data = baselines.vllm().to_dict()
+    for schema, message in (
+        ("fluidsched.policy/2", "newer version of fluidsched"),
+        ("x/1", "no policy table"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PolicyTable.from_dict({**data, "schema": schema})
