@@ -103,6 +103,10 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "gains", lambda: plots.gains(fs.plan(half, small, horizon=120.0, replications=3).recommendation)
     yield "thresholds", lambda: fs.compile_policy(fs.solve_fluid(busy, server), "gated").plot()
     yield "wait_curve", lambda: fs.policy.wait_curve(fluid).plot()
+    answers = fs.RequestType("answers", 100.0, 50, fs.lengths.geometric(mean=30, maximum=300))
+    light = fs.Server(250_000, fs.IterationTime.affine(0.05, 1e-5, 5e-5, 1e-8))
+    unknown = fs.solve_fluid(fs.Workload([answers]), light)
+    yield "segment_curve", lambda: fs.policy.segment_curve(unknown, block_iterations=5).plot()
     yield (
         "reach_curve",
         lambda: fs.policy.reach_curve(fs.workloads.azure_conv(), server).plot(),

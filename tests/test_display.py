@@ -81,6 +81,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         fs.solve_transient(workload, server, [3.0, 5.0, 2.0], step=60.0),
         fs.verify_capacity(fleet, {"p99_ttft": 60.0}, replications=2, horizon=60.0),
         fs.policy.wait_curve(fluid, block_iterations=[1, 2, 4]),
+        fs.policy.segment_curve(fluid, block_iterations=1, segment_counts=[1, 2]),
         fs.policy.reach_curve(workload, server),
         planned, planned.recommendation,
         fs.adapt(wait, path, fluid),

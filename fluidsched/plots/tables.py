@@ -173,7 +173,7 @@ def segment_curve(curve: SegmentCurve, *, ax: Axes | None = None) -> Axes:
             fillstyle="none",
             linestyle="none",
             color="black",
-            label=f"least: {curve.best} segments",
+            label=f"least: L = {curve.best}",
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"segments L (blocks of {curve.block_iterations} iterations)")

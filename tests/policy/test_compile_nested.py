@@ -293,7 +293,7 @@ def test_memory_against_the_number_of_segments_is_u_shaped_and_drawn() -> None:
     assert (curve.base <= curve.memory).all()
     assert list(curve.to_frame().index) == [1, 2, 3, 5, 9]
     axes = curve.plot()
-    assert f"least: {curve.best} segments" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert f"least: L = {curve.best}" in [text.get_text() for text in axes.get_legend().get_texts()]
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), curve.memory)
     none = segment_curve(fluid, slack=99.0, block_iterations=5, segment_counts=[2])
     assert none.reason == ("time",)
