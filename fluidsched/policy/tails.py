@@ -27,14 +27,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched.policy.problem import Problem, entry
 from fluidsched.policy.profiles import FloatArray
-from fluidsched.workload.lengths import IndependentLengths
+from fluidsched.workload.lengths import IndependentLengths, JointLaw
 
 __all__ = ["Held", "Tail", "overflow_entry", "resident_transform", "sized", "tail_of"]
 
@@ -43,6 +43,7 @@ DAMPING = 30.0  # −log of what the trapezoidal rule's copies are damped by
 NODES = 8  # of the trapezoidal rule at a time
 MOST_NODES = 1 << 14
 ENOUGH = 1e-12
+WRITTEN_OUT = 64  # points (p, o) of a product law up to which they are taken one by one
 STEPS = 30  # of the search for θ
 
 
@@ -60,6 +61,13 @@ class Tail:
     probability: float
     chernoff: float
     theta: float
+
+
+def _is_product(law: JointLaw) -> TypeGuard[IndependentLengths]:
+    """Whether a law is a product of too many points to write out."""
+    if not isinstance(law, IndependentLengths):
+        return False
+    return len(law.prompt.values) * len(law.output.values) > WRITTEN_OUT
 
 
 class Held:
@@ -91,7 +99,7 @@ class Held:
         for j, request_type in enumerate(problem.workload.types):
             mine = np.flatnonzero(kind == j)
             law = request_type.law
-            if isinstance(law, IndependentLengths):  # E[e^{zp}] is a factor of all
+            if _is_product(law):  # E[e^{zp}] is a factor of all
                 p, o, w = np.zeros_like(law.output.values), law.output.values, law.output.weights
                 self._products.append((slice(position, position + len(o)), law.prompt))
             else:
@@ -128,7 +136,7 @@ def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
     points, products = [], []
     for rate, request_type in zip(problem.rate.tolist(), problem.workload.types, strict=True):
         law = request_type.law
-        if isinstance(law, IndependentLengths):
+        if _is_product(law):
             products.append((rate, law))
         else:
             p, o, w = law.atoms()
