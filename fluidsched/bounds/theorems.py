@@ -79,6 +79,9 @@ _WAITING = "Σ_j ( E[W_j] + λ_j T/2 (+ λ_j T) )"
 _CRITICAL = 1e-12  # relative: m counts as equal to n within this
 
 
+_NO_PIECES = "the iteration time is a function, not a maximum of affine pieces"
+
+
 def wait_bounds(
     table: PolicyTable, workload: Workload, server: Server, horizon: float | None = None
 ) -> tuple[Bound, ...]:
@@ -122,6 +125,8 @@ def wait_bounds(
     rate = workload.arrival_rate
     if table.kind != "wait":
         return _nothing(workload, f"the table is of kind {table.kind!r}, not 'wait'")
+    if server.iteration_time.coefficients is None:
+        return _nothing(workload, _NO_PIECES)
     if table.type_names != workload.type_names:
         raise InputError(
             "table",
@@ -359,6 +364,8 @@ def nested_wait_overflow(table: PolicyTable, workload: Workload, server: Server,
 
 def _nested_violation(table: PolicyTable, workload: Workload, server: Server) -> str | None:
     """The first condition on table, lengths and memory that fails; None if all hold."""
+    if server.iteration_time.coefficients is None:
+        return _NO_PIECES
     if table.kind != "nested-wait":
         return f"the table is of kind {table.kind!r}, not 'nested-wait'"
     if any(row.max_hold_s is not None for row in table.types):

@@ -20,8 +20,8 @@ bound, never a lower one; there the floor is held against the requests that have
 **What the fluid optimum bounds**: the long-run reward of every policy, if prompts recompute for no less than the
 decodes they replace, and if no policy picks requests of one type by their length: at offered rates that fit, all are
 served and the picking does not matter; beyond, policies that may do so, or are not known, are not judged on types of
-random length. A stability condition bounds the rates at which a policy is stable: one that is not stable here is not
-judged by it.
+random length. Where rates vary in time, the window measured has others than the mean rates of the program. A
+stability condition bounds the rates at which a policy is stable: one that is not stable here is not judged by it.
 """
 
 from __future__ import annotations
@@ -298,6 +298,9 @@ def _optimum_row(case: _Case, fluid: FluidSolution) -> BoundRow:
             violated = (
                 f"beyond the boundary the policy may pick requests of type {random[0]!r} by their length"
             )
+    varying = [t.name for t in fluid.workload.types if not t.arrivals.has_constant_rate]
+    if violated is None and varying:
+        violated = f"the rate of type {varying[0]!r} varies; in the window measured it need not be its mean"
     unit, formula = UNITS[measure], "max Σ_j r_j a_j"
     if violated is not None:
         bound = Bound.not_applicable(measure, unit, "upper", formula, _FLUID_SOURCE, violated)

@@ -80,6 +80,11 @@ MAX_USERS = 10**7
 class ArrivalProcess(abc.ABC):
     """How the arrivals of a type are spread over time; made by the functions of `fluidsched.arrivals`."""
 
+    @property
+    def has_constant_rate(self) -> bool:
+        """Whether every window of the same length expects the same number of requests."""
+        return True
+
     def sample(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
         """Arrival times on [0, horizon).
 
@@ -440,6 +445,10 @@ class _TimeVarying(ArrivalProcess):
     relative_rate: tuple[float, ...]
     step: tuple[float, ...]
 
+    @property
+    def has_constant_rate(self) -> bool:
+        return len(set(self.relative_rate)) == 1
+
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
         edges, mass = self._profile()
         whole, rest = divmod(horizon, edges[-1])
@@ -568,6 +577,10 @@ def batches(size: int | LengthLaw, epochs: ArrivalProcess | None = None) -> Arri
 class _Superposition(ArrivalProcess):
     processes: tuple[ArrivalProcess, ...]
     shares: tuple[float, ...]
+
+    @property
+    def has_constant_rate(self) -> bool:
+        return all(process.has_constant_rate for process in self.processes)
 
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
         streams = _streams(rng, len(self.processes))

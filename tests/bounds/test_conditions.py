@@ -21,6 +21,7 @@ TIME = fs.IterationTime.affine(0.5, 0.01, 0.01, 0.001)
 SERVER = fs.Server(1000, TIME)
 TWO = fs.Workload([fs.RequestType("a", 2.0, 5, 3), fs.RequestType("b", 1.0, 2, 6)])
 UNIT = fs.Server(50, fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+FUNCTION = fs.Server(1000, fs.IterationTime.function(lambda batch: 0.5))
 PATH = fs.ArrivalPath.from_arrays([0.0, 1.0], [3, 4], [5, 2])
 
 
@@ -52,12 +53,32 @@ def one_of_wait(name: str, *args: Any) -> Bound:
     return next(bound for bound in bounds.wait_bounds(*args) if bound.name == name)
 
 
+def nested_bounds(table: fs.PolicyTable, workload: fs.Workload, server: fs.Server) -> Bound:
+    """One of them, after a check that all of them say the same."""
+    found = bounds.nested_wait_bounds(table, workload, server, 10.0)
+    assert len({bound.condition for bound in found}) == 1
+    return found[-1]
+
+
+NESTED: list[tuple[Callable[[], tuple[Any, ...]], str]] = [
+    (lambda: (wait(), TWO_ENDS, SERVER), "not 'nested-wait'"),
+    (lambda: (nested(), TWO_ENDS, FUNCTION), "is a function"),
+    (lambda: (nested(max_hold_s=1.0), TWO_ENDS, SERVER), "hold limit"),
+    (lambda: (nested(), mix(fs.lengths.geometric(mean=3.0)), SERVER), "unbounded"),
+    (lambda: (nested(), mix(12), SERVER), "11 decodes are possible"),
+    (lambda: (nested(3), TWO_ENDS, SERVER), "p·n_(k−1) = 3 ≥ n_k = 3"),
+    (lambda: (nested(), TWO_ENDS, fs.Server(100, TIME)), "tokens of 100"),
+]
+"""What both functions about Nested WAIT are asked."""
+
+
 def condition(author: str, workload: fs.Workload, server: fs.Server) -> Bound:
     return next(b for b in bounds.stability_conditions(workload, server) if author in b.name)
 
 
 RETURNED: list[tuple[Callable[..., Any], Callable[[], Bound], str]] = [
     (bounds.wait_bounds, lambda: one_of_wait("mean_ttft[a]", fs.baselines.vllm(), TWO, SERVER), "kind"),
+    (bounds.wait_bounds, lambda: one_of_wait("mean_ttft[a]", wait(), TWO, FUNCTION), "is a function"),
     (bounds.wait_bounds, lambda: one_of_wait("mean_e2e[a]", wait(gate=1), TWO, SERVER), "gate below"),
     (bounds.wait_bounds, lambda: one_of_wait("mean_waiting", wait(max_hold_s=1.0), TWO, SERVER), "hold"),
     (bounds.wait_bounds, lambda: one_of_wait("memory", wait(), LONG, SERVER), "unbounded"),
@@ -81,35 +102,20 @@ RETURNED: list[tuple[Callable[..., Any], Callable[[], Bound], str]] = [
         "no requests arrive",
     ),
     (bounds.wait_bounds, lambda: one_of_wait("output_throughput_gap", wait(), TWO, SERVER), "no horizon"),
+    *(
+        (bounds.nested_wait_overflow, lambda make=make: bounds.nested_wait_overflow(*make(), 10.0), words)
+        for make, words in NESTED
+    ),
+    *((bounds.nested_wait_bounds, lambda make=make: nested_bounds(*make()), words) for make, words in NESTED),
     (
-        bounds.nested_wait_overflow,
-        lambda: bounds.nested_wait_overflow(wait(), TWO_ENDS, SERVER, 10.0),
-        "not 'nested-wait'",
+        bounds.nested_wait_bounds,
+        lambda: nested_bounds(nested(), TWO_ENDS, fs.Server(1000, TIME, max_batch_size=20)),
+        "the limit is 20",
     ),
     (
-        bounds.nested_wait_overflow,
-        lambda: bounds.nested_wait_overflow(nested(max_hold_s=1.0), TWO_ENDS, SERVER, 10.0),
-        "hold limit",
-    ),
-    (
-        bounds.nested_wait_overflow,
-        lambda: bounds.nested_wait_overflow(nested(), mix(fs.lengths.geometric(mean=3.0)), SERVER, 10.0),
-        "unbounded",
-    ),
-    (
-        bounds.nested_wait_overflow,
-        lambda: bounds.nested_wait_overflow(nested(), mix(12), SERVER, 10.0),
-        "11 decodes are possible",
-    ),
-    (
-        bounds.nested_wait_overflow,
-        lambda: bounds.nested_wait_overflow(nested(3), TWO_ENDS, SERVER, 10.0),
-        "p·n_(k−1) = 3 ≥ n_k = 3",
-    ),
-    (
-        bounds.nested_wait_overflow,
-        lambda: bounds.nested_wait_overflow(nested(), TWO_ENDS, fs.Server(100, TIME), 10.0),
-        "tokens of 100",
+        bounds.nested_wait_bounds,
+        lambda: nested_bounds(nested(), TWO_ENDS, fs.Server(1000, TIME, token_budget=20)),
+        "the budget is 20",
     ),
     (bounds.stability_conditions, lambda: condition("Nie", TWO, SERVER), "not d0 + d1·KV"),
     (

@@ -282,6 +282,21 @@ def test_prints_within_100_columns_and_reads_back() -> None:
         fs.Comparison.from_dict(data)
 
 
+def test_a_varying_rate_is_not_held_against_its_mean() -> None:
+    """Regression: the second half of a rising profile brings more than the mean rate, and no policy violates that."""
+    rising = fs.arrivals.time_varying([0.5, 1.5], step=50.0)
+    workload = fs.Workload([fs.RequestType("a", 4.0, 10, 5)]).with_arrivals(rising)
+    server = fs.Server(10_000, fs.IterationTime.affine(0.01, 1e-5, 1e-5, 1e-7))
+    runs = fs.simulate(
+        workload, server, fs.baselines.vllm(), horizon=100.0, warmup=50.0, replications=8, seed=1
+    )
+    frame = fs.compare(runs, bound=fs.solve_fluid(workload, server)).bounds_frame()
+    row = frame[frame["bound"] == "fluid optimum"].iloc[0]
+    assert row["estimate"] > 5.0
+    assert row["verdict"] == "not applicable"
+    assert "varies" in row["why"]
+
+
 def test_what_is_no_bound_is_refused() -> None:
     server = fs.Server(4000, MODELS["paper"])
     runs = fs.simulate(FIXED.at_load(0.3, server), server, fs.baselines.vllm(), horizon=20.0, replications=2)
