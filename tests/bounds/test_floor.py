@@ -59,7 +59,12 @@ def test_prefill_floor_is_below_every_chunking(
 @given(
     st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=20),
     st.lists(
-        st.tuples(st.floats(0.001, 1), st.floats(0.5, 1), st.floats(0, 0.01), st.floats(0, 0.1)),
+        st.tuples(
+            st.floats(0.001, 1),
+            st.floats(0.5, 1),
+            st.just(0.0) | st.floats(1e-9, 0.01),
+            st.just(0.0) | st.floats(1e-9, 0.1),
+        ),
         min_size=1,
         max_size=4,
     ),
