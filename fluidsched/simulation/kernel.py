@@ -29,6 +29,7 @@ from fluidsched.simulation.limits import (
     check_handed_over,
     check_run,
     effective_limits,
+    forecasts,
     never_fits,
     within_model_length,
 )
@@ -358,7 +359,7 @@ def _ahead(
     """What look-ahead and an order by length need, empty system; None if the table has neither."""
     limits = effective_limits(server, table)
     by_length = table.order == "shortest_first"
-    if not by_length and table.lookahead.mode not in ("known", "law"):
+    if not forecasts(table):
         return None
     believed = beliefs(path, table)
     count = len(run.output)

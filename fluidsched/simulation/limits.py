@@ -282,6 +282,11 @@ def _check_table(table: PolicyTable) -> None:
             raise InputError(f"{place}{name}", value, f"not be set: a {what!r} table does not use it")
 
 
+def forecasts(table: PolicyTable) -> bool:
+    """Whether the table's admissions or order go by lengths of outputs, known, predicted or by their law."""
+    return table.order != "fcfs" or table.lookahead.mode in ("known", "law")
+
+
 def beliefs(path: ArrivalPath, table: PolicyTable) -> NDArray[np.int64] | None:
     """Return the output lengths that the table's order or look-ahead goes by, (N,); None if by none.
 

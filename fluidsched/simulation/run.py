@@ -24,6 +24,7 @@ from fluidsched.server import Server
 from fluidsched.simulation.laws import Audit, check_agreement, check_laws
 from fluidsched.simulation.limits import (
     check_run,
+    forecasts,
     never_fits,
     remark_on_memory,
     within_model_length,
@@ -166,7 +167,7 @@ def simulate(
             )
         plain = [policy for policy in given if isinstance(policy, PolicyTable)]
         for table in plain:
-            if table.order != "fcfs" or table.lookahead.mode in ("known", "law"):
+            if forecasts(table):
                 raise InputError(
                     "records",
                     False,
