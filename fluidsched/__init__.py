@@ -63,6 +63,7 @@ if (
     from fluidsched.workload import Workload as Workload
     from fluidsched.workload import arrivals as arrivals
     from fluidsched.workload import lengths as lengths
+    from fluidsched.workload import patience as patience
     from fluidsched.workload import predictions as predictions
     from fluidsched.workload import read_trace as read_trace
     from fluidsched.workload import workloads as workloads
@@ -77,6 +78,7 @@ _PUBLIC = {
     "lengths": "fluidsched.workload.lengths",
     "arrivals": "fluidsched.workload.arrivals",
     "predictions": "fluidsched.workload.predictions",
+    "patience": "fluidsched.workload.patience",
     "read_trace": "fluidsched.workload",
     "workloads": "fluidsched.workload.workloads",
     "Server": "fluidsched.server",

@@ -287,7 +287,7 @@ def _optimum_row(case: _Case, fluid: FluidSolution) -> BoundRow:
             "a reward of one's own is not measured",
         )
         return case.row("fluid optimum", "reward", bound, None)
-    violated = _recompute_too_cheap(fluid.workload, fluid.server)
+    violated = _recompute_too_cheap(fluid.workload, fluid.server) or _left_early(case, "aborted")
     overload = not np.all(fluid.admitted_rate >= fluid.arrival_rate * (1.0 - 1e-9))
     condition = "long-run rate at the offered rates" + (
         ", no choice by length within a type" if overload else ""
@@ -319,6 +319,15 @@ def _recompute_too_cheap(workload: Workload, server: Server) -> str | None:
     return None
 
 
+def _left_early(case: _Case, *statuses: str) -> str | None:
+    """What forbids bounds on requests served to their end, if any abandoned or was aborted; None if none did."""
+    for status in statuses or ("abandoned", "aborted"):
+        count = float(np.sum(case.outcome.values.get(status, 0.0)))
+        if count:
+            return f"is about requests that stay to their end; {count:,.0f} left unfinished ({status})"
+    return None
+
+
 def _picks_by_length(case: _Case) -> bool:
     """Whether the policy may prefer lengths within a type: by its table, or as a rule of the user's own."""
     table = case.table
@@ -329,6 +338,11 @@ def _picks_by_length(case: _Case) -> bool:
 
 def _critical_row(case: _Case, name: str, bound: Bound) -> BoundRow:
     verdict = case.runs.verdict(case.outcome.name)
+    early = _left_early(case, "aborted")
+    if bound.applies and early is not None:
+        bound = Bound.not_applicable(
+            bound.name, bound.unit, bound.direction, bound.formula, bound.source, early
+        )
     if bound.applies and verdict not in ("stable", "finished"):
         bound = Bound.not_applicable(
             bound.name,
@@ -351,8 +365,9 @@ def _floor_rows(case: _Case, workload: Workload, server: Server) -> Iterator[Bou
             evidence = _floor_evidence(case, server, measure[5:], position)
             limit = float(np.nanmean(evidence.limit)) if not np.all(np.isnan(evidence.limit)) else math.nan  # type: ignore[arg-type]
         elif violated is None:
+            violated = _left_early(case)
             limit = _mean_floor(workload, server, position)
-            if math.isnan(limit):
+            if violated is None and math.isnan(limit):
                 violated = "neither request records nor a small law of lengths are at hand"
         if violated is not None or math.isnan(limit):
             bound = Bound.not_applicable(
@@ -418,6 +433,8 @@ def _wait_rows(case: _Case, workload: Workload, server: Server) -> Iterator[Boun
     bounds, table = [], case.table
     if table is None:
         bounds = _without("its table is not at hand")
+    elif (early := _left_early(case)) is not None:
+        bounds = _without(early)
     elif table.kind == "wait" and table.type_names != workload.type_names:
         bounds = _without("the solution is not for the types the table was compiled from")
     else:

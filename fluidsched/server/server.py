@@ -25,6 +25,10 @@ __all__ = ["Server"]
 SCHEMA = "fluidsched.server/1"
 
 
+_OPTIONAL = ("swap_bandwidth", "max_model_len", "waiting_timeout", "total_timeout")
+"""Fields that a file leaves out where they are None."""
+
+
 @dataclass(frozen=True, repr=False)
 class Server:
     """KV capacity, iteration time and limits of one server.
@@ -48,6 +52,10 @@ class Server:
         Most tokens of one request, prompt and output together. The simulator cuts outputs that would be
         longer, as vLLM does, and turns away prompts that leave no room for a token; the fluid program takes
         lengths as the workload states them. None: no limit.
+    waiting_timeout, total_timeout : float, optional
+        Seconds after its arrival at which a request that was never admitted, or any request that has not
+        finished, is aborted by the server. The simulator does so; the fluid program takes all requests as
+        served. None: never.
     name, source : str, optional
         A label for reports, and where the numbers come from.
 
@@ -75,6 +83,8 @@ class Server:
     source: str = ""
     swap_bandwidth: float | None = None
     max_model_len: int | None = None
+    waiting_timeout: float | None = None
+    total_timeout: float | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -98,8 +108,10 @@ class Server:
                 "max_model_len",
                 check_count("max_model_len", self.max_model_len, minimum=2, maximum=LARGEST_COUNT),
             )
-        if self.swap_bandwidth is not None:
-            set_field(self, "swap_bandwidth", check_scale("swap_bandwidth", self.swap_bandwidth, zero=False))
+        for name in ("swap_bandwidth", "waiting_timeout", "total_timeout"):
+            value = getattr(self, name)
+            if value is not None:
+                set_field(self, name, check_scale(name, value, zero=False))
         if self.block_size is not None and self.kv_capacity < self.block_size:
             raise InputError(
                 "kv_capacity", self.kv_capacity, f"hold at least one block of {self.block_size:,} tokens"
@@ -240,7 +252,7 @@ class Server:
             "block_size": self.block_size,
             "iteration_time": self.iteration_time.to_dict(),
         }
-        optional = {name: getattr(self, name) for name in ("swap_bandwidth", "max_model_len")}
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
         return data | {name: value for name, value in optional.items() if value is not None}
 
     @classmethod
@@ -255,7 +267,7 @@ class Server:
             "block_size",
             "iteration_time",
         )
-        values = check_keys(argument, data, SCHEMA, names, ("swap_bandwidth", "max_model_len"))
+        values = check_keys(argument, data, SCHEMA, names, _OPTIONAL)
         if values["kv_capacity"] == "inf":
             values["kv_capacity"] = math.inf
         iteration_time = IterationTime.from_dict(values.pop("iteration_time"), f"{argument}.iteration_time")

@@ -65,7 +65,14 @@ from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import IterationTime, Pool, Server
 from fluidsched.simulation.laws import check_laws
-from fluidsched.simulation.limits import UNLIMITED, check_handed_over, check_run, effective_limits, never_fits
+from fluidsched.simulation.limits import (
+    UNLIMITED,
+    check_handed_over,
+    check_run,
+    deadlines,
+    effective_limits,
+    never_fits,
+)
 from fluidsched.simulation.measures import alone_s, measure_run
 from fluidsched.simulation.records import STATUSES, EngineRun, Verdict
 from fluidsched.simulation.reference import Engine, run_reference
@@ -293,8 +300,9 @@ def simulate_cluster(
     ------
     InputError
         As `simulate`; also for fractional replicas, stages that do not serve requests to their end, a split of
-        other pools or types than these, transfers without anything to transfer, or, behind a router that looks and
-        on the kernel, tables of kind "nested-wait" and pools of one stage with different tables.
+        other pools or types than these, transfers without anything to transfer; behind a router that looks and
+        on the kernel, pools of one stage with different tables and requests that may leave unfinished
+        (patience, aborts, timeouts); and such requests where pools prefill and decode apart.
 
     Examples
     --------
@@ -336,6 +344,21 @@ def simulate_cluster(
             )
     paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
     draws = [_chances(paths, seed, stage) for stage in (1, 2)]
+    leaving = any(deadlines(path, pool.server) for path in paths for pool in pools)
+    if leaving and any(pool.stage != "whole" for pool in pools):
+        raise InputError(
+            "pools",
+            "machines that prefill and decode apart",
+            "serve requests whole where these may leave unfinished (patience, aborts, timeouts)",
+            "Leave these out, or use pools of whole servers.",
+        )
+    if engine == "kernel" and leaving and any(router.looks for router in ways):
+        raise InputError(
+            "engine",
+            engine,
+            "be 'reference' for requests that may leave unfinished behind a router that looks at the replicas",
+            "Routers that do not look (round_robin, random, split) run them on the kernel.",
+        )
     systems = [
         _System(_stages(pools, pool_of, tables, apart), transfer, horizon, warmup, engine, check)
         for _, tables in assigned
@@ -534,15 +557,13 @@ def _check_router(system: _System, router: Router) -> None:
     if system.engine != "kernel" or not router.looks:
         return
     for stage in system.stages:
-        slow = [table for table in stage.tables if table.kind == "nested-wait"]
         mixed = [table for table in stage.tables if table is not stage.tables[0]]
-        if slow or mixed:
-            name = (slow or mixed)[0].name
+        if mixed:
             raise InputError(
                 "engine",
                 system.engine,
-                f"be 'reference' for table {name!r} behind a router that looks at the replicas"
-                + ("" if slow else f" and beside table {stage.tables[0].name!r}"),
+                f"be 'reference' for table {mixed[0].name!r} behind a router that looks at the replicas and beside "
+                f"table {stage.tables[0].name!r}",
                 "Routers that do not look (round_robin, random, split) run it on the kernel.",
             )
 
@@ -866,7 +887,7 @@ def _split(rates: NDArray[np.float64], path: ArrivalPath, able: NDArray[np.bool_
 # ------------------------------------------------------------------ records
 
 
-_PER_REQUEST = ("admitted_s", "first_token_s", "finish_s", "preemptions", "status")
+_PER_REQUEST = ("admitted_s", "first_token_s", "finish_s", "left_s", "preemptions", "status")
 _SUMS = tuple(
     field.name
     for field in dataclasses.fields(EngineRun)
@@ -913,7 +934,7 @@ def _hand_over(records: dict[str, NDArray[Any]], runs: Sequence[EngineRun], hand
     for p in np.unique(handover.replica).tolist():
         there = handover.request[handover.replica == p]
         records["preemptions"][there] += runs[p].preemptions
-        for name in ("first_token_s", "finish_s", "status"):
+        for name in ("first_token_s", "finish_s", "left_s", "status"):
             records[name][there] = getattr(runs[p], name)
 
 

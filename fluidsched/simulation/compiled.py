@@ -288,11 +288,12 @@ RULES = _record_type(
 )
 
 #: A row of the table (hold inf: none). rank: of its priority; turn: at place i the i-th row by (priority,
-#: row). Its newcomers are order[head:tail]. `gated`: recent[first:first + size] is a ring of the iterations
+#: row). Its newcomers are order[head:tail] but for `gone` that have left, never the first of them. `gated`:
+#: recent[first:first + size] is a ring of the iterations
 #: of its last admissions, of which there were `admissions` and `passed` are outside the window; quota: how
 #: many more may enter in this decision.
 ROW = _record_type(
-    "threshold gate period rank turn head tail first size admissions passed quota",
+    "threshold gate period rank turn head tail gone first size admissions passed quota",
     "hold",
 )
 
@@ -300,7 +301,8 @@ ROW = _record_type(
 #: `done` of `target` tokens are computed, `chunk` more in this iteration. Decoding: base and key; earlier,
 #: later: its day. resumed: output tokens it had when admitted. partial: at place i the slot of the i-th that
 #: prefills, in the order of admission. stalled: when a decode that was passed over emitted its last token, else
-#: `AT_ONCE`. `nested-wait`: its segment; where `earlier` and `later` link the queue of a segment, `decodes` is
+#: `AT_ONCE`; under `wait` of those whose KV comes back
+#: in this decision. `nested-wait`: its segment; where `earlier` and `later` link the queue of a segment, `decodes` is
 #: 2, `base` the KV tokens held and `resumed` the output tokens produced. In a segment's group `resumed` is
 #: those less the reading of the clock, `chunk` the reading when it entered. entered: at place i the slot of the
 #: i-th that left a queue in this decision.
@@ -311,27 +313,27 @@ SLOT = _record_type(
 
 #: Decodes that run together: clock, number, KV tokens and units they hold; the stack of their preempted
 #: requests; when they were last served, which is when those not stalled emitted their last token; `wait`:
-#: whether the block serves them.
-GROUP = _record_type("clock decodes held units top depth chosen", "last")
+#: whether the block serves them. entered (`nested-wait`): how many joined in this decision and are still there.
+GROUP = _record_type("clock decodes held units top depth chosen entered", "last")
 
 #: `nested-wait`: threshold and number of positions of a segment, and the queue at its first one: oldest
-#: and newest slot, number, KV tokens and units they hold. The first segment's queue is the row's. entered:
-#: how many left it in this decision and are still there.
-SEGMENT = _record_type("threshold positions head tail queued held units entered")
+#: and newest slot, number, KV tokens and units they hold. The first segment's queue is the row's.
+SEGMENT = _record_type("threshold positions head tail queued held units")
 
 #: A preempted request: the next one on its stack, output tokens kept, since when it waits, when last served
 #: (if it keeps tokens, with the last of them); the last also of those that stand still before a segment.
-#: stored: its KV tokens in the host's memory.
-RETURNED = _record_type("below produced stored", "since served")
+#: stored: its KV tokens in the host's memory. turned: the decision by which they move, if they do.
+RETURNED = _record_type("below produced stored", "since served turned")
 
 #: Everything else. now: the next decision instant; until: no decision is taken at or after it (at most the
 #: horizon); left: iterations left of a block. held_before, residents_before: KV tokens and residents during
 #: the iteration that ended at `now`; queued: KV tokens that those waiting need at admission, counted from
-#: where the run began and so right for requests that join through `route` only.
+#: where the run began and so right for requests that join through `route` only. leaving: the first deadline not
+#: yet kept or known to be void; dropped: KV tokens of those who left unfinished.
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
     " iterations batch_sizes batch_tokens preempted wasted cached swapped stored moved peak_kv samples verdict kv_end"
-    " emitted stalls gap_place gap_weight left held_before residents_before entered queued",
+    " emitted stalls gap_place gap_weight left held_before residents_before entered queued leaving dropped",
     "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
@@ -358,6 +360,8 @@ FINISHED, AT_HORIZON, STUCK = range(3)
 
 AT_ONCE = -1.0
 
+GAVE_UP, HUNG_UP = 1, 2
+
 
 class Calendars(NamedTuple):
     """A calendar of D days per group: heads of the days' lists (G·D,), bits; `phase` counts the decodes by
@@ -376,7 +380,9 @@ class Run(NamedTuple):
     `arrival`, `prompt`, `output`, `row` (N,) are the path, and `cached` (N,) what the prefix cache has of its
     prompts, (0,) if nothing; `order` sorts it by row, oldest first; `admitted`,
     `first_token`, `finish` (NaN where it did not happen), `preemptions` (N,), `gaps` (B,) and `occupancy`
-    (2·points, 4) are what becomes of it.
+    (2·points, 4) are what becomes of it. `deadline` (E,) are the deadlines of rule 35 in order, `leaver` (E,) twice
+    the request's index, and one more where it is the second; `left` (NaN) and `fate` (0; `GAVE_UP`, `HUNG_UP`)
+    (N,) when and how requests left unfinished. All four are empty where nobody has a deadline.
     """
 
     rules: Records
@@ -401,6 +407,10 @@ class Run(NamedTuple):
     preemptions: Ints
     gaps: Ints
     occupancy: Floats
+    deadline: Floats
+    leaver: Ints
+    left: Floats
+    fate: Ints
 
 
 class Ahead(NamedTuple):
@@ -709,6 +719,22 @@ def _join(run: Run, now: float) -> None:
     s.arrived = arrived
 
 
+@_inline
+def _newcomers(rows: Records, row: int) -> int:
+    """How many of the row wait that were never admitted."""
+    waiting: int = rows[row].tail - rows[row].head - rows[row].gone
+    return waiting
+
+
+@_part
+def _pass_over_gone(run: Run, row: int) -> None:
+    """Let the row's queue begin with one that is there."""
+    rows = run.rows
+    while rows[row].head < rows[row].tail and run.fate[run.order[rows[row].head]] != 0:
+        rows[row].head += 1
+        rows[row].gone -= 1
+
+
 @_part
 def _preempt(run: Run, group: int, now: float) -> None:
     """Rule 8: the newest resident, of this group, loses its place and waits on the group's stack."""
@@ -743,9 +769,8 @@ def _return(run: Run, stack: int, slot: int, produced: int, held: int, served: f
         run.first_token[request] = math.nan
     if rules.swap:
         returned[request].stored = held
-        s.swapped += held
         s.stored += held
-        s.moved += held
+        s.swapped += max(_move(run, request, held, now), 0)
     else:
         cached = _cached(run, request)
         s.wasted += held - cached
@@ -762,6 +787,18 @@ def _return(run: Run, stack: int, slot: int, produced: int, held: int, served: f
     returned[request].below = groups[stack].top
     groups[stack].top = request
     groups[stack].depth += 1
+
+
+@_inline
+def _move(run: Run, request: int, tokens: int, now: float) -> int:
+    """Rule 9a: tokens move, or those that were to move in this decision do not; what that adds."""
+    if run.returned[request].turned == now:
+        run.returned[request].turned = AT_ONCE
+        tokens = -tokens
+    else:
+        run.returned[request].turned = now
+    run.state[0].moved += tokens
+    return tokens
 
 
 @_inline
@@ -783,6 +820,8 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
         since = run.arrival[request]
         produced = rules.handed
         run.admitted[request] = now
+        if rows[row].gone > 0:
+            _pass_over_gone(run, row)
     waited = now - max(since, rules.warmup)
     if waited > 0.0:
         s.waiting_area += waited
@@ -809,9 +848,117 @@ def _next_hold(run: Run, row: int, now: float) -> float:
             high = middle
         else:
             low = middle + 1
+    if rows[row].gone > 0:
+        while low < rows[row].tail and run.fate[run.order[low]] != 0:
+            low += 1
     if low == rows[row].tail:
         return math.inf
     return run.arrival[run.order[low]] + rows[row].hold
+
+
+# --------------------------------------------------------------------------- leaving before the end
+
+
+@_part
+def _next_deadline(run: Run) -> float:
+    """Rule 35: the first deadline to come that still holds, s; infinite if there is none."""
+    s = run.state[0]
+    while s.leaving < run.deadline.size:
+        request = run.leaver[s.leaving] >> 1
+        always = run.leaver[s.leaving] & 1
+        here = run.fate[request] == 0 and math.isnan(run.finish[request])
+        if here and (always == 1 or math.isnan(run.admitted[request])):
+            return run.deadline[s.leaving]
+        s.leaving += 1
+    return math.inf
+
+
+@_part
+def _depart(run: Run, now: float) -> None:
+    """Rule 36: keep every deadline up to and at the instant."""
+    s, rules, rows, slots = run.state[0], run.rules[0], run.rows, run.slots
+    while _next_deadline(run) <= now:
+        instant = run.deadline[s.leaving]
+        request = run.leaver[s.leaving] >> 1
+        run.fate[request] = GAVE_UP + (run.leaver[s.leaving] & 1)
+        run.left[request] = instant
+        s.leaving += 1
+        since = run.arrival[request]
+        if math.isnan(run.admitted[request]):
+            row = run.row[request]
+            rows[row].gone += 1
+            _pass_over_gone(run, row)
+            s.waiting -= 1
+        else:
+            slot = s.oldest
+            while slot != NOBODY and slots[slot].request != request:
+                slot = slots[slot].newer
+            if slot != NOBODY:
+                run.left[request] = now
+                _drop(run, slot)
+                continue
+            since = run.returned[request].since
+            _leave_stack(run, request)
+        s.waiting_area += max(0.0, instant - max(since, rules.warmup))
+
+
+@_part
+def _drop(run: Run, slot: int) -> None:
+    """A resident leaves unfinished."""
+    s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
+    request = slots[slot].request
+    if slots[slot].decodes == 1:
+        group = slots[slot].segment if run.segments.size > 0 else _stack(run, request)
+        held = _stop_decode(slots, groups, run.calendars, group, slot)
+        if slots[slot].stalled != AT_ONCE:
+            s.stalls -= 1
+    elif slots[slot].decodes == _QUEUED:
+        held = _dequeue(run, slot)
+    else:
+        held = slots[slot].done
+        place = 0
+        while slots[place].partial != slot:
+            place += 1
+        s.partials -= 1
+        for i in range(place, s.partials):
+            slots[i].partial = slots[i + 1].partial
+    if rules.reserve > 0:
+        s.reserved -= _units(rules, run.prompt[request] + rules.reserve - 1)
+    _leave(s, slots, slot)
+    cached = _cached(run, request)
+    s.dropped += held - cached
+    s.cached -= cached
+
+
+@_inline
+def _stack(run: Run, request: int) -> int:
+    """The stack that the request waits on when it is preempted: its row's under `wait`, else the only one."""
+    if run.groups.size == 1 or run.segments.size > 0:
+        return 0
+    row: int = run.row[request]
+    return row
+
+
+@_part
+def _leave_stack(run: Run, request: int) -> None:
+    """A preempted request leaves unfinished."""
+    s, groups, returned = run.state[0], run.groups, run.returned
+    stack = _stack(run, request)
+    above = groups[stack].top
+    if above == request:
+        groups[stack].top = returned[request].below
+    else:
+        while returned[above].below != request:
+            above = returned[above].below
+        returned[above].below = returned[request].below
+    groups[stack].depth -= 1
+    s.returned -= 1
+    stored = returned[request].stored
+    if stored > 0:
+        cached = _cached(run, request)
+        s.stored -= stored
+        s.dropped += stored - cached
+        s.cached -= cached
 
 
 # --------------------------------------------------------------------------- time and measures
@@ -1367,7 +1514,7 @@ def _open_rows(run: Run, now: float) -> None:
     """Rule 17: what each row may admit in this decision."""
     rules, rows = run.rules[0], run.rows
     for j in range(rows.size):
-        waiting = rows[j].tail - rows[j].head
+        waiting = _newcomers(rows, j)
         rows[j].quota = 0
         if waiting == 0:
             continue
@@ -1397,22 +1544,25 @@ _NOBODY_MAY, _NO_ROOM_IN_BATCH, _NO_MEMORY = range(3)
 
 
 @_part
-def _bring_back(run: Run, slot: int, stored: int, from_host: bool) -> None:
+def _bring_back(run: Run, slot: int, stored: int, from_host: bool, group: int, now: float) -> None:
     """Rules 9a and 6a: the KV of the resident just admitted comes from the host, or from another machine."""
     s, slots, returned = run.state[0], run.slots, run.returned
     request = slots[slot].request
     if from_host:
         returned[request].stored = 0
         s.stored -= stored
-        s.moved += stored
+        s.swapped += min(_move(run, request, stored, now), 0)
     s.cached -= slots[slot].done  # what it holds comes from the host
     produced = slots[slot].resumed
     if produced == 0:
         slots[slot].done = stored
         return
     s.partials -= 1  # it was the last on the list
+    if run.segments.size > 0:
+        _enter_from_queue(run, 0, slot, produced, stored)
+        return
     to_go = run.output[request] - produced
-    _start_decode(slots, run.groups, run.calendars, 0, slot, stored, to_go)
+    _start_decode(slots, run.groups, run.calendars, group, slot, stored, to_go)
     slots[slot].stalled = returned[request].served
     s.stalls += 1
 
@@ -1474,7 +1624,7 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
             if ahead is not None:
                 _enter_ahead(run, ahead, slot, row, produced, target, holds + chunk)
             if rare and stored > 0:
-                _bring_back(run, slot, stored, row == NOBODY)
+                _bring_back(run, slot, stored, row == NOBODY, 0, now)
             if row != NOBODY:
                 rows[row].quota -= 1
                 if rules.gated:
@@ -1631,6 +1781,8 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             if ahead is not None:
                 for i in range(arrived, s.arrived):
                     _queue_by_length(run, ahead, i)
+            if rare and (now < s.until or now >= rules.horizon):
+                _depart(run, now)
             held = groups[0].held
             for i in range(s.partials):
                 held += slots[slots[i].partial].done
@@ -1646,8 +1798,10 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             preempted = s.preempted
             held_back = s.since_prefill < rules.interval - 1 and s.queue_left == 0 and groups[0].decodes > 0
             ended = _NO_ROOM_IN_BATCH
-            resting = False
-            if rare and rules.prompts_alone:  # rule 19b
+            resting = returning = False
+            if rare and rules.prompts_alone:
+                returning = s.stored > 0
+            if rare and rules.prompts_alone and not returning:  # rule 19b
                 _open_rows(run, now)
                 ended = _admit_waiting_rare(run, ahead, _units_held(groups, calendars, 0), rules.budget, now)
                 resting = s.partials > 0
@@ -1664,9 +1818,11 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             cleared = not rules.gated
             closed = held_back or evicting or (rules.static and s.residents > 0)
             if rare:
-                closed = closed or rules.prompts_alone
+                closed = closed or (rules.prompts_alone and not returning)
             while not closed:
                 _open_rows(run, now)
+                if rare and returning:
+                    rows[0].quota = 0
                 if rare:
                     ended = _admit_waiting_rare(run, ahead, used, budget, now)
                 else:
@@ -1692,6 +1848,8 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 for j in range(rows.size):
                     if rules.gated and rows[j].threshold > 0:
                         wake = min(wake, _next_hold(run, j, now))
+                if rare:
+                    wake = min(wake, _next_deadline(run))
                 wake = min(wake, s.until)
                 if wake == math.inf:
                     verdict = FINISHED if s.waiting == 0 else STUCK
@@ -1710,6 +1868,8 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 if rules.capacity < FAR:
                     k = _fit(run, rules.capacity - _units_held(groups, calendars, 0), k)
                 wake = s.sample_at
+                if rare:
+                    wake = min(wake, _next_deadline(run))
                 if evicting or (rare and s.moved > 0):
                     k = 1
                 elif held_back:
@@ -1763,8 +1923,10 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             s.held_before = holds
             s.residents_before = s.residents
             if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
-                _close(run, rules.horizon, held, AT_HORIZON)
-                return
+                if walked:
+                    _resume(run)
+                now = rules.horizon
+                continue
             counted = now + duration > rules.warmup
             if counted:
                 _count_gaps(run, decodes, reads, k, first, last, duration)
@@ -1837,140 +1999,49 @@ def _next_timer(run: Run, now: float) -> float:
 @_inline
 def _start_block(run: Run, now: float) -> None:
     """Rule 20: choose the rows whose gate is met and admit their cohorts."""
-    s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
-    rows = run.rows
+    s, rules, groups, rows = run.state[0], run.rules[0], run.groups, run.rows
     for j in range(rows.size):
-        waiting = groups[j].depth + rows[j].tail - rows[j].head
+        waiting = groups[j].depth + _newcomers(rows, j)
         groups[j].chosen = 0
         if rows[j].threshold > 0:
             groups[j].chosen = waiting >= rows[j].gate or _has_expired(run, j, now)
     for i in range(rows.size):
         j = rows[i].turn
         if groups[j].chosen == 1:
-            waiting = groups[j].depth + rows[j].tail - rows[j].head
+            waiting = groups[j].depth + _newcomers(rows, j)
             for _ in range(min(rows[j].threshold, waiting, rules.slots - s.residents)):
-                slot = _admit(run, j, j, now)
-                slots[slot].chunk = slots[slot].target - slots[slot].done
+                _admit_whole(run, j, now)
 
 
 @_inline
-def _serve_block(run: Run, now: float) -> tuple[int, int]:
-    """Rule 21: preempt until the next iteration fits; decodes to serve and tokens they read."""
-    s, rules, slots = run.state[0], run.rules[0], run.slots
-    groups, calendars = run.groups, run.calendars
-    while True:
-        decodes = reads = needed = 0
-        for j in range(groups.size):
-            needed += _units_held(groups, calendars, j)
-            if groups[j].chosen == 1 and groups[j].decodes > 0:
-                decodes += groups[j].decodes
-                reads += groups[j].held + groups[j].decodes
-                needed += _growth(groups, calendars, j, 1)
-        for i in range(s.partials):
-            needed += _units(rules, slots[slots[i].partial].target)
-        if needed <= rules.capacity or decodes + s.partials == 0:
-            return decodes, reads
-        _preempt(run, run.row[slots[s.newest].request], now)
+def _admit_whole(run: Run, row: int, now: float) -> None:
+    """Admit the next in line of the row, whose whole prompt runs in the first iteration of the block."""
+    slots = run.slots
+    slot = _admit(run, row, row, now)
+    stored = run.returned[slots[slot].request].stored
+    if stored > 0:
+        _bring_back(run, slot, stored, True, row, now)
+    if slots[slot].decodes == 0:
+        slots[slot].chunk = slots[slot].target - slots[slot].done
 
 
-@_loop
-def wait(run: Run) -> None:
-    """Run `wait` on to its end or to `until`, as `continuous` does."""
-    s, rules, slots = run.state[0], run.rules[0], run.slots
-    groups, calendars, coef = run.groups, run.calendars, run.coefficients
-    now = s.now
-    left = s.left
-    while True:
-        _join(run, now)
-        held = 0
-        for j in range(groups.size):
-            held += groups[j].held
-        if now >= s.until:
-            s.now = now
-            s.left = left
-            if now >= rules.horizon:
-                _close(run, now, held, AT_HORIZON)
-            return
-        if now >= s.sample_at:
-            _sample(run, held, now)
-
-        # The decision.
-        decodes = reads = 0
-        if left > 0:
-            decodes, reads = _serve_block(run, now)
-        if decodes == 0:
-            left = rules.block_iterations
-            _start_block(run, now)
-            decodes, reads = _serve_block(run, now)
-        held = 0
-        for j in range(groups.size):
-            held += groups[j].held
-        for i in range(s.partials):
-            held += slots[slots[i].partial].done
-
-        # Nobody to serve: wait for an arrival or a timer.
-        if decodes + s.partials == 0:
-            left = 0
-            wake = _next_timer(run, now)
-            if s.arrived < run.arrival.size:
-                wake = min(wake, run.arrival[s.arrived])
-            wake = min(wake, s.until)
-            if wake == math.inf:
-                verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK
-                _close(run, now, held, verdict)
-                return
-            idle = wake - max(now, rules.warmup)
-            if idle > 0.0:
-                s.kv_area += idle * held
-                s.resident_area += idle * s.residents
-            now = wake
-            continue
-
-        if s.partials == 0:
-            k = left
-            for j in range(groups.size):
-                if groups[j].chosen == 1 and groups[j].decodes > 0:
-                    k = min(k, _to_completion(groups, calendars, j))
-            if rules.capacity < FAR and k > 1:
-                room = rules.capacity
-                for j in range(groups.size):
-                    room -= _units_held(groups, calendars, j)
-                k = _fit(run, room, k)
-            holds = held + decodes
-            k, duration, area, first, last = _run_length(run, decodes, reads, holds, now, s.sample_at, k)
-            holds += decodes * (k - 1)
-            size = tokens = emitted = decodes
-        else:
-            k = 1
-            prompts = 0
-            emitted = size = decodes + s.partials
-            attention = 0.0
-            for i in range(s.partials):
-                slot = slots[i].partial
-                prompts += slots[slot].chunk
-                attention += slots[slot].chunk * (slots[slot].done + 0.5 * slots[slot].chunk)
-            tokens = decodes + prompts
-            holds = held + tokens
-            duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
-            area = duration * holds
-        s.held_before = holds
-        s.residents_before = s.residents
-        if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
-            _close(run, rules.horizon, held, AT_HORIZON)
-            return
-        if now + duration > rules.warmup:
-            _count_gaps(run, decodes, reads, k, first, last, duration)
-            for j in range(groups.size):
-                if groups[j].chosen == 1 and groups[j].decodes > 0 and groups[j].last < now:
-                    _lengthen_gaps(run, groups[j].decodes, first, now - groups[j].last)
-        now += duration
-        left -= k
-        for j in range(groups.size):
-            if groups[j].chosen == 1:
-                groups[j].last = now
-                _tick(groups, calendars, j, k)
-                _complete(run, j, now)
-        _prefill(run, now)
+@_part
+def _end_returns(run: Run, first: float, now: float, counted: bool) -> None:
+    """Those whose KV came back emit in the iteration of `first` seconds from now on, counted as their group."""
+    s, slots, groups, gaps = run.state[0], run.slots, run.groups, run.gaps
+    slot = s.newest
+    while slot != NOBODY and s.stalls > 0:
+        if slots[slot].decodes == 1 and slots[slot].stalled != AT_ONCE:
+            group = run.row[slots[slot].request]
+            if counted:
+                taken = first + max(now - groups[group].last, 0.0)
+                gap = first + (now - slots[slot].stalled)
+                gaps[_bucket(run.rules[0], taken)] -= 1
+                gaps[_bucket(run.rules[0], gap)] += 1
+                s.gap_s += gap - taken
+            slots[slot].stalled = AT_ONCE
+            s.stalls -= 1
+        slot = slots[slot].older
 
 
 # --------------------------------------------------------------------------- nested-wait
@@ -2033,6 +2104,17 @@ def _enter_segment(run: Run, segment: int, slot: int, produced: int, held: int, 
 
 
 @_part
+def _enter_from_queue(run: Run, segment: int, slot: int, produced: int, held: int) -> None:
+    """Let a resident that stood still, or comes back from the host, run in `segment` from its first position."""
+    s, slots, groups = run.state[0], run.slots, run.groups
+    slots[s.entered].entered = slot
+    s.entered += 1
+    groups[segment].entered += 1
+    slots[slot].chunk = groups[segment].clock
+    _enter_segment(run, segment, slot, produced, held, run.segments[segment].positions)
+
+
+@_part
 def _preempt_nested(run: Run, now: float) -> None:
     """Rule 8: the newest resident loses its place, wherever it is."""
     s, slots, groups, returned = run.state[0], run.slots, run.groups, run.returned
@@ -2047,7 +2129,7 @@ def _preempt_nested(run: Run, now: float) -> None:
         if groups[segment].clock > slots[slot].chunk:
             served = groups[segment].last
         else:  # it entered in this decision
-            run.segments[segment].entered -= 1
+            groups[segment].entered -= 1
         held = _stop_decode(slots, groups, run.calendars, segment, slot)
     elif slots[slot].decodes == _QUEUED:
         held = _dequeue(run, slot)
@@ -2077,7 +2159,7 @@ def _segments_to_run(run: Run, now: float) -> int:
     groups, rows, segments, returned = run.groups, run.rows, run.segments, run.returned
     count = segments.size
     last = 0
-    if groups[0].depth + rows[0].tail - rows[0].head >= segments[0].threshold:
+    if groups[0].depth + _newcomers(rows, 0) >= segments[0].threshold:
         last = 1
         while last < count and segments[last].queued >= segments[last].threshold:
             last += 1
@@ -2118,42 +2200,17 @@ def _start_segments(run: Run, now: float) -> None:
     last = _segments_to_run(run, now)
     for k in range(segments.size):
         groups[k].chosen = k < last
-        segments[k].entered = 0
+        groups[k].entered = 0
     s.entered = 0
     for k in range(1, last):
         for _ in range(min(segments[k].threshold, segments[k].queued)):
             slot = segments[k].head
-            slots[s.entered].entered = slot
-            s.entered += 1
-            segments[k].entered += 1
             held = _dequeue(run, slot)
-            slots[slot].chunk = groups[k].clock
-            _enter_segment(run, k, slot, slots[slot].resumed, held, segments[k].positions)
+            _enter_from_queue(run, k, slot, slots[slot].resumed, held)
     if last > 0:
-        waiting = groups[0].depth + rows[0].tail - rows[0].head
+        waiting = groups[0].depth + _newcomers(rows, 0)
         for _ in range(min(segments[0].threshold, waiting, rules.slots - s.residents)):
-            slot = _admit(run, 0, 0, now)
-            slots[slot].chunk = slots[slot].target - slots[slot].done
-
-
-@_part
-def _serve_segments(run: Run, now: float) -> tuple[int, int]:
-    """Rule 21: preempt until the next iteration fits; decodes to serve and tokens they read."""
-    s, rules, slots = run.state[0], run.rules[0], run.slots
-    groups, segments, calendars = run.groups, run.segments, run.calendars
-    while True:
-        decodes = reads = needed = 0
-        for k in range(groups.size):
-            needed += _units_held(groups, calendars, k) + segments[k].units
-            if groups[k].chosen == 1 and groups[k].decodes > 0:
-                decodes += groups[k].decodes
-                reads += groups[k].held + groups[k].decodes
-                needed += _growth(groups, calendars, k, 1)
-        for i in range(s.partials):
-            needed += _units(rules, slots[slots[i].partial].target)
-        if needed <= rules.capacity or decodes + s.partials == 0:
-            return decodes, reads
-        _preempt_nested(run, now)
+            _admit_whole(run, 0, now)
 
 
 @_part
@@ -2211,10 +2268,10 @@ def _prefill_nested(run: Run, now: float) -> None:
 @_inline
 def _lengthen_nested(run: Run, first: float, now: float) -> None:
     """In the iteration of `first` seconds from now on emit those who stood still: segments, and out of queues."""
-    s, slots, groups, segments = run.state[0], run.slots, run.groups, run.segments
+    s, slots, groups = run.state[0], run.slots, run.groups
     for k in range(groups.size):
         if groups[k].chosen == 1 and groups[k].last < now:
-            longer = groups[k].decodes - segments[k].entered
+            longer = groups[k].decodes - groups[k].entered
             if longer > 0:
                 _lengthen_gaps(run, longer, first, now - groups[k].last)
     for i in range(s.entered):
@@ -2225,104 +2282,200 @@ def _lengthen_nested(run: Run, first: float, now: float) -> None:
                 _lengthen_gaps(run, 1, first, missed)
 
 
-@_loop
-def nested(run: Run) -> None:
-    """Run `nested-wait` on to its end or to `until`, as `continuous` does."""
-    s, rules, slots = run.state[0], run.rules[0], run.slots
-    groups, segments, calendars, coef = run.groups, run.segments, run.calendars, run.coefficients
-    now = s.now
-    left = s.left
-    while True:
-        _join(run, now)
-        held = 0
-        for k in range(groups.size):
-            held += groups[k].held + segments[k].held
-        if now >= s.until:
-            s.now = now
-            s.left = left
-            if now >= rules.horizon:
-                _close(run, now, held, AT_HORIZON)
-            return
-        if now >= s.sample_at:
-            _sample(run, held, now)
+# --------------------------------------------------------------------------- blocks: wait and nested-wait
 
-        # The decision.
-        decodes = reads = 0
-        if left > 0:
-            decodes, reads = _serve_segments(run, now)
-        if decodes == 0:
-            left = rules.block_iterations
-            _start_segments(run, now)
-            decodes, reads = _serve_segments(run, now)
-        held = 0
-        for k in range(groups.size):
-            held += groups[k].held + segments[k].held
-        for i in range(s.partials):
-            held += slots[slots[i].partial].done
 
-        # Nobody to serve: wait for an arrival or a timer.
-        if decodes + s.partials == 0:
-            left = 0
-            wake = _next_timer_nested(run, now)
-            if s.arrived < run.arrival.size:
-                wake = min(wake, run.arrival[s.arrived])
-            wake = min(wake, s.until)
-            if wake == math.inf:
-                verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK
-                _close(run, now, held, verdict)
-                return
-            idle = wake - max(now, rules.warmup)
-            if idle > 0.0:
-                s.kv_area += idle * held
-                s.resident_area += idle * s.residents
-            now = wake
-            continue
+def _serving(segmented: bool) -> Callable[[Run, float], tuple[int, int]]:
+    """Rule 21 before an iteration, for groups by row or by segment."""
 
-        if s.partials == 0:
-            k = left
-            room = rules.capacity
-            for i in range(groups.size):
-                room -= _units_held(groups, calendars, i) + segments[i].units
-                if groups[i].chosen == 1 and groups[i].decodes > 0:
-                    k = min(k, _to_completion(groups, calendars, i))
-            if rules.capacity < FAR and k > 1:
-                k = _fit(run, room, k)
-            holds = held + decodes
-            k, duration, area, first, last = _run_length(run, decodes, reads, holds, now, s.sample_at, k)
-            holds += decodes * (k - 1)
-            size = tokens = emitted = decodes
-        else:
-            k = 1
-            prompts = 0
-            emitted = size = decodes + s.partials
-            attention = 0.0
+    @(_part if segmented else _inline)
+    def _serve_block(run: Run, now: float) -> tuple[int, int]:
+        """Rule 21: preempt until the next iteration fits; decodes to serve and tokens they read."""
+        s, rules, slots = run.state[0], run.rules[0], run.slots
+        groups, segments, calendars = run.groups, run.segments, run.calendars
+        while True:
+            decodes = reads = needed = 0
+            for j in range(groups.size):
+                needed += _units_held(groups, calendars, j)
+                if segmented:
+                    needed += segments[j].units
+                if groups[j].chosen == 1 and groups[j].decodes > 0:
+                    decodes += groups[j].decodes
+                    reads += groups[j].held + groups[j].decodes
+                    needed += _growth(groups, calendars, j, 1)
             for i in range(s.partials):
-                slot = slots[i].partial
-                prompts += slots[slot].chunk
-                attention += slots[slot].chunk * (slots[slot].done + 0.5 * slots[slot].chunk)
-            tokens = decodes + prompts
-            holds = held + tokens
-            duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
-            area = duration * holds
-        s.held_before = holds
-        s.residents_before = s.residents
-        if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
-            _close(run, rules.horizon, held, AT_HORIZON)
-            return
-        if now + duration > rules.warmup:
-            _count_gaps(run, decodes, reads, k, first, last, duration)
-            _lengthen_nested(run, first, now)
-        for i in range(groups.size):
-            segments[i].entered = 0
-        s.entered = 0
-        now += duration
-        left -= k
-        for i in range(groups.size):
-            if groups[i].chosen == 1:
-                groups[i].last = now
-                _tick(groups, calendars, i, k)
-                _complete_segment(run, i, now)
-        _prefill_nested(run, now)
+                needed += _units(rules, slots[slots[i].partial].target)
+            if needed <= rules.capacity or decodes + s.partials == 0:
+                return decodes, reads
+            if segmented:
+                _preempt_nested(run, now)
+            else:
+                _preempt(run, run.row[slots[s.newest].request], now)
+
+    return _serve_block
+
+
+_serve_rows = _serving(segmented=False)
+_serve_segments = _serving(segmented=True)
+
+
+def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
+    """The loop of `nested-wait` or of `wait`, with or without what few runs need."""
+
+    @_loop
+    def blocks(run: Run) -> None:
+        """Run the rule on to its end or to `until`, as `continuous` does."""
+        s, rules, slots = run.state[0], run.rules[0], run.slots
+        groups, segments, calendars, coef = run.groups, run.segments, run.calendars, run.coefficients
+        now = s.now
+        left = s.left
+        while True:
+            _join(run, now)
+            if rare and (now < s.until or now >= rules.horizon):
+                _depart(run, now)
+            held = 0
+            for j in range(groups.size):
+                held += groups[j].held
+                if segmented:
+                    held += segments[j].held
+            for i in range(s.partials):  # none but where the horizon cut their iteration
+                held += slots[slots[i].partial].done
+            if now >= s.until:
+                s.now = now
+                s.left = left
+                if now >= rules.horizon:
+                    _close(run, now, held, AT_HORIZON)
+                return
+            if now >= s.sample_at:
+                _sample(run, held, now)
+
+            # The decision.
+            decodes = reads = 0
+            if left > 0:
+                if segmented:
+                    decodes, reads = _serve_segments(run, now)
+                else:
+                    decodes, reads = _serve_rows(run, now)
+            if decodes == 0:
+                left = rules.block_iterations
+                if segmented:
+                    _start_segments(run, now)
+                    decodes, reads = _serve_segments(run, now)
+                else:
+                    _start_block(run, now)
+                    decodes, reads = _serve_rows(run, now)
+            held = 0
+            for j in range(groups.size):
+                held += groups[j].held
+                if segmented:
+                    held += segments[j].held
+            for i in range(s.partials):
+                held += slots[slots[i].partial].done
+
+            # Nobody to serve: wait for an arrival, a timer or a deadline.
+            if decodes + s.partials == 0:
+                left = 0
+                if segmented:
+                    wake = _next_timer_nested(run, now)
+                else:
+                    wake = _next_timer(run, now)
+                if s.arrived < run.arrival.size:
+                    wake = min(wake, run.arrival[s.arrived])
+                if rare:
+                    wake = min(wake, _next_deadline(run))
+                wake = min(wake, s.until)
+                if wake == math.inf:
+                    verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK
+                    _close(run, now, held, verdict)
+                    return
+                idle = wake - max(now, rules.warmup)
+                if idle > 0.0:
+                    s.kv_area += idle * held
+                    s.resident_area += idle * s.residents
+                now = wake
+                continue
+
+            if s.partials == 0:
+                k = left
+                room = rules.capacity
+                for j in range(groups.size):
+                    room -= _units_held(groups, calendars, j)
+                    if segmented:
+                        room -= segments[j].units
+                    if groups[j].chosen == 1 and groups[j].decodes > 0:
+                        k = min(k, _to_completion(groups, calendars, j))
+                if rules.capacity < FAR and k > 1:
+                    k = _fit(run, room, k)
+                wake = s.sample_at
+                if rare:
+                    wake = min(wake, _next_deadline(run))
+                    if s.moved > 0:
+                        k = 1
+                holds = held + decodes
+                k, duration, area, first, last = _run_length(run, decodes, reads, holds, now, wake, k)
+                holds += decodes * (k - 1)
+                size = tokens = emitted = decodes
+            else:
+                k = 1
+                prompts = 0
+                emitted = size = decodes + s.partials
+                attention = 0.0
+                for i in range(s.partials):
+                    slot = slots[i].partial
+                    prompts += slots[slot].chunk
+                    attention += slots[slot].chunk * (slots[slot].done + 0.5 * slots[slot].chunk)
+                tokens = decodes + prompts
+                holds = held + tokens
+                duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
+                area = duration * holds
+            if rare and s.moved > 0:  # rule 9a; k is 1
+                moving = s.moved / rules.swap_bandwidth
+                duration += moving
+                first += moving
+                last += moving
+                area = duration * holds
+            s.held_before = holds
+            s.residents_before = s.residents
+            if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
+                now = rules.horizon
+                continue
+            counted = now + duration > rules.warmup
+            if counted:
+                _count_gaps(run, decodes, reads, k, first, last, duration)
+                if segmented:
+                    _lengthen_nested(run, first, now)
+                else:
+                    for j in range(groups.size):
+                        if groups[j].chosen == 1 and groups[j].decodes > 0 and groups[j].last < now:
+                            _lengthen_gaps(run, groups[j].decodes, first, now - groups[j].last)
+            if rare and s.stalls > 0:
+                _end_returns(run, first, now, counted)
+            if rare:
+                s.moved = 0
+            s.entered = 0
+            now += duration
+            left -= k
+            for j in range(groups.size):
+                groups[j].entered = 0
+                if groups[j].chosen == 1:
+                    groups[j].last = now
+                    _tick(groups, calendars, j, k)
+                    if segmented:
+                        _complete_segment(run, j, now)
+                    else:
+                        _complete(run, j, now)
+            if segmented:
+                _prefill_nested(run, now)
+            else:
+                _prefill(run, now)
+
+    return blocks
+
+
+wait = _blocks(segmented=False, rare=False)
+wait_rare = _blocks(segmented=False, rare=True)
+nested = _blocks(segmented=True, rare=False)
+nested_rare = _blocks(segmented=True, rare=True)
 
 
 # --------------------------------------------------------------------------- several replicas behind a router
@@ -2343,6 +2496,7 @@ def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
     groups = runs.groups.size // count
     rings = runs.recent.size // count
     places = runs.order.size // count
+    segments = runs.segments.size // count
     days = runs.calendars.days
     words = groups * (days // 64)
     at = layout[p]
@@ -2361,7 +2515,7 @@ def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
         recent=runs.recent[p * rings : (p + 1) * rings],
         slots=runs.slots[at.first_slot : at.last_slot],
         groups=runs.groups[p * groups : (p + 1) * groups],
-        segments=runs.segments,
+        segments=runs.segments[p * segments : (p + 1) * segments],
         calendars=Calendars(
             days=days,
             heads=runs.calendars.heads[p * groups * days : (p + 1) * groups * days],
@@ -2375,6 +2529,10 @@ def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
         preemptions=runs.preemptions,
         gaps=runs.gaps,
         occupancy=runs.occupancy,
+        deadline=runs.deadline,
+        leaver=runs.leaver,
+        left=runs.left,
+        fate=runs.fate,
     )
 
 
@@ -2413,12 +2571,18 @@ def _seen(runs: Run, count: int, p: int, instant: float, rule: int) -> int:
         groups = runs.groups.size // count
         for j in range(p * groups, (p + 1) * groups):
             held += runs.groups[j].held
+            if runs.segments.size > 0:
+                held += runs.segments[j].held
     return held + s.queued
 
 
-def _routing(rare: bool) -> Callable[..., None]:
-    """The router, over replicas of the loop with or without what few runs need."""
-    advance = continuous_rare if rare else continuous
+CONTINUOUS, CONTINUOUS_RARE, WAIT, WAIT_RARE, NESTED, NESTED_RARE = range(6)
+
+_Route = Callable[[Run, "Ahead | None", Ints, Records, int, Ints, Floats, Ints], None]
+
+
+def _routing(loop: int) -> _Route:
+    """The router that looks at replicas run by one of the loops: a number, since numba's cache can tell those apart."""
 
     @_loop
     def route(
@@ -2426,7 +2590,6 @@ def _routing(rare: bool) -> Callable[..., None]:
         ahead: Ahead | None,
         phase: Ints,
         layout: Records,
-        blocks: bool,
         rule: int,
         fits: Ints,
         draws: Floats,
@@ -2434,8 +2597,8 @@ def _routing(rare: bool) -> Callable[..., None]:
     ) -> None:
         """Choose a replica for every request, in order of arrival; rules of `fluidsched.simulation.cluster`.
 
-        `fits` (N, P): whether the replica's server can hold the request at all; `draws` (N, 2): uniform numbers;
-        `blocks`: the table's kind is `wait`. Fills `chosen` (N,), `NOBODY` where the request fits nowhere.
+        `fits` (N, P): whether the replica's server can hold the request at all; `draws` (N, 2): uniform numbers.
+        Fills `chosen` (N,), `NOBODY` where the request fits nowhere.
         """
         count = layout.size
         rows = runs.rows.size // count
@@ -2459,12 +2622,24 @@ def _routing(rare: bool) -> Callable[..., None]:
                     continue
                 if runs.state[p].now < now:
                     runs.state[p].until = min(now, runs.rules[p].horizon)
-                    if ahead is not None:
-                        advance(_replica(runs, phase, layout, p), _replica_ahead(ahead, layout, p))
-                    elif blocks:
-                        wait(_replica(runs, phase, layout, p))
+                    replica = _replica(runs, phase, layout, p)
+                    if loop == WAIT:
+                        wait(replica)
+                    elif loop == WAIT_RARE:
+                        wait_rare(replica)
+                    elif loop == NESTED:
+                        nested(replica)
+                    elif loop == NESTED_RARE:
+                        nested_rare(replica)
+                    elif ahead is not None:
+                        if loop == CONTINUOUS_RARE:
+                            continuous_rare(replica, _replica_ahead(ahead, layout, p))
+                        else:
+                            continuous(replica, _replica_ahead(ahead, layout, p))
+                    elif loop == CONTINUOUS_RARE:
+                        continuous_rare(replica, None)
                     else:
-                        advance(_replica(runs, phase, layout, p), None)
+                        continuous(replica, None)
                 seen = _seen(runs, count, p, now, rule)
                 if rule == LEAST_KV and runs.state[p].now <= now:
                     slots = runs.slots[layout[p].first_slot : layout[p].last_slot]
@@ -2487,5 +2662,6 @@ def _routing(rare: bool) -> Callable[..., None]:
     return route
 
 
-route = _routing(rare=False)
-route_rare = _routing(rare=True)
+#: Every loop, and the router over replicas it runs.
+LOOPS: tuple[Callable[..., None], ...] = (continuous, continuous_rare, wait, wait_rare, nested, nested_rare)
+ROUTES = tuple(_routing(loop) for loop in range(len(LOOPS)))

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
+from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation import compiled, histogram
@@ -28,6 +29,7 @@ from fluidsched.simulation.limits import (
     beliefs,
     check_handed_over,
     check_run,
+    deadlines,
     effective_limits,
     forecasts,
     never_fits,
@@ -79,7 +81,8 @@ def run_kernel(
     Raises
     ------
     InputError
-        See `limits.check_run`; also for an iteration time without affine pieces.
+        See `limits.check_run`; also for an iteration time without affine pieces, and for requests that may leave
+        unfinished under look-ahead or an order by length.
 
     Examples
     --------
@@ -103,13 +106,27 @@ def run_kernel(
         check_handed_over(path, table)
         first_token_s = first_token_s[joins]
     run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points, first_token_s)
-    _follow(table, run, _ahead(path, joins, server, table, run), first_token_s)
-    return _engine_run(run, table, rejected, joins, points)
+    ahead = _ahead(path, joins, server, table, run)
+    if ahead is not None and run.deadline.size > 0:
+        raise InputError(
+            "engine",
+            "kernel",
+            f"be 'reference' for table {table.name!r} and requests that may leave unfinished: the kernel's forecasts "
+            "and orders by length know no deadlines",
+            "Leave out patience, aborts and timeouts, or use the reference engine.",
+        )
+    _follow(table, run, ahead, handed=first_token_s is not None)
+    return _engine_run(run, table, rejected, joins, points, _abandons(path, server))
 
 
-def _is_rare(table: PolicyTable, first_token_s: NDArray[np.float64] | None) -> bool:
-    """Whether a run needs what is compiled apart."""
-    return table.kind == "vllm_v0" or table.preemption == "swap" or first_token_s is not None
+def loop_of(table: PolicyTable, *, rare: bool) -> int:
+    """Place in `compiled.LOOPS` of the table's loop; rare: requests may leave, or are handed over."""
+    rare = rare or table.preemption == "swap" or table.kind == "vllm_v0"
+    if table.kind == "wait":
+        return compiled.WAIT_RARE if rare else compiled.WAIT
+    if table.kind == "nested-wait":
+        return compiled.NESTED_RARE if rare else compiled.NESTED
+    return compiled.CONTINUOUS_RARE if rare else compiled.CONTINUOUS
 
 
 def run_many(
@@ -169,7 +186,7 @@ def choose_replicas(
     servers : sequence of Server
         P replicas, each with affine pieces and checked by `limits.check_run`.
     table : PolicyTable
-        The rule all replicas follow, any but "nested-wait".
+        The rule all replicas follow.
     horizon : float or None
         End of the run, s.
     rule : int
@@ -207,7 +224,7 @@ def choose_replicas(
         heads=np.concatenate([run.calendars.heads for run in runs]),
         bits=np.concatenate([run.calendars.bits for run in runs]),
     )
-    names = ("rules", "state", "order", "rows", "recent", "slots", "groups")
+    names = ("rules", "state", "order", "rows", "recent", "slots", "groups", "segments")
     stacked = runs[
         0
     ]._replace(
@@ -230,8 +247,8 @@ def choose_replicas(
     phase = np.concatenate([run.calendars.phase.ravel() for run in runs])
     ahead = _stacked_ahead(forecasts, layout)
     chosen = np.empty(len(path), dtype=np.int64)
-    route = compiled.route_rare if _is_rare(table, first_token_s) else compiled.route
-    route(stacked, ahead, phase, layout, table.kind == "wait", rule, fits.astype(np.int64), draws, chosen)
+    route = compiled.ROUTES[loop_of(table, rare=first_token_s is not None)]
+    route(stacked, ahead, phase, layout, rule, fits.astype(np.int64), draws, chosen)
     return chosen
 
 
@@ -256,20 +273,14 @@ def _stacked_ahead(
 
 
 def _follow(
-    table: PolicyTable,
-    run: compiled.Run,
-    ahead: compiled.Ahead | None,
-    first_token_s: NDArray[np.float64] | None = None,
+    table: PolicyTable, run: compiled.Run, ahead: compiled.Ahead | None, *, handed: bool = False
 ) -> None:
-    """Run the compiled loop that follows the table."""
-    if table.kind == "wait":
-        compiled.wait(run)
-    elif table.kind == "nested-wait":
-        compiled.nested(run)
-    elif _is_rare(table, first_token_s):
-        compiled.continuous_rare(run, ahead)
+    """Run the compiled loop that follows the table; handed: requests come with their prompt's KV."""
+    loop = loop_of(table, rare=handed or run.deadline.size > 0)
+    if table.freeze:
+        compiled.LOOPS[loop](run)
     else:
-        compiled.continuous(run, ahead)
+        compiled.LOOPS[loop](run, ahead)
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -318,6 +329,7 @@ def _prepare(
     if first_token_s is not None:
         rules["handed"] = 1
         returned["served"] = first_token[:] = first_token_s
+    deadline, leaver = _deadlines(path, server, joins)
     return compiled.Run(
         rules=rules,
         state=_initial_state(path, points, horizon),
@@ -346,6 +358,10 @@ def _prepare(
         preemptions=np.zeros(count, dtype=np.int64),
         gaps=np.zeros(histogram.BUCKETS, dtype=np.int64),
         occupancy=np.zeros((2 * points, 4)),
+        deadline=deadline,
+        leaver=leaver,
+        left=np.full(count if deadline.size else 0, np.nan),
+        fate=np.zeros(count if deadline.size else 0, dtype=np.int64),
     )
 
 
@@ -399,6 +415,26 @@ def _ahead(
         heaps=heaps,
         heap=np.zeros(count if by_length else 0, dtype=np.int64),
     )
+
+
+def _deadlines(
+    path: ArrivalPath, server: Server, joins: slice | NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The finite deadlines of those who join, in order, and whose and which they are (`compiled.Run`)."""
+    given = deadlines(path, server)
+    if not given:
+        return np.zeros(0), np.zeros(0, dtype=np.int64)
+    at = np.stack([deadline.at_s[joins] for deadline in given])
+    leaver = 2 * np.arange(at.shape[1]) + np.arange(2)[:, None]
+    finite = np.isfinite(at)
+    order = np.argsort(at[finite], kind="stable")
+    return at[finite][order], leaver[finite][order]
+
+
+def _abandons(path: ArrivalPath, server: Server) -> NDArray[np.bool_]:
+    """Who leaves by itself at the first of its deadlines, (N,); none where there are no deadlines."""
+    given = deadlines(path, server)
+    return given[0].by_client if given else np.zeros(len(path), dtype=np.bool_)
 
 
 def _rules(server: Server, table: PolicyTable) -> NDArray[np.void]:
@@ -479,6 +515,7 @@ COUNTERS = {
     "kv_end": "kv_end",
     "swapped_tokens": "swapped",
     "stored_end": "stored",
+    "dropped_tokens": "dropped",
 }
 
 
@@ -488,13 +525,15 @@ def _engine_run(
     rejected: NDArray[np.bool_],
     joins: slice | NDArray[np.int64],
     points: int,
+    abandons: NDArray[np.bool_],
 ) -> EngineRun:
     state = run.state[0]
     end = float(state["end"])
     verdict = VERDICTS[state["verdict"]]
-    unfinished = np.isnan(run.finish)
+    gone = run.fate > 0 if run.fate.size else np.zeros(len(run.finish), dtype=np.bool_)
+    unfinished = np.isnan(run.finish) & ~gone
     # by the end, not by the last decision: arrivals during an iteration that the horizon cuts wait too
-    newcomers = run.arrival[(run.arrival <= end) & np.isnan(run.admitted)]
+    newcomers = run.arrival[(run.arrival <= end) & np.isnan(run.admitted) & ~gone]
     waited = np.maximum(0.0, end - np.maximum(newcomers, run.rules["warmup"])).sum()
     starved = np.unique(run.row[unfinished]) if verdict == "stuck" else ()
 
@@ -506,10 +545,16 @@ def _engine_run(
         return whole
 
     status = np.where(unfinished, STATUSES.index("unfinished"), STATUSES.index("finished")).astype(np.int8)
+    finish = left = spread(run.finish, np.nan)
+    if gone.any():
+        status[gone] = STATUSES.index("aborted")
+        status[(run.fate == compiled.GAVE_UP) & abandons[joins]] = STATUSES.index("abandoned")
+        left = spread(np.where(gone, run.left, run.finish), np.nan)
     return EngineRun(
         admitted_s=spread(run.admitted, np.nan),
         first_token_s=spread(run.first_token, np.nan),
-        finish_s=spread(run.finish, np.nan),
+        finish_s=finish,
+        left_s=left,
         preemptions=spread(run.preemptions, 0),
         status=spread(status, STATUSES.index("rejected")),
         end_s=end,

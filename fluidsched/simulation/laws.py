@@ -4,11 +4,15 @@ With [w, e] the measured window and, of request i, arrival A_i, admission D_i, f
 
 - *time order*: A ≤ D < F ≤ E ≤ e, F = E exactly when o = 1;
 - *requests are conserved*: each has one status, which its times agree with; a "finished" run leaves none;
-- *tokens are conserved*: Σ tokens of all batches + cached = Σ_{finished} (p + o - 1) + wasted + held and stored at
-  the end;
+- *deadlines are kept*: who abandoned was never admitted and left when patience ended; who was aborted left at its
+  deadline, or at the end of the iteration that ran then; nobody stays beyond both;
+- *tokens are conserved*: Σ tokens of all batches + cached = Σ_{finished} (p + o - 1) + wasted + dropped by those
+  who left unfinished + held and stored at the end;
 - *gaps are conserved*: every token in the window that is not its request's first ends one gap; in a run
-  measured to its empty end, Σ gaps = Σ_i (E_i - F_i) (neither is asked of restarts, which lose tokens);
-- *Little's law for requests*: ∫ (residents + waiting) dt = Σ_i |[A_i, E_i] ∩ [w, e]|, E_i = e if unfinished;
+  measured to its empty end, Σ gaps = Σ_i (E_i - F_i) (neither is asked of restarts, which lose tokens, nor this
+  one where anybody left with tokens);
+- *Little's law for requests*: ∫ (residents + waiting) dt = Σ_i |[A_i, E_i] ∩ [w, e]|, E_i when i left, e if it
+  did not;
 - *Little's law for KV*: ∫ KV dt = Σ_i ∫ (KV held by i) dt.
 
 All but the last are read off an `EngineRun`. That one, and the limits on every batch, need the batches: an
@@ -19,6 +23,7 @@ accounts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -26,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched.errors import SimulationError
-from fluidsched.simulation.limits import effective_limits
+from fluidsched.simulation.limits import deadlines, effective_limits
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary
 
 if TYPE_CHECKING:
@@ -78,12 +83,14 @@ def check_laws(
     """
     finished = run.status == STATUSES.index("finished")
     rejected = run.status == STATUSES.index("rejected")
+    gone = np.isin(run.status, [STATUSES.index("abandoned"), STATUSES.index("aborted")])
     arrival, admitted, first, finish = path.arrival_s, run.admitted_s, run.first_token_s, run.finish_s
+    left = run.left_s
     _hold("finished = has a finish time", np.array_equal(finished, ~np.isnan(finish)), repr(run))
     _hold("rejected requests are never admitted", np.isnan(admitted[rejected]).all(), repr(run))
     started = ~np.isnan(first)
     if run.verdict == "finished":
-        _hold("a finished run leaves nobody", (finished | rejected).all(), repr(run))
+        _hold("a finished run leaves nobody", (finished | rejected | gone).all(), repr(run))
     _hold("arrival ≤ admission", not (admitted < arrival).any(), "an earlier admission")
     if handed_over and lossless:
         _hold("the first token came before", (first <= arrival).all(), "a later first token")
@@ -96,11 +103,14 @@ def check_laws(
         np.array_equal(single, first[finished] == finish[finished]),
         "otherwise",
     )
-    for times in (admitted, first, finish):
+    _hold("who left has a time of leaving", np.array_equal(finished | gone, ~np.isnan(left)), repr(run))
+    _hold("who finished left then", np.array_equal(left[finished], finish[finished]), "another time")
+    _check_deadlines(path, server, run)
+    for times in (admitted, first, left):
         _hold("nothing happens after the end", not (times > run.end_s).any(), "a later time")
 
     processed = int((path.prompt_tokens + path.output_tokens - 1)[finished].sum())
-    accounted = processed + run.wasted_tokens + run.kv_end + run.stored_end
+    accounted = processed + run.wasted_tokens + run.dropped_tokens + run.kv_end + run.stored_end
     found = run.batch_token_sum + run.cached_tokens
     if handed_over:
         found += int(path.prompt_tokens[~np.isnan(admitted)].sum())
@@ -109,13 +119,13 @@ def check_laws(
         gaps = int(run.gap_counts.sum())
         continued = run.emitted_tokens - (0 if handed_over else int(np.count_nonzero(first > warmup)))
         _hold("every token but the first ends a gap", gaps == continued, f"{gaps:,} and {continued:,}")
-    if lossless and run.verdict == "finished" and warmup == 0.0:
+    if lossless and run.verdict == "finished" and warmup == 0.0 and np.isnan(first[gone]).all():
         decoding = float((finish - first)[finished].sum())
         _hold("gaps add up", _close(run.gap_s, decoding, decoding), f"{run.gap_s!r} and {decoding!r} s")
     _hold("preemptions add up", run.preempted == run.preemptions.sum(), str(run.preempted))
     _hold("KV within capacity", run.peak_kv <= server.kv_capacity, f"{run.peak_kv:,} tokens")
 
-    end = np.where(finished, finish, run.end_s)
+    end = np.where(np.isnan(left), run.end_s, left)
     in_system = (np.minimum(end, run.end_s) - np.maximum(arrival, warmup))[~rejected]
     sojourns = float(np.maximum(in_system, 0.0).sum())
     spent = run.resident_s + run.waiting_s
@@ -126,6 +136,26 @@ def check_laws(
     )
     window = max(run.end_s - warmup, 0.0)
     _hold("busy time within the window", run.busy_s <= window * (1 + TOLERANCE), f"{run.busy_s!r} s")
+
+
+def _check_deadlines(path: ArrivalPath, server: Server, run: EngineRun) -> None:
+    """Rule 35 to 38 as far as the records show them."""
+    given = deadlines(path, server)
+    abandoned = run.status == STATUSES.index("abandoned")
+    aborted = run.status == STATUSES.index("aborted")
+    if not given:
+        _hold("nobody leaves without a deadline", not (abandoned | aborted).any(), repr(run))
+        return
+    waiting, ever = given
+    never = np.isnan(run.admitted_s)
+    _hold("who abandons was never admitted", never[abandoned].all(), "an admission")
+    _hold("patience is kept", np.array_equal(run.left_s[abandoned], waiting.at_s[abandoned]), "another time")
+    _hold("who abandons had patience to lose", waiting.by_client[abandoned].all(), "a timeout")
+    least = np.where(never, np.minimum(waiting.at_s, ever.at_s), ever.at_s)
+    _hold("nobody is aborted before its deadline", not (run.left_s < least)[aborted].any(), "an earlier time")
+    overdue = (least <= run.end_s) & (run.status == STATUSES.index("unfinished"))
+    _hold("nobody stays beyond its deadline", not overdue.any(), f"request {np.flatnonzero(overdue)}")
+    _hold("nobody is admitted after its patience", not (run.admitted_s >= waiting.at_s).any(), "an admission")
 
 
 def _neighbours(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> bool:
@@ -164,7 +194,8 @@ def check_agreement(run: EngineRun, reference: EngineRun) -> None:
 
 
 class Audit:
-    """Independent accounts of a reference run: give `observe` as `on_iteration`, then call `check`."""
+    """Independent accounts of a reference run: give `observe` as `on_iteration` and `observe_idle` as `on_idle`,
+    then call `check`."""
 
     def __init__(
         self,
@@ -190,15 +221,7 @@ class Audit:
 
     def observe(self, batch: IterationSummary) -> None:
         """Check one batch against the limits and add its KV to the accounts."""
-        self._pass(batch.start_s)
-        for i in {*batch.preempted, *batch.admitted}:
-            times_in = (i in self.held) + batch.admitted.count(i) - batch.preempted.count(i)
-            _hold("admissions and preemptions alternate", times_in in (0, 1), repr(batch))
-            held = self.held.pop(i, 0)
-            if self.swaps and i in batch.preempted:
-                self.stored[i] = held
-            if times_in:
-                self.held[i] = self.stored.pop(i, self.cached[i])
+        self.observe_idle(batch.start_s, batch.admitted, batch.preempted, batch.departed)
         before = dict(self.held)
         for i, chunk in batch.prefill:
             self.held[i] += chunk
@@ -220,6 +243,33 @@ class Audit:
             return
         self.held = {i: tokens for i, tokens in self.held.items() if tokens < self.final_kv[i]}
 
+    def observe_idle(
+        self,
+        now: float,
+        admitted: tuple[int, ...],
+        preempted: tuple[int, ...],
+        departed: tuple[tuple[int, float], ...],
+    ) -> None:
+        """Add what a decision did to the accounts."""
+        self._withdraw(departed)
+        self._pass(now)
+        for i in {*preempted, *admitted}:
+            times_in = (i in self.held) + admitted.count(i) - preempted.count(i)
+            _hold("admissions and preemptions alternate", times_in in (0, 1), f"request {i} at {now!r} s")
+            if i in self.held and self.swaps:
+                self.stored[i] = self.held[i]
+            self.held.pop(i, None)
+            if times_in:
+                self.held[i] = self.stored.pop(i, self.cached[i])
+
+    def _withdraw(self, departed: Iterable[tuple[int, float]]) -> None:
+        """Drop from the accounts those who left, each when it did."""
+        for i, left_s in departed:
+            if i in self.held:
+                self._pass(left_s)
+            self.held.pop(i, None)
+            self.stored.pop(i, None)
+
     def _pass(self, until: float) -> None:
         until = min(until, self.horizon)
         duration = until - max(self.last_s, self.warmup)
@@ -230,6 +280,8 @@ class Audit:
 
     def check(self, run: EngineRun) -> None:
         """Compare the accounts with the run's."""
+        gone = np.flatnonzero(np.isnan(run.finish_s) & ~np.isnan(run.left_s))
+        self._withdraw((i, run.left_s[i]) for i in gone[np.argsort(run.left_s[gone])].tolist())
         self._pass(run.end_s)
         total = math.fsum(self.kv_s.values())
         _hold(

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,19 @@ from numpy.typing import NDArray
 from fluidsched.errors import InputError
 from fluidsched.policy.table import RESERVING_KINDS, PolicyTable
 from fluidsched.server import Server
+from fluidsched.simulation.records import Status
 
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
 
 __all__ = [
     "UNLIMITED",
+    "Deadline",
     "Limits",
     "beliefs",
     "check_handed_over",
     "check_run",
+    "deadlines",
     "effective_limits",
     "never_fits",
     "remark_on_memory",
@@ -40,7 +43,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-SWAPPING = ("vllm", "capped", "sarathi", "gated")
+SWAPPING = ("vllm", "capped", "sarathi", "gated", "vllm_v0", "wait", "nested-wait")
 """Kinds that may preempt by swapping."""
 
 UNLIMITED = 2**62
@@ -151,6 +154,53 @@ def within_model_length(path: ArrivalPath, server: Server) -> ArrivalPath:
     return dataclasses.replace(path, output_tokens=np.where(cut, room, path.output_tokens))
 
 
+class Deadline(NamedTuple):
+    """One deadline of every request (rule 35 of the reference).
+
+    Attributes
+    ----------
+    at_s : (N,) float array
+        When, s from the path's origin; infinite: never.
+    by_client : (N,) bool array
+        Whether it is the end of patience, not a timeout or a client's abort.
+    """
+
+    at_s: NDArray[np.float64]
+    by_client: NDArray[np.bool_]
+
+    def fate(self, index: int) -> Status:
+        """Status of the request if it leaves at this deadline."""
+        return "abandoned" if self.by_client[index] else "aborted"
+
+
+def deadlines(path: ArrivalPath, server: Server) -> tuple[Deadline, ...]:
+    """Return the deadline that holds until a request's first admission, and the one that always holds.
+
+    Without any of patience, aborts and timeouts there is none at all: an empty tuple.
+
+    Examples
+    --------
+    >>> from fluidsched import ArrivalPath, IterationTime, Server
+    >>> path = ArrivalPath.from_arrays([0.0, 1.0], [4, 4], [3, 3], patience_s=[2.0, 9.0])
+    >>> server = Server(100, IterationTime.affine(1.0, 0.0, 0.0, 0.0), waiting_timeout=5.0)
+    >>> waiting, ever = deadlines(path, server)
+    >>> waiting.at_s, waiting.by_client, ever.at_s
+    (array([2., 6.]), array([ True, False]), array([inf, inf]))
+    """
+    given = (path.patience_s, path.abort_after_s, server.waiting_timeout, server.total_timeout)
+    if all(limit is None for limit in given):
+        return ()
+
+    def least(stay: NDArray[np.float64] | None, timeout: float | None) -> tuple[Any, Any]:
+        client = np.full(len(path), np.inf) if stay is None else stay
+        limit = math.inf if timeout is None else timeout
+        return path.arrival_s + np.minimum(client, limit), client <= limit
+
+    waiting, by_client = least(path.patience_s, server.waiting_timeout)
+    ever, _ = least(path.abort_after_s, server.total_timeout)
+    return Deadline(waiting, by_client), Deadline(ever, np.zeros(len(path), dtype=np.bool_))
+
+
 def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray[np.bool_]:
     """Return which requests can never be served, shape (N,); the engines give them status `rejected`.
 
@@ -234,11 +284,11 @@ def check_handed_over(path: ArrivalPath, table: PolicyTable) -> None:
 
     Tables whose rule does not know how to take KV in; requests of one output token, which have it already.
     """
-    if table.kind not in SWAPPING:
+    if table.kind not in SCANNING_KINDS:
         raise InputError(
             f"table {table.name!r}: kind",
             table.kind,
-            f"be one of {', '.join(SWAPPING)}, the rules that decode what another machine has prefilled",
+            f"be one of {', '.join(SCANNING_KINDS)}, the rules that decode what another machine has prefilled",
         )
     done = np.flatnonzero(path.output_tokens == 1)
     if done.size:

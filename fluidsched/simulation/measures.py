@@ -11,12 +11,14 @@ where the time alone is the least any scheduler could give it on an empty server
 It is undefined where the iteration time is a function.
 
 *Latencies* are taken over the requests that arrived at or after w and were not rejected (TPOT: of these,
-the ones with a first token and o ≥ 2). One without its event by e is *right-censored*: all that is known
-is that its value is at least what it would be had the event happened at e. The mean uses that value, and
-is a lower bound whenever anything is censored. A quantile counts censored requests as later than every
-observed one; if its rank then falls among the observed it is reported as it is, else it is the quantile
-with the censored requests at their least values, a lower bound. Quantiles interpolate linearly between
-order statistics.
+the ones with a first token and o ≥ 2). Those who abandoned the queue or were aborted count where the event had
+happened before, and else not at all: they are latencies of the served, to be read beside `abandoned` and
+`aborted`, how many of the requests that arrived from w on left so. Of the others one without its event by e is
+*right-censored*: all that is known is that its value is at least what it would be had the event happened at e.
+The mean uses that value, and is a lower bound whenever anything is censored. A quantile counts censored requests
+as later than every observed one; if its rank then falls among the observed it is reported as it is, else it is
+the quantile with the censored requests at their least values, a lower bound. Quantiles interpolate linearly
+between order statistics.
 
 *ITL* has one sample per gap between consecutive tokens of a request that ended in (w, e]. Runs count gaps in
 a histogram, so its mean is exact and its quantiles are within `histogram.RELATIVE_ERROR`, 0.8 %. A gap still
@@ -115,11 +117,14 @@ UNITS = {
     "mean_batch_size": "req",
     "preemptions": "",
     "wasted_tokens": "tokens",
+    "dropped_tokens": "tokens",
     "service_fairness": "",
     "slowdown_fairness": "",
     "completed": "req",
     "unfinished": "req",
     "rejected": "req",
+    "abandoned": "req",
+    "aborted": "req",
     "goodput": "req/s",
 }
 """Every measure and its unit, in the order of reports; `goodput` only where SLOs are stated."""
@@ -132,12 +137,15 @@ OF_REQUESTS = (
     "completed",
     "unfinished",
     "rejected",
+    "abandoned",
+    "aborted",
     "goodput",
 )
 """Measures read off the requests alone, which types, and pieces of a run, have too."""
 
 _FINISHED = STATUSES.index("finished")
 _REJECTED = STATUSES.index("rejected")
+_UNFINISHED = STATUSES.index("unfinished")
 
 
 class Requests(NamedTuple):
@@ -149,6 +157,7 @@ class Requests(NamedTuple):
     admitted: FloatArray
     first_token: FloatArray
     finish: FloatArray
+    left: FloatArray
     status: NDArray[np.int8]
     alone: FloatArray | None
 
@@ -164,6 +173,7 @@ class Requests(NamedTuple):
             run.admitted_s,
             run.first_token_s,
             run.finish_s,
+            run.left_s,
             run.status,
             alone,
         )
@@ -186,7 +196,7 @@ class Requests(NamedTuple):
     def values(self, measure: str, end: float) -> tuple[FloatArray, FloatArray]:
         """Observed values of a latency or slowdown, and the least values of those censored at `end`.
 
-        In order of arrival; together one value per request.
+        In order of arrival; together one value per request, but for those who left without the event.
         """
         requests, start, event, divisor = self, self.arrival, self.finish, None
         if measure == "tpot":
@@ -208,9 +218,10 @@ class Requests(NamedTuple):
         censored = np.isnan(observed)
         if not censored.any():
             return observed, np.empty(0)
-        at_least = np.maximum(end - start[censored], 0.0)
+        staying = censored & (requests.status == _UNFINISHED)
+        at_least = np.maximum(end - start[staying], 0.0)
         if divisor is not None:
-            at_least /= divisor[censored]
+            at_least /= divisor[staying]
         return observed[~censored], at_least
 
 
@@ -381,7 +392,8 @@ def measure_requests(
         values[name] = float(amount) / window if window > 0.0 else math.nan
     values["completed"] = float(completed)
     values["rejected"] = float(len(joined.status) - len(accepted.status))
-    values["unfinished"] = float(np.count_nonzero(accepted.status != _FINISHED))
+    for status in ("unfinished", "abandoned", "aborted"):
+        values[status] = float(np.count_nonzero(accepted.status == STATUSES.index(status)))
     return values, lower_bounds
 
 
@@ -453,6 +465,7 @@ def measure_totals(
     values["peak_kv"] = float(run.peak_kv)
     values["preemptions"] = float(run.preempted)
     values["wasted_tokens"] = float(run.wasted_tokens)
+    values["dropped_tokens"] = float(run.dropped_tokens)
     return values
 
 
@@ -489,7 +502,7 @@ def _fairness(requests: Requests, warmup: float, end: float, type_of: IntArray |
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = np.where(asked > 0.0, served / asked, math.nan)
         if own.alone is not None:
-            events = np.where(np.isnan(own.finish), end, own.finish)
+            events = np.where(np.isnan(own.left), end, own.left)
             times = np.maximum(events - own.arrival, 0.0) / own.alone
             slowdowns = np.bincount(of_type, times, types) / np.bincount(of_type, minlength=types)
     return jain_index(shares), jain_index(slowdowns)
@@ -498,7 +511,7 @@ def _fairness(requests: Requests, warmup: float, end: float, type_of: IntArray |
 def _in_system(requests: Requests, instant: float) -> int:
     """Requests that have arrived and not left by `instant`."""
     arrived = int(np.searchsorted(requests.arrival, instant, side="right"))
-    gone = (requests.finish[:arrived] <= instant) | (requests.status[:arrived] == _REJECTED)
+    gone = (requests.left[:arrived] <= instant) | (requests.status[:arrived] == _REJECTED)
     return arrived - int(np.count_nonzero(gone))
 
 

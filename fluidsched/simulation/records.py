@@ -49,6 +49,9 @@ class EngineRun:
     admitted_s, first_token_s, finish_s : (N,) float arrays
         First admission, end of the iteration that produced the first token, end of the last one; NaN if
         never.
+    left_s : (N,) float array
+        When the request left the system: finish_s, or when it abandoned the queue or was aborted; NaN if it
+        did not.
     preemptions : (N,) int64 array
         How often the request lost its place.
     status : (N,) int8 array
@@ -79,7 +82,7 @@ class EngineRun:
     kv_end : int
         KV tokens held at `end_s` (by what an iteration cut off by the horizon had found). Every token pushed
         through the model is accounted for: batch_token_sum + cached_tokens = Σ finished (p + o - 1)
-        + wasted_tokens + kv_end + stored_end.
+        + wasted_tokens + dropped_tokens + kv_end + stored_end.
     occupancy : (K, 4) float array or None
         Columns time (s), KV tokens, residents, waiting: the state at decision instants (finishers gone,
         arrivals in, nothing decided yet), at the first one at or after each point of an even grid.
@@ -88,11 +91,15 @@ class EngineRun:
     cached_tokens : int
         Prompt tokens that requests, finished or with KV at `end_s`, found in the prefix cache and so did not
         compute.
+    dropped_tokens : int
+        KV tokens, but for those found in the prefix cache, that requests held, or had in the
+        host's memory, when they left unfinished.
     """
 
     admitted_s: NDArray[np.float64]
     first_token_s: NDArray[np.float64]
     finish_s: NDArray[np.float64]
+    left_s: NDArray[np.float64]
     preemptions: NDArray[np.int64]
     status: NDArray[np.int8]
     end_s: float
@@ -116,6 +123,7 @@ class EngineRun:
     swapped_tokens: int = 0
     stored_end: int = 0
     cached_tokens: int = 0
+    dropped_tokens: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -163,6 +171,8 @@ class IterationSummary:
         KV held by all residents during the iteration.
     residents, waiting : int
         Counts during the iteration.
+    departed : tuple of (int, float)
+        (request, when, s) of those that left unfinished since the iteration before.
     """
 
     index: int
@@ -179,3 +189,4 @@ class IterationSummary:
     held_tokens: int
     residents: int
     waiting: int
+    departed: tuple[tuple[int, float], ...] = ()

@@ -9,16 +9,16 @@ and takes effect at its end. This module *is* the definition; the compiled kerne
 request. What follows numbers every rule; where a choice was open it is made here.
 
 Time
-  1. Decision instants: the end of an iteration; while idle, an arrival or a timer (rule 23). Arrivals up to
-     and at the instant have joined the queue. Requests that never fit (`limits.never_fits`) are `rejected`
-     and never join it. With a server's `max_model_len` m, a request's output below means
-     min(output, m - prompt); prompts of m tokens or more never fit.
+  1. Decision instants: the end of an iteration; while idle, an arrival, a timer (rule 23) or a deadline
+     (rule 35). Arrivals up to and at the instant have joined the queue. Requests that never fit
+     (`limits.never_fits`) are `rejected` and never join it. With a server's `max_model_len` m, a request's
+     output below means min(output, m - prompt); prompts of m tokens or more never fit.
   2. A run with a horizon H takes no decision at or after H. An iteration that would end after H is cut:
      nothing of it takes effect, but its decision (admissions, preemptions) stands and time integrals count it
      up to H. One that ends at H takes effect. An idle server waits for H, so the verdict is always "horizon".
   3. A run without a horizon ends "finished" when nobody is waiting, resident or to come; "stuck" when the
-     server is idle, somebody is waiting or resident, and neither an arrival nor a timer is to come. It ends
-     at its last decision instant.
+     server is idle, somebody is waiting or resident, and neither an arrival, a timer nor a deadline is to
+     come. It ends at its last decision instant.
 
 Requests
   4. A request has `computed` KV tokens, `produced` output tokens, and a `target`. Waiting: computed = 0. On
@@ -57,7 +57,9 @@ Memory
      units(prompt + produced), or without `whole_prompt_admission` units(tokens held + those it takes), do.
      Moving takes the GPU's time, as no part of the batch is computed meanwhile: an iteration lasts T plus
      (tokens moved out + tokens moved in since the one before)/swap_bandwidth, in which KV counts as it does
-     in the rest of the iteration.
+     in the rest of the iteration. A request that comes back and is preempted, or the other way round,
+     in one decision has not moved. Under these two one that comes back goes on decoding at stage
+     (position) 0.
 
 Engine-like rules: `vllm`, `capped` (the same), `gated`, `sarathi`
  10. The budget of the iteration is min(table, server). Residents first, in order (rule 6); `sarathi`: all
@@ -124,7 +126,9 @@ Orders and look-ahead, with every rule that scans the queue as rule 13 does
 `vllm_v0`
  19b. First the scan of rule 13, which here ends also at a request whose target - found is more than the budget
      left: whoever enters prefills its whole target. If anybody entered, the newcomers are the batch; all other
-     residents pause. Otherwise every resident decodes, with rule 11 and nobody admitted.
+     residents pause. Otherwise every resident decodes, with rule 11 and nobody admitted. With `swap` the scan
+     is left out while anybody is swapped out; instead, if nobody was preempted, requests are brought back
+     after the residents got their tokens, by the scan over the stack alone, and decode with them.
 
 `wait`
  20. With no block running: J = the rows with threshold > 0 in which at least `gate` wait (preempted ones
@@ -163,6 +167,24 @@ A user's rule (`rules`)
      `Decision` says, in that order, within the server's capacity, slots and token budget. An idle server also
      wakes at `wake_s`. Preempted requests join the stack of rule 9. Only this engine follows such a rule.
 
+Leaving before the end
+ 35. A request has two deadlines (`limits.deadlines`), both counted from its arrival and each possibly infinite.
+     The first is the smaller of its client's patience and the server's `waiting_timeout`, and holds only until
+     its first admission: patience is for service to begin, so whoever was admitted once, even if preempted
+     since, has none to lose. The second is the smaller of `abort_after_s` and the server's `total_timeout`, and
+     always holds.
+ 36. At a decision instant, after its arrivals have joined (and, at the end of an iteration, after its effects:
+     whoever has got its last token has finished), every deadline up to and at the instant is kept, the earliest
+     first, before anything is decided; also at the horizon. So a request that could be admitted at its very
+     deadline leaves, and a patience of 0 admits nobody.
+ 37. A waiting request leaves at its deadline itself: it holds no memory, so nothing but the time it waited
+     depends on it. Its KV in the host's memory, if any, is dropped. A resident leaves at the decision instant:
+     an iteration that runs at the deadline serves it to the end, and tokens it emits then are emitted. Its
+     memory is free in that instant's decision. What a leaver held is counted in `dropped_tokens`.
+ 38. Status: `abandoned` at the end of patience, `aborted` at any other deadline; of a patience and a timeout at
+     one instant patience counts, and the first deadline before the second. Windows of `gated` still count
+     whoever left since its admission; a block goes on with the others (rule 22).
+
 Records
  25. admitted_s is the first admission; first_token_s the end of the iteration that produced token 1 (under
      `restart` of the last start). A token other than token 1 ends a gap that began with the token before, also
@@ -176,6 +198,7 @@ Records
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -195,11 +218,12 @@ from fluidsched.simulation.limits import (
     beliefs,
     check_handed_over,
     check_run,
+    deadlines,
     effective_limits,
     never_fits,
     within_model_length,
 )
-from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Verdict
+from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Status, Verdict
 from fluidsched.simulation.rules import UserRule, follow
 
 if TYPE_CHECKING:
@@ -208,18 +232,19 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "run_reference"]
 
 Observer = Callable[[IterationSummary], Any]
+IdleObserver = Callable[[float, tuple[int, ...], tuple[int, ...], tuple[tuple[int, float], ...]], Any]
 
 
 class _Request:
     """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23;
-    `position`: see rule 27; `token_s`: when it emitted its latest token;
-    `stored`: its KV tokens in the host's memory; `handed`: these came from another machine (rule 6a); `cached`:
-    those of its prompt in the prefix cache."""
+    `position`: see rule 27; `token_s`: when it emitted its latest token; `stored`: its KV tokens in the host's
+    memory; `handed`: these came from another machine (rule 6a); `cached`: those of its prompt in the prefix cache;
+    `left_s`, `fate`: when and how it left unfinished, `fate` None if it did not."""
 
     __slots__ = (
-        "admitted_s", "arrival_s", "believed", "cached", "computed", "finish_s", "first_token_s", "handed", "index",
-        "key", "output", "position", "preemptions", "produced", "prompt", "row", "scheduled", "served_s", "stored",
-        "target", "token_s", "waiting_since",
+        "admitted_s", "arrival_s", "believed", "cached", "computed", "fate", "finish_s", "first_token_s", "handed",
+        "index", "key", "left_s", "output", "position", "preemptions", "produced", "prompt", "row", "scheduled",
+        "served_s", "stored", "target", "token_s", "waiting_since",
     )  # fmt: skip
 
     def __init__(
@@ -242,7 +267,8 @@ class _Request:
         self.computed = self.produced = self.target = self.scheduled = self.preemptions = self.position = 0
         self.stored = 0
         self.handed = False
-        self.admitted_s = self.first_token_s = self.finish_s = self.token_s = math.nan
+        self.admitted_s = self.first_token_s = self.finish_s = self.left_s = self.token_s = math.nan
+        self.fate: Status | None = None
 
 
 class _System:
@@ -277,12 +303,16 @@ class _System:
         A user's rule: when to decide again at the latest while idle; infinite if it does not say.
     block_left, selected : int, set
         `wait`, `nested-wait`: iterations left in the block, 0 if none runs, and the requests it serves.
-    iterations, wasted_tokens, preemption_count, swapped_tokens : int
+    iterations, wasted_tokens, preemption_count, swapped_tokens, dropped_tokens : int
         Counters of the run.
     cached_tokens : int
         KV tokens of residents, finished and swapped out requests that came from the prefix cache.
+    departed : list
+        Requests that left unfinished since an observer was told.
     stored, moved : int
         KV tokens in the host's memory; tokens that moved there or back since the last iteration (rule 9a).
+    moving : set
+        Requests whose tokens move by this decision.
     """
 
     def __init__(self, server: Server, table: PolicyTable, warmup: float):
@@ -309,7 +339,9 @@ class _System:
         self.iterations = 0
         self.wasted_tokens = 0
         self.preemption_count = 0
-        self.swapped_tokens = self.stored = self.moved = self.cached_tokens = 0
+        self.swapped_tokens = self.stored = self.moved = self.cached_tokens = self.dropped_tokens = 0
+        self.moving: set[_Request] = set()
+        self.departed: list[_Request] = []
         self.waiting_s = 0.0
 
     def waiting_count(self) -> int:
@@ -353,7 +385,17 @@ class _System:
             request.handed = False
             return
         self.stored -= request.computed
-        self.moved += request.computed
+        self.swapped_tokens += min(self._move(request, request.computed), 0)
+
+    def _move(self, request: _Request, tokens: int) -> int:
+        """Rule 9a: tokens move, or those that were to move in this decision do not; what that adds."""
+        if request in self.moving:
+            self.moving.remove(request)
+            tokens = -tokens
+        else:
+            self.moving.add(request)
+        self.moved += tokens
+        return tokens
 
     def preempt(self, victim: _Request) -> None:
         """Rule 8: a resident loses its place; the caller puts it in its queue."""
@@ -366,9 +408,8 @@ class _System:
         self.budget += victim.scheduled
         if self.table.preemption == "swap":
             victim.stored = victim.computed
-            self.swapped_tokens += victim.computed
             self.stored += victim.computed
-            self.moved += victim.computed
+            self.swapped_tokens += max(self._move(victim, victim.computed), 0)
         else:
             self.wasted_tokens += victim.computed - victim.cached
             self.cached_tokens -= victim.cached
@@ -380,6 +421,37 @@ class _System:
             victim.produced = 0
             victim.first_token_s = math.nan
         self.victims.append(victim)
+
+    def withdraw(self, request: _Request, deadline: float, fate: Status) -> None:
+        """Rule 37: a request leaves unfinished."""
+        request.fate = fate
+        if request.target:
+            request.left_s = self.now
+            self.residents.remove(request)
+            self.selected.discard(request)
+            self.used -= self.limits.units(request.computed)
+            self.held -= request.computed
+            self._drop(request, request.computed)
+        else:
+            request.left_s = deadline
+            self.waiting_s += max(0.0, deadline - max(request.waiting_since, self.warmup))
+            if request in self.preempted:
+                self.preempted.remove(request)
+            else:
+                self.queues[request.row].remove(request)
+            if request.stored:
+                self.stored -= request.stored
+                self._drop(request, request.stored)
+        self.departed.append(request)
+
+    def _drop(self, request: _Request, tokens: int) -> None:
+        self.dropped_tokens += tokens - request.cached
+        self.cached_tokens -= request.cached
+
+    def take_departed(self) -> tuple[tuple[int, float], ...]:
+        """Who left unfinished and when, since this was last asked."""
+        departed, self.departed = self.departed, []
+        return tuple((request.index, request.left_s) for request in departed)
 
     def on_hold(self, row: int) -> Iterator[_Request]:
         """The requests of a row whose hold counts (rule 23)."""
@@ -571,10 +643,14 @@ def _allowances(system: _System) -> list[int]:
 def _decide_vllm_v0(system: _System) -> None:
     """Rule 19b."""
     system.budget = system.limits.budget
-    _admit_waiting(system, [UNLIMITED])
+    swapped_out = bool(system.stored)
+    if not swapped_out:
+        _admit_waiting(system, [UNLIMITED])
     if not system.batch:
         _serve_residents(system, list(system.residents), held=False)
         system.batch = [request for request in system.batch if request.scheduled]
+        if swapped_out and not system.victims:
+            _admit_waiting(system, [0])
 
 
 def _decide_orca(system: _System) -> None:
@@ -715,6 +791,7 @@ def run_reference(
     occupancy_points: int = 0,
     on_iteration: Observer | None = None,
     first_token_s: NDArray[np.float64] | None = None,
+    on_idle: IdleObserver | None = None,
 ) -> EngineRun:
     """Run one table on one path, one iteration at a time.
 
@@ -736,7 +813,11 @@ def run_reference(
         Called with the `IterationSummary` of every iteration when its batch is fixed.
     first_token_s : (N,) float array, optional
         When each request emitted token 1 elsewhere, s: all requests are handed over (rule 6a). For kinds in
-        `limits.SWAPPING`.
+        `limits.SCANNING_KINDS`.
+    on_idle : callable, optional
+        Called for every decision that preempts and leaves the server idle, with its instant, the requests
+        admitted and preempted, in order, and (request, when) of those that left unfinished since the last call
+        of either.
 
     Returns
     -------
@@ -768,6 +849,7 @@ def run_reference(
         occupancy_points=occupancy_points,
         on_iteration=on_iteration,
         first_token_s=first_token_s,
+        on_idle=on_idle,
     )
     engine.join_all()
     engine.advance(math.inf)
@@ -796,6 +878,7 @@ class Engine:
         occupancy_points: int = 0,
         on_iteration: Observer | None = None,
         first_token_s: NDArray[np.float64] | None = None,
+        on_idle: IdleObserver | None = None,
     ):
         rule, table = (table, table.table) if isinstance(table, UserRule) else (None, table)
         path = within_model_length(path, server)
@@ -805,6 +888,8 @@ class Engine:
         warmup = check_real("warmup", warmup, minimum=0.0)
         points = check_count("occupancy_points", occupancy_points)
         self.rejected = never_fits(path, server, table).tolist()
+        self.deadlines = deadlines(path, server)
+        self.to_come: list[tuple[float, int, int, Status]] = []
         believed = beliefs(path, table)
         self.by_length = table.order == "shortest_first"
 
@@ -836,6 +921,7 @@ class Engine:
         self.system = _System(server, table, warmup)
         self.horizon = math.inf if horizon is None else horizon
         self.clock = _Clock(server, self.horizon, warmup, on_iteration)
+        self.on_idle = on_idle
         last_arrival = self.requests[-1].arrival_s if self.requests else 0.0
         self.occupancy = _Occupancy(points, last_arrival if horizon is None else horizon)
         self.decide = _RULES[table.kind] if rule is None else follow(rule, path, self.requests)
@@ -856,6 +942,31 @@ class Engine:
             bisect.insort(queue, request, key=lambda waiting: waiting.key)
         else:
             queue.append(request)
+        for turn, deadline in enumerate(self.deadlines):
+            at = float(deadline.at_s[request.index])
+            if at < math.inf:
+                heapq.heappush(self.to_come, (at, turn, request.index, deadline.fate(request.index)))
+
+    def _next_deadline(self) -> float:
+        """The first deadline to come that still holds (rule 35), s; infinite if there is none."""
+        while self.to_come:
+            at, turn, index, _ = self.to_come[0]
+            if self._holds(turn, index):
+                return at
+            heapq.heappop(self.to_come)
+        return math.inf
+
+    def _holds(self, turn: int, index: int) -> bool:
+        """Whether the first (0) or second (1) deadline of a request still holds (rule 35)."""
+        request = self.requests[index]
+        here = request.fate is None and math.isnan(request.finish_s)
+        return here and (turn == 1 or math.isnan(request.admitted_s))
+
+    def _depart(self) -> None:
+        """Rule 36."""
+        while self._next_deadline() <= self.system.now:
+            at, _, index, fate = heapq.heappop(self.to_come)
+            self.system.withdraw(self.requests[index], at, fate)
 
     def advance(self, until: float) -> None:
         """Take every decision before `until`, or all to the end of the run.
@@ -867,17 +978,26 @@ class Engine:
         while self.verdict is None:
             while self.arrivals and self.arrivals[0].arrival_s <= system.now:
                 self._queue(self.arrivals.popleft())
+            if until <= system.now < self.horizon:
+                return
+            self._depart()
             if system.now >= self.horizon:
                 self.verdict = "horizon"
-            elif system.now >= until:
-                return
             else:
                 self.occupancy.sample(system)
                 system.batch, system.admitted, system.victims = [], [], []
+                system.moving.clear()
                 self.decide(system)
                 if system.batch:
                     self.clock.run_iteration(system)
-                elif not self.clock.idle(system, self.arrivals, until):
+                    continue
+                if self.on_idle is not None and system.victims:
+                    admitted, victims = (
+                        tuple(request.index for request in requests)
+                        for requests in (system.admitted, system.victims)
+                    )
+                    self.on_idle(system.now, admitted, victims, system.take_departed())
+                if not self.clock.idle(system, self.arrivals, min(until, self._next_deadline())):
                     waiting = system.residents or system.waiting_count()
                     self.verdict = "stuck" if waiting else "finished"
 
@@ -885,13 +1005,15 @@ class Engine:
         """Return what a router sees at an instant to which `advance` has led: two numbers.
 
         Requests in the system; KV tokens held, and needed at admission by those that wait. During an
-        iteration it is what that holds, with those who will leave at its end.
+        iteration it is what that holds, with those who will leave at its end. Nobody waits past a deadline.
         """
         system = self.system
         residents, held = len(system.residents), system.held
         if system.now > instant:
             residents, held = self.clock.residents_before, self.clock.held_before
+        gone = {index for at, turn, index, _ in self.to_come if at <= instant and self._holds(turn, index)}
         waiting = [*system.preempted, *(request for queue in system.queues for request in queue)]
+        waiting = [request for request in waiting if request.index not in gone]
         needed = sum(request.prompt + request.produced for request in waiting)
         return len(waiting) + residents, held + needed
 
@@ -979,6 +1101,7 @@ class _Clock:
             held_tokens=system.held + prefill_tokens + len(decode),
             residents=len(system.residents),
             waiting=system.waiting_count(),
+            departed=system.take_departed(),
         )
         if self.on_iteration is not None:
             self.on_iteration(summary)
@@ -1002,7 +1125,7 @@ class _Clock:
         return duration
 
     def idle(self, system: _System, arrivals: deque[_Request], until: float) -> bool:
-        """Move to the next arrival, timer, the horizon or `until`; False if nothing can ever change (rule 3)."""
+        """Move to the next arrival or timer, the horizon or `until`; False if nothing can ever change (rule 3)."""
         instants = [*_timers(system), self.horizon, until]
         if arrivals:
             instants.append(arrivals[0].arrival_s)
@@ -1108,13 +1231,17 @@ def _records(
     if verdict == "stuck":
         starved = {request.row for request in [*waiting, *system.residents]}
     status = [
-        "rejected" if refused else "unfinished" if math.isnan(request.finish_s) else "finished"
+        request.fate
+        or ("rejected" if refused else "unfinished" if math.isnan(request.finish_s) else "finished")
         for request, refused in zip(requests, rejected, strict=True)
     ]
+    finish = np.array([request.finish_s for request in requests], dtype=np.float64)
+    left = np.array([request.left_s for request in requests], dtype=np.float64)
     return EngineRun(
         admitted_s=np.array([request.admitted_s for request in requests], dtype=np.float64),
         first_token_s=np.array([request.first_token_s for request in requests], dtype=np.float64),
-        finish_s=np.array([request.finish_s for request in requests], dtype=np.float64),
+        finish_s=finish,
+        left_s=np.where(np.isnan(left), finish, left),
         preemptions=np.array([request.preemptions for request in requests], dtype=np.int64),
         status=np.array([STATUSES.index(word) for word in status], dtype=np.int8),
         end_s=system.now,
@@ -1137,5 +1264,6 @@ def _records(
         swapped_tokens=system.swapped_tokens,
         stored_end=system.stored,
         cached_tokens=system.cached_tokens,
+        dropped_tokens=system.dropped_tokens,
         occupancy=occupancy.array(),
     )

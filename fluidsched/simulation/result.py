@@ -294,7 +294,8 @@ class SimulationResult(Tabular):
         """One row per request of one run.
 
         Columns ``arrival_s prompt_tokens output_tokens type admitted_s first_token_s finish_s preemptions
-        status``; times in seconds, NaN where the thing did not happen. ``type`` is the path's label, or
+        status``; times in seconds, NaN where the thing did not happen. Where anybody left unfinished, also
+        ``left_s``, when the request left in whatever way. ``type`` is the path's label, or
         the name of the table's row where the path has none.
         """
         import pandas as pd
@@ -304,7 +305,7 @@ class SimulationResult(Tabular):
         of_request, names = _types(path, self.tables[self.policies.index(policy)])
         codes = np.zeros(len(path), dtype=np.int64) if of_request is None else of_request
         types = np.asarray(names, dtype=object)[codes]
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "arrival_s": path.arrival_s,
                 "prompt_tokens": path.prompt_tokens,
@@ -317,6 +318,9 @@ class SimulationResult(Tabular):
                 "status": np.asarray(STATUSES, dtype=object)[run.status],
             }
         )
+        if not np.array_equal(run.left_s, run.finish_s, equal_nan=True):
+            frame["left_s"] = run.left_s
+        return frame
 
     def write_requests(self, path: str | os.PathLike[str], policy: str, replication: int = 0) -> None:
         """Write the requests of one run with the columns of `requests`, as Parquet or CSV by the name's suffix.
@@ -609,7 +613,7 @@ class SimulationResult(Tabular):
         for outcome in self.outcomes:
             mean = dict(zip(outcome.values, outcome.intervals()[0].tolist(), strict=True))
             row: dict[str, Any] = {"policy": outcome.name, "completed": mean["completed"]}
-            row["failed"] = mean["rejected"]
+            row["failed"] = sum(mean.get(status, 0.0) for status in ("rejected", "abandoned", "aborted"))
             row["unfinished"] = mean["unfinished"]
             row["duration"] = (
                 mean["completed"] / mean["request_throughput"] if mean["completed"] > 0 else math.nan
@@ -734,11 +738,21 @@ class SimulationResult(Tabular):
             rule = f" (MSER-5{': no end of the start seen for ' + ', '.join(unseen) if unseen else ''})"
         return f"{self.workload} {until}, measured from {self.warmup:,.6g} s on{rule}, {count}, {self.engine} engine"
 
+    @property
+    def _shown(self) -> tuple[tuple[str, str, float, str], ...]:
+        """The columns printed: how many left unfinished only where anybody did."""
+        leavers = (
+            (status, status, 1.0, "")
+            for status in ("abandoned", "aborted")
+            if any(outcome.values.get(status, np.zeros(1)).any() for outcome in self.outcomes)
+        )
+        return (*_SHOWN, *leavers)
+
     def _rows(self) -> list[list[str]]:
         rows = []
         for outcome in self.outcomes:
             cells = [outcome.name]
-            for measure, _, factor, _ in _SHOWN:
+            for measure, _, factor, _ in self._shown:
                 estimate, low, high = interval(outcome.values[measure])
                 is_bound = bool(outcome.lower_bounds[measure].any())
                 cells.append(plus_minus(factor * estimate, factor * (high - low) / 2, is_bound))
@@ -748,7 +762,7 @@ class SimulationResult(Tabular):
     def __repr__(self) -> str:
         header = [
             "policy",
-            *(f"{label} [{unit}]" if unit else label for _, label, _, unit in _SHOWN),
+            *(f"{label} [{unit}]" if unit else label for _, label, _, unit in self._shown),
             "ended",
         ]
         return f"{self.title}\n{aligned([header, *self._rows()])}\n{FOOTNOTE}"

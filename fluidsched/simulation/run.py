@@ -97,7 +97,8 @@ def simulate(
         Source of the R paths.
     engine : {"kernel", "reference"}
         "kernel" is compiled, and runs replications in parallel threads. "reference" is the definition in
-        plain Python, some hundred times slower; it alone follows an iteration time that is any function.
+        plain Python, some hundred times slower; it alone follows an iteration time that is any function, and
+        look-ahead or an order by length where requests may leave unfinished.
     check : bool
         Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel the first replication
         of every policy also runs on the reference engine, which must agree and whose every batch is
@@ -258,6 +259,32 @@ def _check_memory(
         )
 
 
+def _refuse_leaving(workload: Workload | ArrivalPath | Sequence[ArrivalPath], server: Server) -> None:
+    """Runs in pieces know no deadlines."""
+    given: list[tuple[str, object]] = [
+        (f"server.{name}", getattr(server, name)) for name in ("waiting_timeout", "total_timeout")
+    ]
+    if isinstance(workload, Workload):
+        given += [
+            (f"{name} of type {member.name!r}", getattr(member, name))
+            for member in workload.types
+            for name in ("patience", "abort_after")
+        ]
+    else:
+        paths = [workload] if isinstance(workload, ArrivalPath) else workload
+        given += [
+            (name, getattr(path, name, None)) for path in paths for name in ("patience_s", "abort_after_s")
+        ]
+    for name, value in given:
+        if value is not None:
+            raise InputError(
+                name,
+                f"{len(value):,} values" if isinstance(value, np.ndarray) else value,
+                "be None for runs without records",
+                "Simulate with records.",
+            )
+
+
 def _without_records(
     workload: Workload | ArrivalPath | Sequence[ArrivalPath],
     server: Server,
@@ -273,6 +300,7 @@ def _without_records(
     """Every run in pieces."""
     from fluidsched.simulation.streaming import run_pieces
 
+    _refuse_leaving(workload, server)
     if isinstance(workload, ArrivalPath):
         paths, horizon = _replayed(workload, horizon, replications)
         if horizon is None:
@@ -432,6 +460,7 @@ def _reference_run(path: ArrivalPath, settings: _Settings, *, audited: bool) -> 
         warmup=warmup,
         occupancy_points=OCCUPANCY_POINTS,
         on_iteration=None if audit is None else audit.observe,
+        on_idle=None if audit is None else audit.observe_idle,
     )
     if audit is not None:
         audit.check(run)

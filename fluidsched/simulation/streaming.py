@@ -94,7 +94,8 @@ def run_pieces(
     left = ~finished
     _fold(tally, run, types, alone, left, horizon)
     rest = run._replace(**{name: getattr(run, name)[left] for name in _PER_REQUEST})
-    return _engine_run(rest, table, np.zeros(len(rest.finish), dtype=np.bool_), slice(None), occupancy_points)
+    nobody = np.zeros(len(rest.finish), dtype=np.bool_)
+    return _engine_run(rest, table, nobody, slice(None), occupancy_points, nobody)
 
 
 class _Part(NamedTuple):
@@ -133,6 +134,7 @@ def _parts(
                 nobody,
                 nobody,
                 nobody,
+                nobody,
                 word,
                 alone,
             )
@@ -167,6 +169,7 @@ def _fold(
         run.output[chosen],
         run.admitted[chosen],
         run.first_token[chosen],
+        finish,
         finish,
         np.full(len(finish), STATUSES.index(word), dtype=np.int8),
         alone[chosen],

@@ -140,6 +140,7 @@ class Tally:
         values["completed"] = float(completed)
         values["rejected"] = float(self.rejected[parts].sum())
         values["unfinished"] = float(self.unfinished[parts].sum())
+        values["abandoned"] = values["aborted"] = 0.0  # runs in pieces know no deadlines
         return values, lower_bounds
 
     def of_the_whole(self) -> dict[str, float]:

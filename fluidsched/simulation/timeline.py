@@ -156,6 +156,11 @@ def policy_timeline(
 
     def observe(iteration: IterationSummary) -> None:
         nonlocal ended
+        for i, left_s in iteration.departed:
+            if i in inside:
+                count(ended, left_s)
+                ended = left_s
+                inside.discard(i)
         count(ended, iteration.start_s)
         for i in iteration.preempted:
             inside.discard(i)
@@ -174,6 +179,11 @@ def policy_timeline(
                 inside.discard(i)
 
     run = run_reference(path, server, table, horizon=horizon, on_iteration=observe)
+    for i in sorted(inside, key=lambda i: float(run.left_s[i])):
+        if run.left_s[i] <= horizon:
+            count(ended, float(run.left_s[i]))
+            ended = float(run.left_s[i])
+            inside.discard(i)
     count(ended, horizon)
     done = run.finish_s <= horizon
     assert np.array_equal(produced[done], path.output_tokens[done]), (

@@ -86,7 +86,7 @@ def chrome_trace(
         of_server = [
             event for iteration in found if iteration.start_s < stop for event in _iteration(iteration)
         ]
-    left = np.where(np.isnan(run.finish_s), math.inf, run.finish_s)
+    left = np.where(np.isnan(run.left_s), math.inf, run.left_s)
     rejected = run.status == STATUSES.index("rejected")
     shown = np.flatnonzero((path.arrival_s < stop) & (left > start) & ~rejected)
     most = max((events - len(of_server)) // (2 * _PER_REQUEST), 1)
@@ -124,7 +124,8 @@ def _request(path: ArrivalPath, run: EngineRun, i: int, start: float, stop: floa
     """Begin and end of the request and of its phases, clipped to the window; inner ones end before outer ones."""
     marks = [path.arrival_s[i], run.admitted_s[i], run.first_token_s[i], run.finish_s[i]]
     known = [float(mark) for mark in marks if not math.isnan(mark)]
-    ends = [*known[1:], *([] if len(known) == len(marks) else [math.inf])]
+    left = math.inf if math.isnan(run.left_s[i]) else float(run.left_s[i])
+    ends = [*known[1:], *([] if len(known) == len(marks) else [left])]
     common = {"cat": "request", "id": i, "pid": REQUESTS, "tid": 0}
     label = path.label(i)
     about = {

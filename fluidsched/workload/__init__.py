@@ -3,8 +3,8 @@
 A `Workload` is a mixture of `RequestType`s, each with an arrival rate and a joint law of prompt and output
 length; `Workload.sample` draws an `ArrivalPath` from it, `read_trace` reads one from a file, and
 `ArrivalPath.to_workload` goes back from a path to a workload. Length laws are made by `fluidsched.lengths`,
-arrival processes by `fluidsched.arrivals`, predicted lengths by `fluidsched.predictions`, workloads of public
-traces by `fluidsched.workloads`.
+arrival processes by `fluidsched.arrivals`, predicted lengths by `fluidsched.predictions`, how long clients
+stay by `fluidsched.patience`, workloads of public traces by `fluidsched.workloads`.
 """
 
 from fluidsched.workload.model import RequestType, Workload

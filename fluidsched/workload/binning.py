@@ -208,6 +208,9 @@ def _joined(part: list[RequestType], *, whole: bool) -> RequestType:
             "join types of one fraction only",
             "Give them one with workload.with_cached_prefixes.",
         )
+    for argument in ("patience", "abort_after"):
+        if len({getattr(member, argument) for member in part}) > 1:
+            raise InputError("types", f"types of different {argument}", "join types of one law only")
     rate = math.fsum(member.arrival_rate for member in part)
     shares = [member.arrival_rate for member in part] if rate > 0 else [1.0] * len(part)
     if whole:
@@ -228,6 +231,8 @@ def _joined(part: list[RequestType], *, whole: bool) -> RequestType:
         output_range=output_range,
         priority=part[0].priority,
         arrivals=superposition([m.arrivals for m in part], shares),
+        patience=part[0].patience,
+        abort_after=part[0].abort_after,
         cached_prefix_fraction=part[0].cached_prefix_fraction,
     )
 

@@ -62,6 +62,9 @@ from fluidsched.workload.lengths import (
     token_array,
 )
 from fluidsched.workload.path import ArrivalPath, Seed, seed_sequence
+from fluidsched.workload.patience import Patience
+from fluidsched.workload.patience import fixed as fixed_patience
+from fluidsched.workload.patience import from_dict as patience_from_dict
 from fluidsched.workload.predictions import Prediction
 from fluidsched.workload.predictions import from_dict as prediction_from_dict
 
@@ -80,6 +83,9 @@ Range = tuple[int, int | None]
 """Closed interval of token counts; None: no upper end."""
 
 SCHEMA = "fluidsched.workload/1"
+
+_STAYS = {"patience_s": "patience", "abort_after_s": "abort_after"}
+"""Column of a path -> the argument of a type whose law it is drawn from."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,6 +111,12 @@ class RequestType:
     arrivals : ArrivalProcess, optional
         How the requests are spread over time, from `fluidsched.arrivals`; Poisson by default. The fluid program
         sees only the mean rate.
+    patience : Patience or float, optional
+        Law of the seconds that a request waits for its first admission before it abandons the queue, from
+        `fluidsched.patience`; a number: always so long; None: for ever.
+    abort_after : Patience or float, optional
+        Law of the seconds after its arrival at which a client hangs up, waiting or served; None: never. The
+        fluid program knows neither: it takes all who come as staying, so its optimum bounds what is served.
     cached_prefix_fraction : float
         f in [0, 1), the share of every prompt that the prefix cache already holds. Sampled paths carry it as
         `ArrivalPath.cached_prompt_tokens`.
@@ -131,6 +143,8 @@ class RequestType:
     output_range: Range | None = None
     priority: float | None = None
     arrivals: ArrivalProcess = field(default_factory=processes.poisson)
+    patience: Patience | float | None = None
+    abort_after: Patience | float | None = None
     cached_prefix_fraction: float = 0.0
     law: JointLaw = field(init=False)
 
@@ -181,6 +195,12 @@ class RequestType:
                 "be an arrival process",
                 "Make one with e.g. arrivals.renewal(cv=2).",
             )
+        for argument in ("patience", "abort_after"):
+            given = getattr(self, argument)
+            if given is not None and not isinstance(given, Patience):
+                remedy = "Or give a law from fluidsched.patience."
+                seconds = check_scale(f"{argument} of type {self.name!r}", given, remedy=remedy)
+                store[argument] = fixed_patience(seconds)
         store["cached_prefix_fraction"] = check_real(
             f"cached_prefix_fraction of type {self.name!r}",
             self.cached_prefix_fraction,
@@ -231,6 +251,10 @@ class RequestType:
                 data[argument] = list(given) if isinstance(given, tuple) else given
         if self.arrivals != processes.poisson():
             data["arrivals"] = self.arrivals.to_dict()
+        for argument in ("patience", "abort_after"):
+            law = getattr(self, argument)
+            if law is not None:
+                data[argument] = law.to_dict()
         if self.cached_prefix_fraction:
             data["cached_prefix_fraction"] = self.cached_prefix_fraction
         return data
@@ -250,8 +274,14 @@ class RequestType:
 
     def __repr__(self) -> str:
         spread = "" if self.arrivals == processes.poisson() else f", {self.arrivals!r}"
+        stays = "".join(
+            f", {argument}={law!r}"
+            for argument in _STAYS.values()
+            if (law := getattr(self, argument)) is not None
+        )
         return (
-            f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s{spread}, {self.law!r}{_cached(self)})"
+            f"RequestType({self.name!r}, {self.arrival_rate:.4g} req/s{spread}, {self.law!r}"
+            f"{stays}{_cached(self)})"
         )
 
 
@@ -300,7 +330,7 @@ def _joint_to_dict(law: JointLaw) -> dict[str, Any]:
 def _type_from_dict(place: str, data: object) -> RequestType:
     """Read a request type; errors say where, e.g. "types[2].output_tokens.mean"."""
     lengths = ("prompt_tokens", "output_tokens", "lengths", "prompt_range", "output_range")
-    optional = (*lengths, "priority", "arrivals", "cached_prefix_fraction")
+    optional = (*lengths, "priority", "arrivals", "patience", "abort_after", "cached_prefix_fraction")
     given = check_keys(place, data, None, ("name", "arrival_rate"), optional)
     for argument in ("prompt_tokens", "output_tokens"):
         if isinstance(given.get(argument), Mapping):
@@ -309,6 +339,9 @@ def _type_from_dict(place: str, data: object) -> RequestType:
         given["lengths"] = _joint_from_dict(f"{place}.lengths", given["lengths"])
     if "arrivals" in given:
         given["arrivals"] = processes.from_dict(f"{place}.arrivals", given["arrivals"])
+    for argument in ("patience", "abort_after"):
+        if isinstance(given.get(argument), Mapping):
+            given[argument] = patience_from_dict(f"{place}.{argument}", given[argument])
     for argument in ("prompt_range", "output_range"):
         value = given.get(argument)
         if value is not None:
@@ -559,8 +592,9 @@ class Workload(Tabular):
     def scaled(self, zeta: float) -> Workload:
         """The same demand `zeta` ≥ 0 times as fast: rates times `zeta`, all times divided by `zeta`.
 
-        With one seed the scaled workload brings the same requests, sooner. So profiles and bursts that last a
-        stated number of seconds get shorter too; to put more requests into the same profile use `with_rates`.
+        With one seed the scaled workload brings the same requests, sooner, from clients as patient as before. So
+        profiles and bursts that last a stated number of seconds get shorter too; to put more requests into the
+        same profile use `with_rates`.
         """
         zeta = check_scale("zeta", zeta)
         types = [
@@ -660,11 +694,11 @@ class Workload(Tabular):
     def sample(self, horizon: float, seed: Seed) -> ArrivalPath:
         """Draw a path on [0, horizon): arrivals from each type's process, lengths from its law, independently.
 
-        Each type has its own random streams (times, lengths, predictions, cached tokens), derived from `seed` and
-        the type's *name*. So with one seed a type's requests stay the same when other types are added, removed,
-        reordered or change their rates, and a longer horizon only adds requests. Simultaneous arrivals are ordered
-        by type index. Where a type states cached prefixes, the path says how many tokens of every prompt are
-        cached: ⌊x⌋ of them, and with probability φ one more (see the module).
+        Each type has its own random streams (times, lengths, predictions, cached tokens, patience, aborts), derived
+        from `seed` and the type's *name*. So with one seed a type's requests stay the same when other types are
+        added, removed, reordered or change their rates, and a longer horizon only adds requests. Simultaneous
+        arrivals are ordered by type index. Where a type states cached prefixes, the path says how many tokens of
+        every prompt are cached: ⌊x⌋ of them, and with probability φ one more (see the module).
 
         Parameters
         ----------
@@ -682,6 +716,11 @@ class Workload(Tabular):
         stream = self._streams(seed)
         times, prompts, outputs, types = [], [], [], []
         predicted, minima, cached = [], [], []
+        stays: dict[str, list[FloatArray]] = {
+            column: []
+            for column, argument in _STAYS.items()
+            if any(getattr(member, argument) is not None for member in self.types)
+        }
         for index, member in enumerate(self.types):
             key = int.from_bytes(hashlib.sha256(member.name.encode()).digest()[:8], "little")
             time_stream, length_stream = stream(key, 0), stream(key, 1)
@@ -698,6 +737,12 @@ class Workload(Tabular):
                     minima.append(minimum)
             if self.cached_prefix_fraction.any():
                 cached.append(_cached_of(member, prompt, stream(key, 3)))
+            for purpose, (column, argument) in enumerate(_STAYS.items(), start=4):
+                law = getattr(member, argument)
+                if law is not None:
+                    stays[column].append(law.sample(stream(key, purpose), len(drawn)))
+                elif column in stays:
+                    stays[column].append(np.full(len(drawn), np.inf))
         arrival = np.concatenate(times)
         order = _in_order(arrival)
         return ArrivalPath(
@@ -711,6 +756,7 @@ class Workload(Tabular):
             name=self.name,
             predicted_output_minimum=np.concatenate(minima)[order] if minima else None,
             cached_prompt_tokens=np.concatenate(cached)[order] if cached else None,
+            **{column: np.concatenate(drawn)[order] for column, drawn in stays.items()},
         )
 
     def _streams(self, seed: Seed) -> Callable[[int, int], np.random.Generator]:

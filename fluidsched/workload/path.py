@@ -61,7 +61,8 @@ TOKEN_COLUMNS = (
 LEAST_TOKENS = {"cached_prompt_tokens": 0}
 """Smallest number of tokens a column may hold, where it is not 1."""
 
-COLUMNS = ("arrival_s", *TOKEN_COLUMNS, "type")
+STAY_COLUMNS = ("patience_s", "abort_after_s")
+COLUMNS = ("arrival_s", *TOKEN_COLUMNS, *STAY_COLUMNS, "type")
 """The columns a request may have, in the order of exported tables."""
 
 
@@ -110,6 +111,11 @@ class ArrivalPath(Tabular):
     cached_prompt_tokens : int64[N], optional
         c, how many tokens of the prompt, from its beginning, the server finds in its prefix cache, 0 to
         prompt_tokens - 1 (the last token is always computed). None: nothing is cached.
+    patience_s : float64[N], optional
+        Seconds from its arrival that a request waits for its first admission before it abandons the queue, at
+        least 0; infinite: for ever. None: for ever, all.
+    abort_after_s : float64[N], optional
+        Seconds from its arrival after which the client hangs up, waiting or served, at least 0; infinite: never.
 
     Examples
     --------
@@ -127,6 +133,8 @@ class ArrivalPath(Tabular):
     name: str = "path"
     predicted_output_minimum: IntArray | None = None
     cached_prompt_tokens: IntArray | None = None
+    patience_s: FloatArray | None = None
+    abort_after_s: FloatArray | None = None
 
     def __post_init__(self) -> None:
         arrivals = _time_array(self.arrival_s)
@@ -135,6 +143,10 @@ class ArrivalPath(Tabular):
             given = getattr(self, field)
             if given is not None:
                 store[field] = token_array(field, given, minimum=LEAST_TOKENS.get(field, 1))
+        for field in STAY_COLUMNS:
+            given = getattr(self, field)
+            if given is not None:
+                store[field] = _seconds_array(field, given, allow_inf=True)
         names = tuple(self.type_names)
         for name in names:
             if not isinstance(name, str) or not name:
@@ -173,6 +185,8 @@ class ArrivalPath(Tabular):
         *,
         predicted_output_minimum: ArrayLike | None = None,
         cached_prompt_tokens: ArrayLike | None = None,
+        patience_s: ArrayLike | None = None,
+        abort_after_s: ArrayLike | None = None,
         type_names: Sequence[str] = (),
         horizon: float | None = None,
         name: str = "path",
@@ -196,6 +210,8 @@ class ArrivalPath(Tabular):
             name,
             predicted_output_minimum,  # type: ignore[arg-type]
             cached_prompt_tokens,  # type: ignore[arg-type]
+            patience_s,  # type: ignore[arg-type]
+            abort_after_s,  # type: ignore[arg-type]
         )
 
     def __len__(self) -> int:
@@ -263,7 +279,9 @@ class ArrivalPath(Tabular):
         return dataclasses.replace(self, **{c: a[index] for c, a in columns.items() if a is not None})
 
     def accelerated(self, zeta: float) -> ArrivalPath:
-        """The same requests `zeta` > 0 times as fast: all times, the horizon too, divided by `zeta`.
+        """The same requests `zeta` > 0 times as fast: all arrivals, and the horizon, divided by `zeta`.
+
+        Clients do not change with the traffic: how long they stay is kept, in seconds.
 
         Examples
         --------
@@ -527,6 +545,11 @@ class ArrivalPath(Tabular):
                 "type_names": self.type_names,
                 "horizon": self.horizon,
             }
+            | {
+                field: fingerprint(given.astype("<f8").tobytes())
+                for field in STAY_COLUMNS
+                if (given := getattr(self, field)) is not None
+            }
         )
 
     def __eq__(self, other: object) -> bool:
@@ -542,18 +565,27 @@ class ArrivalPath(Tabular):
         return f"ArrivalPath({self.name!r}: {len(self):,} requests in {self.duration:,.6g} s, {rate})"
 
 
-def _time_array(times: ArrayLike) -> FloatArray:
+def _seconds_array(field: str, times: ArrayLike, *, allow_inf: bool = False) -> FloatArray:
     try:
         array = np.array(times, dtype=np.float64)
     except (TypeError, ValueError):
-        raise InputError("arrival_s", times, "be numbers (seconds)") from None
+        raise InputError(field, times, "be numbers (seconds)") from None
     if array.ndim != 1:
-        raise InputError("arrival_s", f"an array of shape {array.shape}", "be one-dimensional")
-    if array.size and not (array.min() >= 0 and array.max() < np.inf):  # NaN fails too
-        index = int(np.argmax(~(np.isfinite(array) & (array >= 0))))
-        raise InputError(
-            f"arrival_s[{index}]", array[index].item(), "be finite and at least 0 (seconds from the start)"
+        raise InputError(field, f"an array of shape {array.shape}", "be one-dimensional")
+    most = math.inf if allow_inf else math.nextafter(math.inf, 0.0)
+    if array.size and not (array.min() >= 0 and array.max() <= most):  # NaN fails too
+        index = int(np.argmax(~((array >= 0) & (array <= most))))
+        required = (
+            "be at least 0 (seconds from the arrival) or infinite"
+            if allow_inf
+            else "be finite and at least 0 (seconds from the start)"
         )
+        raise InputError(f"{field}[{index}]", array[index].item(), required)
+    return array
+
+
+def _time_array(times: ArrayLike) -> FloatArray:
+    array = _seconds_array("arrival_s", times)
     falls = array[1:] < array[:-1]
     if falls.any():
         index = int(np.argmax(falls)) + 1

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fluidsched._files import whole_file
 from fluidsched.errors import InputError
-from fluidsched.workload.path import LEAST_TOKENS, TOKEN_COLUMNS
+from fluidsched.workload.path import LEAST_TOKENS, STAY_COLUMNS, TOKEN_COLUMNS
 from fluidsched.workload.trace_rows import Cells, Columns, Rows, whole_number
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
             repeated = [name for name in names if names.count(name) > 1]
             if repeated:
                 raise InputError(place, f"column {repeated[0]!r} twice", "name each column once")
-            wanted = [name for name in (*REQUIRED, *TOKEN_COLUMNS[2:], "type") if name in names]
+            wanted = [
+                name for name in (*REQUIRED, *TOKEN_COLUMNS[2:], *STAY_COLUMNS, "type") if name in names
+            ]
             table = file.read(columns=wanted)
     except (ArrowException, OSError) as error:
         raise InputError(place, str(error).partition("\n")[0], "be a whole Parquet file") from None
@@ -53,8 +55,8 @@ def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
     for name, given in cells.items():
         if name == "type":
             columns[name] = rows.labels(name, given)
-        elif name == "arrival_s":
-            columns[name] = rows.times(name, given)
+        elif name == "arrival_s" or name in STAY_COLUMNS:
+            columns[name] = rows.times(name, given, allow_inf=name in STAY_COLUMNS)
         else:
             columns[name] = rows.tokens(name, given, whole_number, LEAST_TOKENS.get(name, 1))
     return columns

@@ -63,8 +63,10 @@ class Rows:
             self.refuse(index, f"{column} {given[index]!r}", required)
         return np.array(values, dtype=np.int64)
 
-    def times(self, column: str, given: Cells, unit: str = "seconds") -> FloatArray:
-        """Finite numbers of at least 0, from numbers or text, in the unit they have."""
+    def times(
+        self, column: str, given: Cells, unit: str = "seconds", *, allow_inf: bool = False
+    ) -> FloatArray:
+        """Finite (or, if allowed, infinite) numbers of at least 0, from numbers or text, in the unit they have."""
         numbers = isinstance(given, np.ndarray) and given.dtype != object
         times = np.array(given, dtype=np.float64) if numbers else np.empty(len(given))
         for index, value in enumerate(() if numbers else given):
@@ -72,11 +74,12 @@ class Rows:
                 times[index] = np.nan if isinstance(value, bool) or "_" in str(value) else float(value)
             except (TypeError, ValueError, OverflowError):
                 times[index] = np.nan
-        bad = ~(np.isfinite(times) & (times >= 0))
+        bad = ~(times >= 0) if allow_inf else ~(np.isfinite(times) & (times >= 0))
         if bad.any():
             index = int(np.argmax(bad))
             shown = times[index].item() if numbers else given[index]
-            self.refuse(index, f"{column} {shown!r}", f"be a number of {unit}, finite and at least 0")
+            sort = "at least 0 or inf" if allow_inf else "finite and at least 0"
+            self.refuse(index, f"{column} {shown!r}", f"be a number of {unit}, {sort}")
         return times
 
     def labels(self, column: str, given: Cells) -> np.ndarray[Any, Any]:

@@ -16,11 +16,11 @@ ShareGPT-style JSON   ``[{"conversations": [..]}, ..]``, or                none:
 ====================  ===================================================  =====================================
 
 Columns may come in any order and further columns are ignored, but for ``predicted_output_tokens``,
-``predicted_output_minimum``, ``cached_prompt_tokens`` (0 or more) and ``type`` (a label) of the plain forms, which
-`ArrivalPath.to_csv` and `to_parquet` write, and BurstGPT's ``Model``, which becomes the label. Mooncake's
-``hash_ids`` name blocks of 512 tokens, of which `read_trace(..., prefix_cache_tokens=…)` makes ``cached_prompt_tokens``
-(`fluidsched.workload.prefix_cache`); otherwise they are ignored. Lines may end with LF or CRLF;
-empty lines at the end are ignored.
+``predicted_output_minimum``, ``cached_prompt_tokens`` (0 or more), ``patience_s``, ``abort_after_s`` (seconds from
+the arrival; inf: for ever) and ``type`` (a label) of the plain forms, which `ArrivalPath.to_csv` and `to_parquet`
+write, and BurstGPT's ``Model``, which becomes the label. Mooncake's ``hash_ids`` name blocks of 512 tokens, of which
+`read_trace(..., prefix_cache_tokens=…)` makes ``cached_prompt_tokens`` (`fluidsched.workload.prefix_cache`); otherwise
+they are ignored. Lines may end with LF or CRLF; empty lines at the end are ignored.
 
 Rows are sorted by arrival time; rows of equal time keep the order of the file. Every request needs at least
 one prompt and one output token (so have all rows of the published Azure 2023 and Mooncake files): a row with
@@ -51,7 +51,7 @@ import numpy as np
 from fluidsched._files import read_text
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import FloatArray
-from fluidsched.workload.path import LEAST_TOKENS, TOKEN_COLUMNS, ArrivalPath
+from fluidsched.workload.path import LEAST_TOKENS, STAY_COLUMNS, TOKEN_COLUMNS, ArrivalPath
 from fluidsched.workload.prefix_cache import lru_cached_tokens
 from fluidsched.workload.trace_json import BLOCKS, MOONCAKE_BLOCK, is_trace, read_json
 from fluidsched.workload.trace_parquet import MAGIC, read_parquet
@@ -203,7 +203,7 @@ _FORMATS = (
         "prompt_tokens",
         "output_tokens",
         label="type",
-        optional=TOKEN_COLUMNS[2:],
+        optional=(*TOKEN_COLUMNS[2:], *STAY_COLUMNS),
     ),
     _Format("Timestamp", "Request tokens", "Response tokens", label="Model", has_failures=True),
 )
@@ -237,7 +237,11 @@ def _csv(place: str, text: str) -> Columns:
     }
     for name in known.optional:
         if name in by_name:
-            columns[name] = rows.tokens(name, by_name[name], _count, LEAST_TOKENS.get(name, 1))
+            columns[name] = (
+                rows.times(name, by_name[name], allow_inf=True)
+                if name in STAY_COLUMNS
+                else rows.tokens(name, by_name[name], _count, LEAST_TOKENS.get(name, 1))
+            )
     if known.label in by_name:
         columns["type"] = rows.labels(known.label, by_name[known.label])
     return columns

@@ -248,6 +248,19 @@ def test_tables_of_a_result_from_a_file_are_given() -> None:
     assert given["mean_ttft[chat]"].why == "not measured without the records of the runs"
 
 
+def test_bounds_on_who_stays_are_not_held_against_runs_that_requests_leave() -> None:
+    """Aborts let short requests through: optimum, critical rates and WAIT's theorem say they do not apply."""
+    server = fs.Server(4000, MODELS["paper"], name="paper")
+    fluid = fs.solve_fluid(FIXED, server)
+    hasty = FIXED.with_types(dataclasses.replace(t, abort_after=1.0, patience=0.5) for t in FIXED.types)
+    tables = [fs.compile_policy(fluid, "wait"), fs.baselines.vllm()]
+    runs = fs.simulate(hasty, server, tables, horizon=60.0, replications=2, seed=1)
+    rows = fs.compare(runs, bound=fluid).bounds
+    verdicts = {(row.policy, row.bound): row.verdict for row in rows}
+    assert verdicts["wait", "fluid optimum"] == verdicts["wait", "WAIT theorem"] == "not applicable"
+    assert verdicts["vllm", "no-wait floor"] == "respects"
+
+
 def test_hindsight_bounds_the_path_that_was_run() -> None:
     rng = np.random.default_rng(3)
     path = fs.ArrivalPath.from_arrays(

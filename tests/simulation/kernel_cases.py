@@ -7,6 +7,7 @@ irrational factors, so that they do not.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.server import IterationTime, Server
-from fluidsched.simulation.limits import SWAPPING
+from fluidsched.simulation.limits import SWAPPING, deadlines, forecasts
 from fluidsched.simulation.records import EngineRun, IterationSummary
 from fluidsched.simulation.reference import run_reference
 from fluidsched.workload import ArrivalPath
@@ -49,7 +50,15 @@ class Case:
         )
 
 
-IRRATIONAL = {"time": math.pi / 3, "coefficient": math.e / 2.5, "hold": math.sqrt(2), "window": math.sqrt(3)}
+IRRATIONAL = {
+    "time": math.pi / 3,
+    "coefficient": math.e / 2.5,
+    "hold": math.sqrt(2),
+    "window": math.sqrt(3),
+    "patience": math.sqrt(5) / 2,
+    "abort": math.sqrt(7) / 3,
+    "timeout": math.sqrt(11) / 3,
+}
 
 
 def _number(draw: st.DrawFn, dyadic: bool, low: int, high: int, unit: float, what: str) -> float:
@@ -81,14 +90,28 @@ def cases(draw: st.DrawFn, kind: str, dyadic: bool) -> Case:
         cached_prompt_tokens=cached,
         type_names=tuple("abc"[:types]),
         predicted_output_tokens=np.array(believed, dtype=np.int64),
+        **_stays(draw, dyadic, count),
     )
     server = draw(servers(kind, dyadic, longest_prompt + longest_output))
     table = draw(tables(kind, dyadic, types, longest_output))
+    if forecasts(table):  # on the reference engine only
+        path = dataclasses.replace(path, patience_s=None, abort_after_s=None)
+        server = dataclasses.replace(server, waiting_timeout=None, total_timeout=None)
     horizon = _maybe(draw, st.just(_number(draw, dyadic, 1, 400, 0.25, "window")))
     if table.preemption == "restart" and horizon is None:
         horizon = 25.0  # requests that lose their tokens can displace each other for ever
     warmup = draw(st.just(0.0) | st.just(_number(draw, dyadic, 0, 100, 0.25, "window")))
     return Case(path, server, table, horizon, warmup, draw(st.sampled_from([0, 3, 50])), dyadic)
+
+
+def _stays(draw: st.DrawFn, dyadic: bool, count: int) -> dict[str, Any]:
+    """Half of the cases have clients that leave, some of whom never would."""
+    columns = {}
+    for column, what in (("patience_s", "patience"), ("abort_after_s", "abort")):
+        if draw(st.sampled_from([False, False, True])):
+            stays = [_number(draw, dyadic, 0, 60, 0.25, what) for _ in range(count)]
+            columns[column] = [math.inf if draw(st.booleans()) else stay for stay in stays]
+    return columns
 
 
 @st.composite
@@ -114,7 +137,14 @@ def servers(draw: st.DrawFn, kind: str, dyadic: bool, longest: int) -> Server:
         max_model_len=_maybe(draw, st.integers(2, longest)) if draw(st.booleans()) else None,
         swap_bandwidth=draw(st.sampled_from([0.5, 8.0, 64.0]))
         * (1.0 if dyadic else IRRATIONAL["coefficient"]),
+        waiting_timeout=_timeout(draw, dyadic),
+        total_timeout=_timeout(draw, dyadic),
     )
+
+
+def _timeout(draw: st.DrawFn, dyadic: bool) -> float | None:
+    some = draw(st.sampled_from([False] * 5 + [True]))
+    return _number(draw, dyadic, 1, 100, 0.25, "timeout") if some else None
 
 
 @st.composite
@@ -186,10 +216,11 @@ def run_reference_and_judge(case: Case) -> tuple[EngineRun, bool]:
     iterations: list[IterationSummary] = []
     run = case.run(run_reference, on_iteration=iterations.append)
     horizon = [] if case.horizon is None else [case.horizon]
-    wanted = np.array(
-        [*case.path.arrival_s, case.warmup, *horizon, *_holds_that_expire(case, run, iterations)]
+    ends = [deadline.at_s for deadline in deadlines(case.path, case.server)]
+    wanted = np.concatenate(
+        [case.path.arrival_s, [case.warmup], horizon, _holds_that_expire(case, run, iterations), *ends]
     )
-    wanted = wanted[wanted > 0.0]
+    wanted = wanted[(wanted > 0.0) & np.isfinite(wanted)]
     at = np.unique([0.0, *(iteration.end_s for iteration in iterations)])
     place = np.searchsorted(at, wanted)
     distance = np.minimum(
@@ -233,11 +264,11 @@ def assert_same_run(kernel: EngineRun, reference: EngineRun, *, exact: bool = Fa
     """Everything discrete equal; everything measured within 1e-9 relative; `exact`: gaps in equal buckets."""
     for name in ("verdict", "starved_types", "iterations", "batch_size_sum", "batch_token_sum",
                  "emitted_tokens", "preempted", "wasted_tokens", "swapped_tokens", "stored_end", "cached_tokens",
-                 "peak_kv", "kv_end"):  # fmt: skip
+                 "dropped_tokens", "peak_kv", "kv_end"):  # fmt: skip
         assert getattr(kernel, name) == getattr(reference, name), name
     for name in ("preemptions", "status"):
         np.testing.assert_array_equal(getattr(kernel, name), getattr(reference, name), err_msg=name)
-    for name in ("admitted_s", "first_token_s", "finish_s", "end_s", "busy_s", "kv_token_s", "resident_s",
+    for name in ("admitted_s", "first_token_s", "finish_s", "left_s", "end_s", "busy_s", "kv_token_s", "resident_s",
                  "waiting_s", "gap_s"):  # fmt: skip
         np.testing.assert_allclose(
             getattr(kernel, name), getattr(reference, name), rtol=1e-9, atol=1e-12, err_msg=name

@@ -84,6 +84,7 @@ def run_checked(
         warmup=warmup,
         occupancy_points=occupancy_points,
         on_iteration=observe,
+        on_idle=audit.observe_idle,
     )
     audit.check(run)
     check_laws(path, server, run, warmup=warmup, lossless=table.preemption != "restart")

@@ -14,7 +14,6 @@ from kernel_cases import KINDS, cases, servers
 
 import fluidsched as fs
 from fluidsched.errors import InputError
-from fluidsched.policy.table import Segment
 from fluidsched.server import IterationTime, Pool, Server
 from fluidsched.simulation.cluster import GOLDEN, ClusterResult, simulate_cluster
 from fluidsched.simulation.reference import Engine, run_reference
@@ -88,7 +87,7 @@ def test_split_follows_the_shares_of_each_type() -> None:
 
 
 @pytest.mark.parametrize("dyadic", [True, False], ids=["dyadic", "real"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nested-wait"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernel_chooses_as_the_reference(kind: str, dyadic: bool) -> None:
     """Random systems of three replicas on two servers: the same replica for every request, by every router that
     looks. Real cases meet no arrival at the end of an iteration but by an accident of rounding."""
@@ -98,13 +97,15 @@ def test_kernel_chooses_as_the_reference(kind: str, dyadic: bool) -> None:
     def compare(data: st.DataObject) -> None:
         case = data.draw(cases(kind, dyadic))
         other = data.draw(servers(kind, dyadic, 60))
-        first, other = (dataclasses.replace(server, max_model_len=None) for server in (case.server, other))
+        limits = dict.fromkeys(("max_model_len", "waiting_timeout", "total_timeout"))
+        first, other = (dataclasses.replace(server, **limits) for server in (case.server, other))
+        path = dataclasses.replace(case.path, patience_s=None, abort_after_s=None)
         pools = [Pool(first, 2, name="one"), Pool(other, 1, name="other")]
-        if math.isinf(case.server.kv_capacity + other.kv_capacity) and len(case.path) == 0:
+        if math.isinf(case.server.kv_capacity + other.kv_capacity) and len(path) == 0:
             return
         results = [
             simulate_cluster(
-                case.path,
+                path,
                 pools,
                 case.table,
                 LOOKING,
@@ -261,16 +262,6 @@ def test_the_programs_split_carries_what_the_program_says() -> None:
             assert growth.mean() - error > 0.0
 
 
-NESTED = fs.PolicyTable(
-    "nested-wait",
-    "nested-wait",
-    (fs.policy.TableType("*", threshold=2, gate=2),),
-    (Segment(49, 2),),
-    freeze=True,
-    block_iterations=1,
-)
-
-
 @pytest.mark.parametrize(
     ("pools", "options", "match"),
     [
@@ -281,7 +272,11 @@ NESTED = fs.PolicyTable(
         ([Pool(SERVER)], {"routers": fs.routers.split([[1.0], [2.0]])}, "1 rows"),
         ([Pool(SERVER)], {"routers": []}, "at least one"),
         ([Pool(SERVER)], {"engine": "fast"}, "engine"),
-        ([Pool(SERVER)], {"routers": fs.routers.least_kv(), "policies": NESTED}, "reference"),
+        (
+            [Pool(dataclasses.replace(SERVER, total_timeout=9.0))],
+            {"routers": fs.routers.least_kv()},
+            "reference",
+        ),
     ],
 )
 def test_wrong_clusters_are_refused(pools: list[Pool], options: dict[str, object], match: str) -> None:

@@ -19,7 +19,7 @@ from fluidsched.server import IterationTime, Pool, Server
 from fluidsched.simulation.cluster import ClusterResult, simulate_cluster
 from fluidsched.simulation.kernel import run_kernel
 from fluidsched.simulation.laws import Audit
-from fluidsched.simulation.limits import SWAPPING
+from fluidsched.simulation.limits import SCANNING_KINDS
 from fluidsched.simulation.reference import run_reference
 
 ROUTERS = (
@@ -101,7 +101,7 @@ def test_what_never_fits_a_decode_machine_is_not_prefilled(engine: str) -> None:
     assert runs.requests(runs.policies[0])["status"].tolist() == ["rejected", "finished"]
 
 
-@pytest.mark.parametrize("kind", SWAPPING)
+@pytest.mark.parametrize("kind", SCANNING_KINDS)
 def test_kernel_equals_reference(kind: str) -> None:
     """Random fleets of 2 + 2 machines of three kinds, every router, a table per pool: all records and all choices."""
 
@@ -110,20 +110,18 @@ def test_kernel_equals_reference(kind: str) -> None:
     def compare(data: st.DataObject) -> None:
         case = data.draw(cases(kind, dyadic=True))
         first = data.draw(tables(data.draw(st.sampled_from(["vllm", "sarathi", "vllm_v0"])), True, 1, 100))
-        pools = [
-            Pool(
-                dataclasses.replace(data.draw(servers("vllm", True, 130)), max_model_len=None),
-                2,
-                "prefill",
-                name="P",
-            ),
-            Pool(dataclasses.replace(case.server, max_model_len=None), 2, "decode", name="D"),
-        ]
-        if len(case.path) == 0 and any(math.isinf(pool.server.kv_capacity) for pool in pools):
+        limits = dict.fromkeys(("max_model_len", "waiting_timeout", "total_timeout"))
+        prefill, decode = (
+            dataclasses.replace(server, **limits)
+            for server in (data.draw(servers("vllm", True, 130)), case.server)
+        )
+        pools = [Pool(prefill, 2, "prefill", name="P"), Pool(decode, 2, "decode", name="D")]
+        path = dataclasses.replace(case.path, patience_s=None, abort_after_s=None)
+        if len(path) == 0 and any(math.isinf(pool.server.kv_capacity) for pool in pools):
             return
         results = [
             simulate_cluster(
-                case.path,
+                path,
                 pools,
                 {"P": first.renamed("first"), "D": case.table},
                 ROUTERS,
@@ -316,4 +314,4 @@ def test_requests_done_at_the_prefill_cannot_be_handed_over() -> None:
                 horizon=None,
                 first_token_s=np.zeros(2),
             )
-    assert set(SWAPPING) < set(KINDS)
+    assert set(SCANNING_KINDS) < set(KINDS)

@@ -238,15 +238,42 @@ class TestSwap:
         path, table = path_of((0.0, 3, 4)), engine_table(preemption="swap")
         with pytest.raises(InputError, match=r"server\.swap_bandwidth must be given"):
             run_reference(path, server_of(8), table, horizon=None)
-        for kind in ("vllm_v0", "orca"):
-            fields = {"lookahead": Lookahead("reserve", 4)} if kind == "orca" else {}
-            with pytest.raises(InputError, match="preemption must be 'recompute' or 'restart'"):
-                run_reference(
-                    path,
-                    server_of(8, swap_bandwidth=1.0),
-                    engine_table(kind, preemption="swap", **fields),
-                    horizon=None,
-                )
+        orca = engine_table("orca", preemption="swap", lookahead=Lookahead("reserve", 4))
+        with pytest.raises(InputError, match="preemption must be 'recompute' or 'restart'"):
+            run_reference(path, server_of(8, swap_bandwidth=1.0), orca, horizon=None)
+
+    def test_vllm_v0_brings_back_before_it_takes_anybody_new(self):
+        """Two of 3 prompt tokens in 8; the second is swapped out at 2 s with 4 tokens, 2 s away at 2 tokens/s.
+
+        The first has its third token at 1 + 1 + 1 + 2 = 5 s and its last at 6. The second comes back then, in 2 s
+        more, and decodes its tokens 3 and 4; a newcomer of 5.5 s waits until nobody is swapped out, then prefills
+        alone.
+        """
+        path = path_of((0.0, 3, 4), (0.0, 3, 4), (5.5, 1, 1))
+        table = engine_table("vllm_v0", preemption="swap")
+        run, batches = run_checked(path, server_of(8, swap_bandwidth=2.0), table)
+        assert [batch.end_s for batch in batches] == [1.0, 2.0, 5.0, 6.0, 9.0, 10.0, 11.0]
+        assert [batch.decode for batch in batches] == [(), (0, 1), (0,), (0,), (1,), (), (1,)]
+        assert_array_equal(run.finish_s, [6.0, 11.0, 10.0])
+        assert (run.swapped_tokens, run.wasted_tokens) == (4, 0)
+
+    def test_wait_swaps(self):
+        """A cohort of two in 8 tokens: the second is swapped out at 2 s, and comes back with the next block.
+
+        With blocks of 2 iterations: 0-1 prompts, 1-2 both decode (4 tokens each); then 9 > 8. A block starts with
+        the hold (0.5 s) of the row; it takes the second back, whose next token does not fit, so nothing moves but
+        out: 3 s of iteration. The first is served to its end at 5 + 1 s.
+        """
+        rows = {"A": {"threshold": 2, "gate": 2, "max_hold_s": 0.5}}
+        table = typed_table("wait", rows, block_iterations=2, preemption="swap")
+        path = path_of((0.0, 3, 4, "A"), (0.0, 3, 4, "A"))
+        run, batches = run_checked(path, server_of(8, swap_bandwidth=2.0), table)
+        assert run.preemptions[1] >= 1
+        assert run.swapped_tokens == 4
+        assert run.wasted_tokens == 0
+        assert run.verdict == "finished"
+        decodes = [len(batch.decode) for batch in batches]
+        assert sum(decodes) == 6  # three tokens each after the prompt: none is computed twice
 
 
 class TestModelLength:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,15 @@ def paths(draw: Any, labels: str = "AB") -> ArrivalPath:
         )
     )
     first, *rest = sorted(requests, key=lambda request: request[0])
-    return path_of(first, *rest)
+    path = path_of(first, *rest)
+    stays = st.lists(eighths | st.just(math.inf), min_size=len(requests), max_size=len(requests)).map(
+        np.array
+    )
+    return dataclasses.replace(
+        path,
+        patience_s=draw(st.none() | st.none() | stays),
+        abort_after_s=draw(st.none() | st.none() | stays),
+    )
 
 
 @st.composite
@@ -137,7 +146,12 @@ def test_engine_rules_never_get_stuck(path, server, table):
 def test_scaling_time_scales_times(path, server, table):
     """Arrivals, holds and coefficients doubled: every time doubles exactly, everything else stays."""
     run, _ = run_checked(path, server, table)
-    slow_path = dataclasses.replace(path, arrival_s=2.0 * path.arrival_s)
+    slow_path = dataclasses.replace(
+        path,
+        arrival_s=2.0 * path.arrival_s,
+        patience_s=None if path.patience_s is None else 2.0 * path.patience_s,
+        abort_after_s=None if path.abort_after_s is None else 2.0 * path.abort_after_s,
+    )
     slow_server = dataclasses.replace(
         server,
         iteration_time=IterationTime.pieces((2.0 * server.iteration_time.coefficients).tolist()),

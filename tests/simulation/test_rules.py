@@ -20,7 +20,9 @@ from fluidsched.simulation.rules import Decision, UserRule
 def run_rule(path, server, decide, preemption="recompute"):
     rule = UserRule("mine", decide, preemption)
     audit = Audit(path, server, rule.table, horizon=None, warmup=0.0)
-    run = run_reference(path, server, rule, horizon=None, on_iteration=audit.observe)
+    run = run_reference(
+        path, server, rule, horizon=None, on_iteration=audit.observe, on_idle=audit.observe_idle
+    )
     audit.check(run)
     check_laws(path, server, run, warmup=0.0, lossless=preemption != "restart")
     return run

@@ -23,7 +23,14 @@ from fluidsched.sweeps.spec import SweepSpec
 MIX = fs.Workload(
     [
         fs.RequestType("chat", 3.0, 600, fs.lengths.geometric(200, maximum=2048)),
-        fs.RequestType("sum", 0.5, fs.lengths.uniform(10, 20), 8, arrivals=fs.arrivals.renewal(2.0)),
+        fs.RequestType(
+            "sum",
+            0.5,
+            fs.lengths.uniform(10, 20),
+            8,
+            arrivals=fs.arrivals.renewal(2.0),
+            patience=fs.patience.lognormal(20.0, 1.5),
+        ),
         fs.RequestType("pairs", 0.5, lengths=fs.lengths.joint([5, 9], [2, 30], [1, 3])),
     ]
 )
