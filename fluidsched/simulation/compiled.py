@@ -33,10 +33,10 @@ of the day leaves them. `continuous` needs one group; `wait` has one per row, be
 move or all stand still.
 
 **Gaps between tokens.** A decode that also ran in the iteration before has its next token one iteration later:
-n gaps of T(r) in iteration r. They are counted in the buckets of `histogram`; a run crosses few of them, and
-the iterations it spends in one are a quotient. Exceptions, moved from T(r) to where they belong: a decode that
-the budget passed over (`stalled`: its last token), a row or segment that a block left out (the group's `last`),
-a request that stood still before a segment or was preempted and emits again (its `served`).
+n gaps of T(r) in iteration r. They are counted in the buckets of `histogram`; a run crosses few of them, mostly
+none, and the iterations it spends in one are a quotient. Exceptions, moved from T(r) to where they belong: a decode
+that the budget passed over (`stalled`: its last token), a row or segment that a block left out (the group's
+`last`), a request that stood still before a segment or was preempted and emits again (its `served`).
 
 **Segments.** So do those of a segment of `nested-wait`, but for the queue at its first position: a run of
 segment k takes all who are inside and n_k of its queue. So there is a group per segment and, before it, a
@@ -115,6 +115,7 @@ _inline = _compile(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=T
 
 NOBODY = -1
 FAR = 1 << 62
+BENT = -1.0
 
 
 # --------------------------------------------------------------------------- durations of runs
@@ -155,18 +156,19 @@ def _stretch(coef: Floats, n: int, m: int, r: int, last: int) -> tuple[float, fl
 @_inline
 def decode_run(
     coef: Floats, n: int, m: int, held: int, start: float, instant: float, k: int
-) -> tuple[int, float, float, float, float]:
+) -> tuple[int, float, float, float, float, float]:
     """Decode iterations until the first end at or after `instant`, at most k, that begin at `start`.
 
     `m` tokens are read by the n decodes in the first iteration, `held` by all residents. Returns the number
-    of iterations, their duration (s), the integral of KV over them (token·s), and the durations of the first
-    and the last of them.
+    of iterations, their duration (s), the integral of KV over them (token·s), the durations of the first
+    and the last of them, and by how much each is longer than the one before, `BENT` if that is not one number.
     """
     duration = area = first = 0.0
     r = 0
     while True:
         value, slope, stop = _stretch(coef, n, m, r, k)
-        if r == 0:
+        straight = r == 0
+        if straight:
             first = value
         q = float(stop - r)
         through = duration + (q * value + slope * (0.5 * q * (q - 1.0)))
@@ -181,7 +183,7 @@ def decode_run(
         area += slope * n * (pairs * (2.0 * q - 1.0) * (1.0 / 3.0))
         r += int(q)
         if reached or r == k:
-            return r, duration, area, first, value + slope * (q - 1.0)
+            return r, duration, area, first, value + slope * (q - 1.0), slope if straight else BENT
 
 
 @_inline
@@ -333,8 +335,8 @@ RETURNED = _record_type("below produced stored", "since served turned")
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
     " iterations batch_sizes batch_tokens preempted wasted cached swapped stored moved peak_kv samples verdict kv_end"
-    " emitted stalls gap_place gap_weight left held_before residents_before entered queued leaving dropped",
-    "now until gap_s gap_low gap_high busy kv_area resident_area waiting_area end sample_at sample_step",
+    " emitted stalls left held_before residents_before entered queued leaving dropped",
+    "now until gap_s busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
 #: Look-ahead (`shares` > 0) and order by length (`shortest`). limit: of memory forecast, in units / shares;
@@ -450,59 +452,49 @@ def _edge(rules: Pointer, place: int) -> float:
     return np.int64((place + rules.gap_first) << rules.gap_shift).view(np.float64)
 
 
+@_inline
+def _spread_gaps(rules: Pointer, gaps: Ints, first: float, last: float, slope: float, n: int, k: int) -> None:
+    """Count n gaps for each of k iterations that last first, first + slope, … last.
+
+    The number of iterations below an edge is a quotient, off by one at most, so its neighbours decide; by
+    additions, since no branch could be foreseen.
+    """
+    place, end = _bucket(rules, first), _bucket(rules, last)
+    counted = 0
+    if place < end:
+        per_second = 1.0 / slope
+        for j in range(place, end):
+            edge = _edge(rules, j + 1)
+            below = math.ceil(min((edge - first) * per_second, float(k)))
+            above = int(first + slope * (below - 1) >= edge)
+            below += (1 - above) * int(first + slope * below < edge) - above
+            gaps[j] += n * (below - counted)
+            counted = below
+    gaps[end] += n * (k - counted)
+
+
 @_part
-def _spread_gaps(gaps: Ints, coef: Floats, limits: Records, state: Records, n: int, m: int, k: int) -> None:
-    """Count n gaps for each of k iterations of which the first reads m tokens, bucket by bucket."""
-    rules, s = limits[0], state[0]
-    place = s.gap_place
-    gaps[place] += s.gap_weight
+def _spread_gaps_bent(gaps: Ints, coef: Floats, limits: Records, n: int, m: int, k: int) -> None:
+    """Count n gaps for each of k iterations of which the first reads m tokens, stretch by stretch."""
     r = 0
-    until = 0
     while r < k:
         value, slope, stop = _stretch(coef, n, m, r, k)
-        per_second = 1.0 / slope if slope > 0.0 else 0.0
-        q = stop - r
-        done = 0
-        while True:
-            place = _bucket(rules, value + slope * done)
-            until = q
-            if slope > 0.0 and place < rules.gap_last:
-                edge = _edge(rules, place + 1)
-                guess = min((edge - value) * per_second, float(q))
-                until = max(done + 1, math.ceil(guess))  # off by one at most: its neighbours decide
-                if until > done + 1 and value + slope * (until - 1) >= edge:
-                    until -= 1
-                elif value + slope * until < edge:
-                    until += 1
-                until = min(until, q)
-            if until == q:
-                break
-            gaps[place] += n * (until - done)
-            done = until
+        _spread_gaps(limits[0], gaps, value, value + slope * (stop - r - 1), slope, n, stop - r)
         r = stop
-        if r < k:
-            gaps[place] += n * (until - done)
-        else:
-            s.gap_weight = n * (until - done)
-    s.gap_place = place
-    s.gap_low = _edge(rules, place) if place > 0 else 0.0
-    s.gap_high = _edge(rules, place + 1) if place < rules.gap_last else math.inf
 
 
 @_inline
-def _count_gaps(run: Run, n: int, m: int, k: int, first: float, last: float, duration: float) -> None:
-    """Count the gaps of n decodes in k iterations, `duration` in all; several decode only and first read m.
-
-    The bucket of the last run is kept at hand: the next run mostly stays in it.
-    """
-    s = run.state[0]
-    if first >= s.gap_low and last < s.gap_high:
-        s.gap_weight += n * k
-    elif k == 1:
+def _count_gaps(
+    run: Run, n: int, m: int, k: int, first: float, last: float, slope: float, duration: float
+) -> None:
+    """Count the gaps of n decodes in k iterations, `duration` in all; several decode only and first read m."""
+    if k == 1:
         run.gaps[_bucket(run.rules[0], first)] += n
+    elif slope == BENT:
+        _spread_gaps_bent(run.gaps, run.coefficients, run.rules, n, m, k)
     else:
-        _spread_gaps(run.gaps, run.coefficients, run.rules, run.state, n, m, k)
-    s.gap_s += n * duration
+        _spread_gaps(run.rules[0], run.gaps, first, last, slope, n, k)
+    run.state[0].gap_s += n * duration
 
 
 @_inline
@@ -987,7 +979,7 @@ def _sample(run: Run, held: int, now: float) -> None:
 @_inline
 def _run_length(
     run: Run, n: int, m: int, held: int, now: float, wake: float, k: int
-) -> tuple[int, float, float, float, float]:
+) -> tuple[int, float, float, float, float, float]:
     """Iterations (at most k) to run before the next decision, and what `decode_run` says of them.
 
     They end at the first end at or after `wake`; an iteration that straddles the end of the warm-up or the
@@ -998,10 +990,10 @@ def _run_length(
     if now < rules.warmup:
         wake = min(wake, rules.warmup)
     while True:
-        k, duration, area, first, last = decode_run(coef, n, m, held, now, wake, k)
+        k, duration, area, first, last, slope = decode_run(coef, n, m, held, now, wake, k)
         end = now + duration
         if k == 1 or not (end > rules.horizon or now < rules.warmup < end):
-            return k, duration, area, first, last
+            return k, duration, area, first, last, slope
         wake = math.inf
         k -= 1
 
@@ -1051,7 +1043,6 @@ def _close(run: Run, now: float, held: int, verdict: int) -> None:
     """End the run now: verdict, KV, and the waiting of the preempted who still wait."""
     s, rules, groups, returned = run.state[0], run.rules[0], run.groups, run.returned
     s.verdict = verdict
-    run.gaps[s.gap_place] += s.gap_weight
     s.kv_end = held
     s.end = s.now = now
     for stack in range(groups.size):
@@ -1889,7 +1880,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                     wake = min(wake, run.arrival[s.arrived])  # whether anybody waits matters to rule 16
                 if ahead is not None:
                     k = min(k, ahead.state[0].blocked)
-                k, duration, area, first, last = _run_length(run, decodes, reads, reads, now, wake, k)
+                k, duration, area, first, last, slope = _run_length(run, decodes, reads, reads, now, wake, k)
                 holds = reads + decodes * (k - 1)
                 prompts = 0
                 size = tokens = emitted = decodes
@@ -1911,6 +1902,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 if tokens == 0:
                     _resume(run)
                     continue  # rule 12
+                slope = 0.0
                 duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
                 holds = held + tokens
                 area = duration * holds
@@ -1929,7 +1921,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 continue
             counted = now + duration > rules.warmup
             if counted:
-                _count_gaps(run, decodes, reads, k, first, last, duration)
+                _count_gaps(run, decodes, reads, k, first, last, slope, duration)
             if rare and resting:
                 _rest(run, now)
             elif s.stalls > 0:
@@ -2412,7 +2404,7 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                     if s.moved > 0:
                         k = 1
                 holds = held + decodes
-                k, duration, area, first, last = _run_length(run, decodes, reads, holds, now, wake, k)
+                k, duration, area, first, last, slope = _run_length(run, decodes, reads, holds, now, wake, k)
                 holds += decodes * (k - 1)
                 size = tokens = emitted = decodes
             else:
@@ -2426,6 +2418,7 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                     attention += slots[slot].chunk * (slots[slot].done + 0.5 * slots[slot].chunk)
                 tokens = decodes + prompts
                 holds = held + tokens
+                slope = 0.0
                 duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
                 area = duration * holds
             if rare and s.moved > 0:  # rule 9a; k is 1
@@ -2441,7 +2434,7 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                 continue
             counted = now + duration > rules.warmup
             if counted:
-                _count_gaps(run, decodes, reads, k, first, last, duration)
+                _count_gaps(run, decodes, reads, k, first, last, slope, duration)
                 if segmented:
                     _lengthen_nested(run, first, now)
                 else:
