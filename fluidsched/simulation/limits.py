@@ -205,15 +205,15 @@ def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray
     """Return which requests can never be served, shape (N,); the engines give them status `rejected`.
 
     A request never fits if its prompt has the server's `max_model_len` tokens or more, or if its KV at its
-    last token, prompt + output - 1 tokens, exceeds the capacity. `orca` and `faster_transformer` set R output
-    tokens aside, so there prompt + R - 1 must fit. Where prompts run whole, what is not cached of them must be within
+    last token, prompt + output - 1 tokens, exceeds the capacity. Look-ahead "reserve" sets R output tokens aside,
+    so with it prompt + R - 1 must fit too. Where prompts run whole, what is not cached of them must be within
     the token budget; with `vllm_v0` so must what a recompute can run as one prompt at most, output - 1 tokens more.
     """
     limits = effective_limits(server, table)
     prompt, output = path.prompt_tokens, path.output_tokens
     longest_prompt = prompt + output - 1 if table.kind == "vllm_v0" else prompt
     if limits.reserve:
-        output = np.full_like(output, limits.reserve)
+        output = np.maximum(output, limits.reserve)
     too_long = -(-(prompt + output - 1) // limits.block) > limits.capacity
     if limits.whole_prompts:
         too_long |= longest_prompt - _cached(path) > limits.budget

@@ -253,3 +253,10 @@ def test_runs_without_records_are_refused() -> None:
     for table in (_ahead(), engine_table(order="shortest_first", predictor="exact")):
         with pytest.raises(InputError, match="goes by output lengths"):
             fs.simulate(workload, server_of(100), table, horizon=9.0, replications=1, records=False)
+
+
+def test_reserve_admits_nobody_whom_memory_cannot_hold_to_the_end():
+    """C = 20: the first (3 prompt, 30 out) comes to 32 tokens, whatever is set aside, and would start over for ever."""
+    path = path_of((0.0, 3, 30), (0.0, 3, 5))
+    run, _ = run_checked(path, server_of(20), engine_table(lookahead=Lookahead("reserve", 4)))
+    assert_array_equal(run.finish_s, [math.nan, 5.0])
