@@ -124,7 +124,7 @@ class ArrivalProcess(abc.ABC):
         --------
         >>> times = poisson().pieces(2.0, np.random.default_rng(1), size=2)
         >>> next(times).round(3), next(times).round(3)
-        (array([0.537, 0.691]), array([3.381, 3.557]))
+        (array([0.537, 0.691]), array([3.378, 3.562]))
         """
         raise InputError(
             "arrivals",

@@ -794,7 +794,7 @@ class Workload(Tabular):
         --------
         >>> workload = Workload([RequestType("chat", 4.0, 512, 128)])
         >>> [len(piece) for piece in workload.pieces(horizon=100.0, seed=7, requests=200)]
-        [209, 188]
+        [213, 184]
         """
         horizon = check_real("horizon", horizon, above=0)
         requests = check_count("requests", requests, minimum=1)
