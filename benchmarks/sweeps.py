@@ -72,13 +72,13 @@ def timed_cell(parameters: dict[str, Any], seed: np.random.SeedSequence) -> Mapp
     from fluidsched.sweeps import cells
 
     if not hasattr(cells.simulate, "__wrapped_for_benchmark__"):
-        run_many, loop_of = kernel.run_many, kernel._loop_of
+        run_many = kernel.run_many
 
         def one_by_one(*args: Any, **options: Any) -> Any:
             return run_many(*args, **options, threads=1)
 
         kernel.run_many = _timed("engine", one_by_one)  # type: ignore[assignment]
-        kernel._loop_of = lambda table: _timed("loops", loop_of(table))
+        kernel._follow = _timed("loops", kernel._follow)
         cells.simulate = _timed("simulate", cells.simulate)
         cells.simulate.__wrapped_for_benchmark__ = True
     _seconds.update(dict.fromkeys(_seconds, 0.0))

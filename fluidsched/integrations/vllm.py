@@ -40,12 +40,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
 from fluidsched.integrations.holding import HeldQueue, Resident, match_row, rule_of
-from fluidsched.policy.forecast import Forecast, Served
+from fluidsched.policy.forecast import Forecast, Served, Witness
 from fluidsched.policy.table import PolicyTable
 
 try:
@@ -104,6 +104,15 @@ def read_settings(additional_config: Any) -> dict[str, Any]:
     if not isinstance(settings["any_version"], bool):
         raise InputError(f"{where}.any_version", settings["any_version"], "be true or false")
     return settings
+
+
+class _Refusal(NamedTuple):
+    """The last refusal by look-ahead: in which iteration, of whom, beside whom, and its witness."""
+
+    step: int
+    request: str
+    running: list[str]
+    witness: Witness
 
 
 class _Queue(RequestQueue):  # type: ignore[misc]
@@ -194,7 +203,10 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         self.waiting = _Queue(self._held, self._row_of, lambda: self.clock())
         self._rows: dict[str, int] = {}
         self._believed: dict[str, int] = {}
-        self._forecast: Forecast | None = None
+        self._forecast = Forecast(self.table.lookahead, self.block_size, self._forecast_limit, ())
+        self._step, self._forecast_step, self._forecast_of = 0, 0, 0
+        self._judged, self._verdict = (0, "", 0), True
+        self._refusal: _Refusal | None = None
         self._scheduled: dict[str, int] = {}
         if self.table.lookahead.mode != "none":
             self._held.may_admit = self._fits_ahead
@@ -216,7 +228,7 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         for request, _ in marks:
             request.next_decode_eligible_step = PAUSED
         self._held.open(decision.allowances)
-        self._forecast = None
+        self._step += 1
         self._scheduled.clear()
         try:
             output = super().schedule(*args, **kwargs)
@@ -258,23 +270,49 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _fits_ahead(self, request: Any) -> bool:
         """Rule 32, asked when those in service and earlier newcomers have their tokens."""
-        if not self.running:
+        running, scheduled = self.running, self._scheduled
+        if not running:
             return True
-        if self._forecast is None:
+        if self._judged == (
+            self._step,
+            request.request_id,
+            len(running),
+        ):  # vLLM looks at the front more than once
+            return self._verdict
+        self._judged = self._step, request.request_id, len(running)
+        total = sum(scheduled.values())
+        chunk = self.max_num_scheduled_tokens - total
+        if self.scheduler_config.long_prefill_token_threshold > 0:
+            chunk = min(chunk, self.scheduler_config.long_prefill_token_threshold)
+        newcomer = self._served(request, min(request.num_tokens, chunk))
+        whole = newcomer.after >= newcomer.prompt + newcomer.produced
+        # All in service decoded in this iteration: one token each, nobody passed over.
+        steady = whole and total == len(scheduled) == len(running)
+        before = self._refusal
+        if (
+            before is not None
+            and steady
+            and (before.step, before.request) == (self._step - 1, request.request_id)
+        ):
+            same = [resident.request_id for resident in running] == before.running
+            if same and self._forecast.refuses_still(newcomer, before.witness):
+                assert self._forecast.witness is not None
+                self._refusal = before._replace(step=self._step, witness=self._forecast.witness)
+                self._verdict = False
+                return False
+        if self._forecast_step != self._step:
             self._forecast = Forecast(self.table.lookahead, self.block_size, self._forecast_limit, ())
-            self._forecast_of = 0
-            self._judged: tuple[str, int] | None = None
-        while self._forecast_of < len(self.running):
-            resident = self.running[self._forecast_of]
+            self._forecast_step, self._forecast_of = self._step, 0
+        while self._forecast_of < len(running):
+            resident = running[self._forecast_of]
             if not _has_all_tokens(resident):
-                self._forecast.add(self._served(resident, self._scheduled.get(resident.request_id, 0)))
+                self._forecast.add(self._served(resident, scheduled.get(resident.request_id, 0)))
             self._forecast_of += 1
-        if self._judged != (request.request_id, self._forecast_of):  # vLLM looks at the front more than once
-            self._judged = request.request_id, self._forecast_of
-            chunk = self.max_num_scheduled_tokens - sum(self._scheduled.values())
-            if self.scheduler_config.long_prefill_token_threshold > 0:
-                chunk = min(chunk, self.scheduler_config.long_prefill_token_threshold)
-            self._verdict: bool = self._forecast.fits(self._served(request, min(request.num_tokens, chunk)))
+        self._verdict = self._forecast.fits(newcomer)
+        self._refusal = None
+        if self._forecast.witness is not None and steady:
+            ids = [resident.request_id for resident in running]
+            self._refusal = _Refusal(self._step, request.request_id, ids, self._forecast.witness)
         return self._verdict
 
     def _served(self, request: Any, tokens: int) -> Served:

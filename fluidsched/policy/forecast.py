@@ -9,7 +9,9 @@ units(m) = ⌈m/b⌉ with blocks of b tokens; with a law it is the mean over tho
 stays incomplete is forecast its peak for all u. Between two ends memory only grows, so ends are where it is looked at:
 with h = b q + r, memory at the end u is Σ (q + ⌈(r + u)/b⌉) over all ends at or after u, so it follows from the numbers
 and Σ q of each r, added up from the latest end to the earliest: b sums over the ends, however many are in service.
-An engine's iteration tells everything anew, so nothing is kept from one to the next; a check costs the residents.
+A check costs the residents. Its refusal names a *witness*, an end u at which memory is too much: while the same ones
+run on, one token each, they hold there what they held, and only the newcomer holds one token less with each iteration
+it waits. So with known lengths a refusal is repeated by one look at the witness, until somebody enters or leaves.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from fluidsched.policy.table import Lookahead
 
-__all__ = ["Forecast", "Served"]
+__all__ = ["Forecast", "Served", "Witness"]
 
 Integers = NDArray[np.int64]
 
@@ -47,6 +49,21 @@ class Served(NamedTuple):
     produced: int
     after: int
     believed: int
+
+
+class Witness(NamedTuple):
+    """Where the forecast for those in service and a newcomer goes beyond the limit.
+
+    Attributes
+    ----------
+    ahead : int
+        u, iterations after the one now planned.
+    others : int
+        Blocks that those in service hold there.
+    """
+
+    ahead: int
+    others: int
 
 
 class Forecast:
@@ -84,13 +101,38 @@ class Forecast:
         self._block = block
         self._limit = limit
         self._served = list(served)
+        self.witness: Witness | None = None
         self._reserved = sum(self._set_aside(request) for request in self._served) if self._reserve else 0
 
     def fits(self, newcomer: Served) -> bool:
-        """Whether the forecast for those in service and the newcomer is within the limit."""
+        """Whether the forecast for those in service and the newcomer is within the limit.
+
+        If not, `witness` says where, with known lengths and every prompt complete.
+        """
+        self.witness = None
         if self._reserve:
             return self._reserved + self._set_aside(newcomer) <= self._limit
-        return self._peak([*self._served, newcomer]) <= self._limit * self._shares
+        peak, ahead = self._peak([*self._served, newcomer])
+        if peak <= self._limit * self._shares:
+            return True
+        if ahead and not self._lengths.size:
+            self.witness = Witness(ahead, peak - self._held(newcomer, ahead))
+        return False
+
+    def refuses_still(self, newcomer: Served, before: Witness) -> bool:
+        """Whether the witness of the iteration before is one again, all in service being one token further.
+
+        `witness` is then the same place, one iteration nearer.
+        """
+        ahead = before.ahead - 1
+        refused = ahead >= 1 and before.others + self._held(newcomer, ahead) > self._limit
+        self.witness = Witness(ahead, before.others) if refused else None
+        return refused
+
+    def _held(self, request: Served, ahead: int) -> int:
+        """Blocks that a request of known length with its prompt complete holds `ahead` iterations from now."""
+        lasts = ahead <= request.believed - request.produced - 1
+        return -(-(request.after + ahead) // self._block) if lasts else 0
 
     def add(self, newcomer: Served) -> None:
         """The newcomer has entered."""
@@ -101,8 +143,8 @@ class Forecast:
     def _set_aside(self, request: Served) -> int:
         return -(-(request.prompt + self._reserve - 1) // self._block)
 
-    def _peak(self, served: Sequence[Served]) -> int:
-        """The largest memory forecast, in blocks / shares."""
+    def _peak(self, served: Sequence[Served]) -> tuple[int, int]:
+        """The largest memory forecast, in blocks / shares; iterations until then, 0 if some prompts stay incomplete."""
         prompt, produced, after, believed = np.array(served, dtype=np.int64).T
         lengths = self._lengths if self._lengths.size else believed[:, None]
         ends = lengths - produced[:, None] - 1  # (N, m), of those that may be true at least 0
@@ -117,7 +159,7 @@ class Forecast:
 
         request, column = np.nonzero((ends >= 1) & ~partly[:, None])
         if not request.size:
-            return incomplete
+            return incomplete, 0
         at, place = np.unique(ends[request, column], return_inverse=True)
         blocks, rest = np.divmod(after[request], self._block)
         share = weight[request]
@@ -129,7 +171,8 @@ class Forecast:
         count, whole = _from_the_end(count), _from_the_end(whole)
         started = -(-(np.arange(self._block)[:, None] + at) // self._block)
         memory = whole + (count * started).sum(axis=0)
-        return incomplete + int(memory.max())
+        last = int(memory.argmax())
+        return incomplete + int(memory[last]), 0 if partly.any() else int(at[last])
 
 
 def _from_the_end(values: Integers) -> Integers:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from fluidsched.errors import InputError
@@ -298,3 +298,32 @@ def test_nested_wait_lets_a_held_survivor_go() -> None:
     assert list(rule.decide(3.9, queue, lambda: survivor).paused) == [0]
     rule.ran({}, False, 3.9)
     assert list(rule.decide(4.0, queue, lambda: survivor).paused) == []
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 14)), min_size=1, max_size=6),
+    st.tuples(st.integers(1, 9), st.integers(1, 12)),
+    st.sampled_from([1, 4]),
+    st.integers(1, 40),
+)
+def test_a_witness_repeats_refusals_only(
+    residents: list[tuple[int, int, int]], newcomer: tuple[int, int], block: int, limit: int
+) -> None:
+    """While all in service decode on, what the witness refuses a fresh forecast refuses too, until it has passed."""
+    prompt, output = newcomer
+    waiting = Served(prompt, 0, prompt, output)
+    witness, refused = None, 0
+    for step in range(16):
+        served = [Served(p, k + step, p + k + step, k + left) for p, k, left in residents if left > step]
+        if len(served) < len(residents):  # somebody has left: nothing is said of what comes after
+            break
+        fresh = Forecast(Lookahead("known"), block, limit, served)
+        if witness is not None:
+            again = Forecast(Lookahead("known"), block, limit, [])
+            if again.refuses_still(waiting, witness):
+                assert not fresh.fits(waiting)
+                witness, refused = again.witness, refused + 1
+                continue
+        witness = None if fresh.fits(waiting) else fresh.witness
+    event(f"refused by witness: {refused > 0}")
