@@ -19,12 +19,13 @@ the minimum; the bound holds for any.
 The trapezoidal rule with step h leaves out nothing but copies of the tail 2π/h tokens apart, damped by e^{−2πθ/h}; h is
 taken small enough for e^{−30}. The sum ends at t = π, or where what is beyond is below 1e-12 of what was added: the
 integrand has then decayed like the transform of a sum of many independent parts. So the relative error is about 1e-10,
-however small the probability; no normal approximation is made.
+down to probabilities of 1e-100, below which the bound stands for them; no normal approximation is made.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -43,6 +44,7 @@ DAMPING = 30.0  # −log of what the trapezoidal rule's copies are damped by
 NODES = 8  # of the trapezoidal rule at a time
 MOST_NODES = 1 << 14
 ENOUGH = 1e-12
+NEGLIGIBLE = 1e-100  # a bound below stands for the probability; the integrand would soon underflow
 WRITTEN_OUT = 64  # points (p, o) of a product law up to which they are taken one by one
 STEPS = 30  # of the search for θ
 
@@ -192,7 +194,9 @@ def tail_of(
         return float(transform(theta)) - theta * beyond
 
     theta = _near_minimum(exponent, deviation, largest)
-    chernoff = math.exp(min(exponent(theta), 0.0))
+    chernoff = math.exp(min(exponent(theta), 0.0)) or sys.float_info.min
+    if chernoff < NEGLIGIBLE:
+        return Tail(chernoff, chernoff, theta)
     step = min(2.0 * math.pi * theta / DAMPING, 0.5 / deviation, math.pi)
     intervals = math.ceil(math.pi / step)
     step = math.pi / intervals

@@ -111,3 +111,10 @@ def test_drawn_blocks_overflow_as_often_as_stated():
             held += np.where(o > stage, p + stage, 0).reshape(draws, n).sum(axis=1)
         worst = max(worst, int((held > 60_000).sum()))
     assert binomtest(worst, draws, stated).pvalue > 1e-4
+
+
+def test_far_beyond_the_mean_the_bound_stands_for_the_probability() -> None:
+    """Regression: 820 nats beyond, where floats end, the integral was zero and its sum never small beside it."""
+    tail = tail_of(lambda z: 10_000 * np.log((1 + np.exp(z)) / 2), 9_900, 5_000.0, 50.0, 10_000.0)
+    assert tail.probability == tail.chernoff < 1e-100
+    assert binom.logsf(9_900, 10_000, 0.5) < math.log(tail.chernoff)
