@@ -108,11 +108,11 @@ def test_segments_over_4096_cuts(first: int, benchmark: Any, note: Callable[...,
 def test_first_passage_for_1e9_cycles(
     queue: tuple[Any, ...], benchmark: Any, note: Callable[..., None]
 ) -> None:
-    """N, p, n, level; right: twice the cycles, twice the (small) probability."""
+    """N, p, n, level; right: twice the cycles, twice the (small) probability, but for the cycles of the start."""
     trials, p, n, level = queue
     value = benchmark.pedantic(first_passage_probability, (trials, p, n, level, 10**9), rounds=3)
     more = first_passage_probability(trials, p, n, level, 2 * 10**9)
-    right = value < more <= 2.0 * value
+    right = value < more <= 2.0 * value * (1.0 + 1e-6)
     note(probability=value, right=bool(right))
     assert right
 
