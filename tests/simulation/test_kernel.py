@@ -186,3 +186,25 @@ def test_kernel_swaps() -> None:
     run = run_kernel(path, server, table, horizon=None)
     np.testing.assert_array_equal(run.finish_s, [9.5, 13.0])
     assert (run.swapped_tokens, run.wasted_tokens, run.stored_end) == (4, 0, 0)
+
+
+def test_what_swaps_at_time_zero_is_counted() -> None:
+    """Regression: six admitted at time 0 into room for five; the last, with a cached token, goes out and is counted."""
+    path = ArrivalPath.from_arrays(
+        np.zeros(12), [1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1], np.ones(12, dtype=int),
+        cached_prompt_tokens=[0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0],
+    )  # fmt: skip
+    server = Server(5.0, IterationTime.affine(0.001, 0, 0, 0), swap_bandwidth=0.5)
+    star = TableType("*", threshold=6, gate=6)
+    table = PolicyTable(
+        "nested",
+        "nested-wait",
+        [star],
+        segments=[Segment(0, 6)],
+        block_iterations=1,
+        freeze=True,
+        preemption="swap",
+    )
+    kernel, reference = (run(path, server, table) for run in (run_kernel, run_reference))
+    assert reference.swapped_tokens == 1
+    assert_same_run(kernel, reference)
