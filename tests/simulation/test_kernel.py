@@ -205,6 +205,6 @@ def test_what_swaps_at_time_zero_is_counted() -> None:
         freeze=True,
         preemption="swap",
     )
-    kernel, reference = (run(path, server, table) for run in (run_kernel, run_reference))
+    kernel, reference = (run(path, server, table, horizon=None) for run in (run_kernel, run_reference))
     assert reference.swapped_tokens == 1
     assert_same_run(kernel, reference)
