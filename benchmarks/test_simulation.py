@@ -121,16 +121,27 @@ def test_five_thousand_requests_and_little_memory(
 
 
 @pytest.mark.parametrize("output", [100, 1_000, 10_000])
-def test_cost_does_not_grow_with_output_length(
-    output: int, benchmark: Any, note: Callable[..., None]
+@pytest.mark.parametrize("lengths", ["drawn", "stretched"])
+def test_cost_grows_with_completions_not_with_output_length(
+    lengths: str, output: int, benchmark: Any, note: Callable[..., None]
 ) -> None:
-    """At equal batch a request costs the same whatever its length: lengths spread by ±20 %, cap 128."""
+    """At equal batch (cap 128) a request's cost goes by the events it causes, not by its tokens.
+
+    Lengths spread by ±20 %. Stretched, they are multiples of output/50, so that whatever the output the same requests
+    finish together, and between two completions there is time for the iteration with the next prompts: as many events.
+    Drawn from all integers, long requests hardly ever finish together, or while others' prompts are computed.
+    """
     rng = np.random.default_rng(SEED)
     count = 5000
-    lengths = rng.integers(round(0.8 * output), round(1.2 * output), count)
-    path = ArrivalPath.from_arrays(np.zeros(count), np.full(count, 20), lengths)
+    unit = output // 50 if lengths == "stretched" else 1
+    drawn = unit * rng.integers(4 * output // (5 * unit), 6 * output // (5 * unit), count)
+    # 128 prompts are the token budget: all start in the first iteration
+    path = ArrivalPath.from_arrays(np.zeros(count), np.full(count, 16), drawn)
     run = benchmark(run_kernel, path, SERVER, TABLES["vllm"], horizon=None)
-    note(seed=SEED, requests=count, iterations=run.iterations, right=bool((run.status == 0).all()))
+    instants = len(np.unique(run.finish_s))
+    right = bool((run.status == 0).all()) and int(drawn.sum()) + 15 * count == run.batch_token_sum
+    note(seed=SEED, requests=count, iterations=run.iterations, finish_instants=instants, right=right)
+    assert right
 
 
 @pytest.mark.data
