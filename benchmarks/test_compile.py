@@ -104,7 +104,9 @@ def test_segments_over_4096_cuts(first: int, benchmark: Any, note: Callable[...,
     assert value <= coarse
 
 
-@pytest.mark.parametrize("queue", [(10, 0.3, 4, 29), (100, 0.3, 35, 200), (1000, 0.3, 310, 450)])
+@pytest.mark.parametrize(
+    "queue", [(10, 0.3, 4, 29), (100, 0.3, 35, 200), (1000, 0.3, 310, 450), (1000, 0.3, 310, 600)]
+)
 def test_first_passage_for_1e9_cycles(
     queue: tuple[Any, ...], benchmark: Any, note: Callable[..., None]
 ) -> None:
