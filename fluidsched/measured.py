@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched import _files
+from fluidsched._checks import LARGEST
 from fluidsched._display import Tabular
 from fluidsched._files import to_jsonable
 from fluidsched.errors import InputError
@@ -39,6 +40,7 @@ from fluidsched.server.iteration import COEFFICIENTS
 from fluidsched.simulation import simulate
 from fluidsched.simulation.result import aligned
 from fluidsched.workload import ArrivalPath, read_trace
+from fluidsched.workload.trace_rows import Rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,12 +173,12 @@ def compare_measured(
     table = baselines.vllm() if table is None else table
     server.iteration_time.require_coefficients("a comparison with measurements")
     place = str(result)
-    data = _files.loads(place, _files.read_text("measured result", result))
-    ttft, e2e, output = _measured_times(place, data)
+    data = _files.loads(place, _files.read_text("measured result", result), strict=False)
+    if not isinstance(data, Mapping):
+        raise InputError(place, type(data).__name__, "hold one JSON object, a result of vllm bench serve")
+    _list(place, data, "ttfts")
     path = read_trace(result)
-    if len(ttft) != len(path):
-        raise InputError(place, f"{len(ttft)} times", f"come with the {len(path)} requests that succeeded")
-    starts = np.array([data["start_times"][i] for i in _kept(data)], dtype=np.float64)
+    starts, ttft, e2e, output = _measured_times(place, data)
     measured = _summary(starts - starts.min(), ttft, e2e, output)
     path = dataclasses.replace(path, horizon=None)
     simulated, means = _simulated(path, server, table)
@@ -191,40 +193,50 @@ def compare_measured(
     )
 
 
-def _kept(data: Mapping[str, Any]) -> list[int]:
-    """Indices of the requests that succeeded, as the trace reader keeps them."""
-    outputs = data["output_lens"]
+def _list(place: str, data: Mapping[str, Any], name: str, size: int | None = None) -> list[Any]:
+    """A list of the result, of `size` entries if one is given."""
+    remedy = "Run vllm bench serve with --save-detailed."
+    if not isinstance(data.get(name), list):
+        raise InputError(f"{place}, {name}", data.get(name), "be a list", remedy)
+    values: list[Any] = data[name]
+    if size is not None and len(values) != size:
+        raise InputError(
+            f"{place}, {name}", f"{len(values)} entries", f"have one per request, {size}", remedy
+        )
+    return values
+
+
+def _measured_times(
+    place: str, data: Mapping[str, Any]
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Start, TTFT and E2E, s, and output tokens of the requests that succeeded, as the trace reader keeps them."""
+    outputs = _list(place, data, "output_lens")
     errors = data.get("errors") or [""] * len(outputs)
-    return [i for i, (tokens, error) in enumerate(zip(outputs, errors, strict=True)) if tokens and not error]
+    kept = [i for i, (tokens, error) in enumerate(zip(outputs, errors, strict=True)) if tokens and not error]
+    rows = Rows(place, "record", [i + 1 for i in kept])
 
+    def times(name: str) -> FloatArray:
+        values = _list(place, data, name, len(outputs))
+        return rows.times(name, [values[i] for i in kept])
 
-def _measured_times(place: str, data: Mapping[str, Any]) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """TTFT and E2E, s, and output tokens of the requests that succeeded."""
-    if not isinstance(data, Mapping):
-        raise InputError(place, type(data).__name__, "hold one JSON object, a result of vllm bench serve")
-    columns = {}
-    for name in ("ttfts", "output_lens"):
-        if not isinstance(data.get(name), list):
-            raise InputError(
-                f"{place}, {name}", data.get(name), "be a list", "Run vllm bench serve with --save-detailed."
-            )
-    kept = _kept(data)
-    latencies = data.get("latencies")
-    if latencies is None and isinstance(data.get("itls"), list):
-        latencies = [first + math.fsum(gaps) for first, gaps in zip(data["ttfts"], data["itls"], strict=True)]
-    if not isinstance(latencies, list):
-        raise InputError(f"{place}, latencies", latencies, "be a list, or itls be given")
-    for name, values in (("ttfts", data["ttfts"]), ("latencies", latencies)):
-        try:
-            columns[name] = np.array([values[i] for i in kept], dtype=np.float64)
-        except (IndexError, TypeError, ValueError):
-            raise InputError(
-                f"{place}, {name}", "a list that is short or not of numbers", "have one time, s, per request"
-            ) from None
-        if not (np.isfinite(columns[name]).all() and (columns[name] >= 0.0).all()):
-            raise InputError(f"{place}, {name}", "a time that is negative or not finite", "be times, s")
-    output = np.array([data["output_lens"][i] for i in kept], dtype=np.float64)
-    return columns["ttfts"], columns["latencies"], output
+    starts, ttft = times("start_times"), times("ttfts")
+    if data.get("latencies") is not None or data.get("itls") is None:
+        e2e = times("latencies")
+    else:
+        itls = _list(place, data, "itls", len(outputs))
+        for index, i in enumerate(kept):
+            if not isinstance(itls[i], list):
+                rows.refuse(index, f"itls {itls[i]!r}", "be a list of seconds")
+        gaps = [
+            Rows(f"{place}, record {i + 1}", "gap", range(1, len(itls[i]) + 1)).times("itls", itls[i])
+            for i in kept
+        ]
+        with np.errstate(over="ignore"):  # refused below
+            e2e = ttft + np.array([each.sum() for each in gaps])
+    for index in np.flatnonzero(~((ttft <= e2e) & (e2e > 0.0) & (e2e <= LARGEST)))[:1]:
+        received = f"TTFT {ttft[index]:g} s and latency {e2e[index]:g} s"
+        rows.refuse(int(index), received, f"have a latency above 0, at least its TTFT, at most {LARGEST:g} s")
+    return starts, ttft, e2e, np.array([outputs[i] for i in kept], dtype=np.float64)
 
 
 def _tpot(ttft: FloatArray, e2e: FloatArray, output: FloatArray) -> FloatArray:
@@ -268,8 +280,9 @@ def _simulated(path: ArrivalPath, server: Server, table: PolicyTable) -> tuple[d
 
 
 def _error(measured: FloatArray, simulated: FloatArray) -> float:
-    ratio = np.log(measured / simulated)
-    return math.sqrt(float(np.nanmean(ratio**2)))
+    """Root mean square of the log ratios; a mean that is 0 (an engine that sends all tokens at once) has none."""
+    some = measured > 0.0
+    return math.sqrt(float(np.mean(np.log(measured[some] / simulated[some]) ** 2)))
 
 
 def _present(server: Server) -> list[str]:

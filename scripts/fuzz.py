@@ -28,10 +28,10 @@ with atheris.instrument_imports(include=["fluidsched"]):
 
 def main() -> None:
     """Set up the readers and their corpus, and hand over to libFuzzer."""
-    known = hostile_readers.readers()
+    folder = Path(tempfile.mkdtemp(prefix="fluidsched-fuzz-"))
+    known = hostile_readers.readers(folder)
     chosen = sys.argv[1] if len(sys.argv) > 1 else "all"
     names = list(known) if chosen == "all" else [chosen]
-    folder = Path(tempfile.mkdtemp(prefix="fluidsched-fuzz-"))
     corpus = folder / "corpus"
     corpus.mkdir()
     for number, name in enumerate(names):

@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def _other_schema(version: object) -> str:
     """What to do about a table of another schema."""
     name, _, number = str(version).partition("/")
     own, _, current = SCHEMA.partition("/")
-    if name == own and number.isdigit() and int(number) > int(current):
+    if name == own and re.fullmatch("[0-9]{1,9}", number) and int(number) > int(current):
         return "A newer version of fluidsched wrote this table: upgrade, or compile it again with this one."
     return "This is no policy table, or an older version of fluidsched wrote it: compile it again."
 

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched import _files
-from fluidsched._checks import check_choice, check_count, check_fields, check_real
+from fluidsched._checks import LARGEST, SMALLEST, check_choice, check_count, check_fields, check_real
 from fluidsched._display import Tabular
 from fluidsched.errors import InputError
 from fluidsched.server.iteration import IterationTime
@@ -655,19 +655,20 @@ def _check_slopes(columns: Mapping[str, Array], time: Array, best: Mapping[str, 
 def _numbers(column: str, given: Any) -> Array:
     try:
         values = np.array(given, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         for row, value in enumerate(np.ravel(np.asarray(given, dtype=object))):
             try:
                 float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise InputError(f"{column}, row {row + 1}", value, "be a number") from None
         raise InputError(column, type(given).__name__, "be an array of numbers") from None
     if values.ndim != 1 or values.size == 0:
         raise InputError(column, f"shape {values.shape}", "be one column with at least one row")
-    bad = ~np.isfinite(values) | (values < 0.0)
+    bad = ~((values == 0.0) | (values >= SMALLEST) & (values <= LARGEST))
     if bad.any():
         row = int(np.argmax(bad))
-        raise InputError(f"{column}, row {row + 1}", float(values[row]), "be finite and non-negative")
+        required = f"be 0 or between {SMALLEST:g} and {LARGEST:g}"
+        raise InputError(f"{column}, row {row + 1}", float(values[row]), required, "Check its unit.")
     return values
 
 

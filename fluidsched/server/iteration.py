@@ -17,7 +17,6 @@ products turn compute-bound: beyond `knee_tokens` tokens in the batch every furt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
@@ -182,14 +181,10 @@ class IterationTime:
         >>> round(float(two(300, 0, 0)), 6), round(float(two(500, 0, 0)), 6)
         (0.025, 0.038)
         """
-        values = {
-            "base": base,
-            "per_token": per_token,
-            "knee_tokens": knee_tokens,
-            "per_token_beyond": per_token_beyond,
-        }
-        for name, value in values.items():
-            check_real(name, value, minimum=-math.inf if name == "base" else 0.0)
+        base = check_real("base", base)
+        per_token = check_scale("per_token", per_token)
+        knee_tokens = check_scale("knee_tokens", knee_tokens)
+        per_token_beyond = check_scale("per_token_beyond", per_token_beyond)
         steep = per_token + per_token_beyond
         rows = [
             (base, per_token, per_token, per_kv_token, per_prefill_attention),
@@ -318,8 +313,8 @@ def _checked(coefficients: ArrayLike) -> NDArray[np.float64]:
     array = np.empty(given.shape)
     for (piece, column), value in np.ndenumerate(given):
         name = COEFFICIENTS[column] if len(given) == 1 else f"{COEFFICIENTS[column]} of piece {piece}"
-        sign = -1.0 if column == 0 and check_real(name, value) < 0.0 else 1.0
-        array[piece, column] = sign * check_scale(name, sign * value)
+        negative = column == 0 and check_real(name, value) < 0.0
+        array[piece, column] = -check_scale(name, -value) if negative else check_scale(name, value)
     if array[:, 0].max() <= 0.0:
         raise InputError(
             "base",

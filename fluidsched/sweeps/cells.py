@@ -31,7 +31,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -50,6 +50,8 @@ __all__ = ["simulate_cell"]
 
 CACHED = 64  # workloads, servers, solutions kept per process
 WHOLE = ""  # key of a group's own value
+
+Made = TypeVar("Made")
 
 
 def simulate_cell(parameters: Mapping[str, Any], seed: np.random.SeedSequence) -> dict[str, Any]:
@@ -122,6 +124,14 @@ def _arguments(function: Callable[..., Any], *without: str) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name not in without]
 
 
+def _made(place: str, make: Callable[..., Made], given: Mapping[str, Any]) -> Made:
+    """Call `make` with the arguments given; one that is missing is named."""
+    for name, parameter in inspect.signature(make).parameters.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise InputError(f"{place}.{name}", "nothing", "be given")
+    return make(**given)
+
+
 def _check_known(group: str, given: Mapping[str, Any], known: list[str]) -> None:
     for name, value in given.items():
         if name not in known:
@@ -184,9 +194,9 @@ def _server(text: str) -> Server:
         case "file":
             server = Server.from_dict(_document("server.file", file))
         case "catalog":
-            server = catalog.server(**named)
+            server = _made("server", catalog.server, named)
         case _:
-            server = Server(**own)
+            server = _made("server", Server, own)
     replaced: Server = _replaced("server", server, group)
     return replaced
 
@@ -205,8 +215,9 @@ def _iteration_time(form: Mapping[str, Any]) -> IterationTime:
     _check_known("server.iteration_time.", {words[0][1]: form}, list(forms))
     make = forms[words[0][1]]
     arguments = {parts[2]: value for parts, value in zip(words, form.values(), strict=True)}
-    _check_known(f"server.iteration_time.{words[0][1]}.", arguments, _arguments(make))
-    return make(**arguments)
+    place = f"server.iteration_time.{words[0][1]}"
+    _check_known(f"{place}.", arguments, _arguments(make))
+    return _made(place, make, arguments)
 
 
 @lru_cache(maxsize=CACHED)
@@ -272,7 +283,7 @@ def _table(text: str, workload_text: str, server_text: str, objective: Any) -> P
             table = PolicyTable.from_dict(_document("policy.file", file))
         case _ if (name or kind) in baselines.__all__:
             make = getattr(baselines, name or kind)
-            table = make(**_take(group, _arguments(make)))
+            table = _made("policy", make, _take(group, _arguments(make)))
         case _:
             fluid = _solution(workload_text, server_text, objective)
             arguments = _take(group, _arguments(compile_policy, "fluid", "kind"))

@@ -6,9 +6,9 @@ One line is one record,
 
 with kinds ``header`` (once, first: the spec's fingerprint), ``done`` and ``failed`` (the key is the cell;
 of two records the later counts), and ``claim`` (the key is first:stop of a run of cells that a process has
-taken). Finished cells are flushed to the disk before anyone is told of them. A line that is cut off or
-whose checksum fails is no record; the cells it spoke of run again. Since nobody relies on the order of the
-records, the journal differs from run to run while the result does not.
+taken). Finished cells are flushed to the disk before anyone is told of them. A line that is cut off,
+whose checksum fails, or that says what no sweep writes, is no record; the cells it spoke of run again.
+Since nobody relies on the order of the records, the journal differs from run to run while the result does not.
 
 Processes on one directory share the cells through the same file: each appends under an exclusive `flock` on
 it, after reading what the others appended. A process lives as long as the `flock` on its own
@@ -23,6 +23,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import uuid
 import weakref
@@ -40,6 +41,9 @@ __all__ = ["Journal", "record"]
 FREE, CLAIMED, DONE, FAILED = range(4)
 ENDED = {b"done": DONE, b"failed": FAILED}
 CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
+
+_BODY = re.compile(rb"(header|claim|done|failed) (\d{1,9}(?::\d{1,9})?) (.*)", re.DOTALL)
+_NAME = re.compile(r"[\w.-]{1,200}")
 
 _open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 
@@ -61,8 +65,15 @@ def _parse(line: bytes) -> tuple[bytes, bytes, bytes] | None:
     checksum, _, body = line[:-1].partition(b" ")
     if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
         return None
-    kind, key, payload = body.split(b" ", 2)
-    return kind, key, payload
+    match = _BODY.fullmatch(body)
+    return None if match is None else (match[1], match[2], match[3])
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value can stand in the table: a number, whole ones of 64 bits at most, a string or None."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return value is None or isinstance(value, (float, str))
 
 
 class Journal:
@@ -99,7 +110,8 @@ class Journal:
         self._cursor = 0
         self._offset = 0  # what lies before it has been read
         self._claims: dict[str, list[range]] = {}
-        self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        host = re.sub(r"[^\w.-]", "_", socket.gethostname())[:100]
+        self._name = f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._member = -1
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         _open_journals.add(self)
@@ -184,11 +196,14 @@ class Journal:
             return
         parsed = _parse(first)
         remedy = "Use another directory."
-        if parsed is None or parsed[0] != b"header":
+        written = None
+        if parsed is not None and parsed[0] == b"header":
+            with contextlib.suppress(ValueError, RecursionError):
+                written = json.loads(parsed[2].decode())
+        if not isinstance(written, dict):
             raise InputError(
                 str(self.path), "a damaged or foreign first line", "be a sweep's journal", remedy
             )
-        written = json.loads(parsed[2])
         if written.get("fingerprint") != self._header["fingerprint"]:
             keys = dict.fromkeys([*self._header, *written])
             differing = ", ".join(
@@ -213,16 +228,24 @@ class Journal:
             if parsed is None:
                 continue
             kind, key, payload = parsed
+            cells = self._cells(key)
             if kind == b"claim":
-                first, _, stop = key.partition(b":")
-                claim = range(int(first), int(stop))
-                self._claims.setdefault(payload.decode(), []).append(claim)
-                for cell in claim:
-                    if self._state[cell] == FREE:
-                        self._state[cell] = CLAIMED
+                name = payload.decode("utf-8", "replace")
+                if _NAME.fullmatch(name):
+                    self._claims.setdefault(name, []).append(cells)
+                    for cell in cells:
+                        if self._state[cell] == FREE:
+                            self._state[cell] = CLAIMED
             elif kind in ENDED:
                 again = opening and self.retry_failed and kind == b"failed"
-                self._state[int(key)] = FREE if again else ENDED[kind]
+                for cell in cells:
+                    self._state[cell] = FREE if again else ENDED[kind]
+
+    def _cells(self, key: bytes) -> range:
+        """The cells that a key speaks of; none, where the sweep has no such cells."""
+        first, colon, stop = key.partition(b":")
+        cells = range(int(first), int(stop) if colon else int(first) + 1)
+        return cells if cells.stop <= len(self._state) else range(0)
 
     # -- writing ----------------------------------------------------------------------------------------
 
@@ -303,14 +326,35 @@ class Journal:
         for line in self._lines(0):
             parsed = _parse(line)
             if parsed is not None and parsed[0] in ENDED:
-                places[int(parsed[1])] = place
+                cells = self._cells(parsed[1])
+                places[cells.start : cells.stop] = place
             place += len(line)
         with open(os.dup(self._file), "rb") as stream:
             for cell in np.flatnonzero(places >= 0).tolist():
                 stream.seek(int(places[cell]))
                 parsed = _parse(stream.readline())
                 assert parsed is not None
-                yield cell, parsed[0] == b"done", json.loads(parsed[2], parse_constant=CONSTANTS.get)
+                done = parsed[0] == b"done"
+                yield cell, done, self._values(cell, parsed[2], done)
+
+    def _values(self, cell: int, payload: bytes, done: bool) -> dict[str, Any]:
+        """What the record of a cell holds: plain values, or a diagnosis."""
+        values: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            read = json.loads(payload.decode(), parse_constant=CONSTANTS.get)
+            if b"\\u" in payload:  # a single surrogate could not be written to the table
+                json.dumps(read, ensure_ascii=False).encode()
+            values = read
+        plain = isinstance(values, dict) and all(map(is_plain, values.values()))
+        if not plain or not (done or isinstance(values.get("diagnosis"), str)):
+            raise InputError(
+                f"{self.path}, record of cell {cell}",
+                payload[:80].decode("utf-8", "replace"),
+                "hold what a sweep writes",
+                "Remove the line; the cell then runs again.",
+            )
+        found: dict[str, Any] = values
+        return found
 
     def close(self) -> None:
         """Leave: the process's claims are void from here on."""

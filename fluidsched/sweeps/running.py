@@ -39,7 +39,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fluidsched.errors import InputError, SimulationError
-from fluidsched.sweeps.journal import Journal, record
+from fluidsched.sweeps.journal import Journal, is_plain, record
 from fluidsched.sweeps.spec import OWN_COLUMNS, Parameters, SweepSpec, resolve_function
 
 __all__ = ["WorkerPool", "run_cells", "worker_pool"]
@@ -70,8 +70,9 @@ def _encode(values: Any, reserved: Collection[str]) -> str:
             raise InputError("result of a cell", name, "not be called like another column of the table")
         if isinstance(value, np.generic):
             value = value.item()
-        if not (value is None or isinstance(value, (float, str, int))):
-            raise InputError(f"result {name!r} of a cell", value, "be a number, a string or None")
+        if not is_plain(value):
+            required = "be a number, a string or None, whole numbers of 64 bits at most"
+            raise InputError(f"result {name!r} of a cell", value, required)
         plain[str(name)] = value
     return json.dumps(plain, ensure_ascii=False)
 
@@ -91,7 +92,8 @@ def _run_batch(function: str, reserved: tuple[str, ...], tasks: list[Task]) -> t
 
 
 def _failure(cell: int, diagnosis: str) -> bytes:
-    return record("failed", cell, json.dumps({"diagnosis": diagnosis}, ensure_ascii=False))
+    writable = diagnosis.encode("utf-8", "backslashreplace").decode()
+    return record("failed", cell, json.dumps({"diagnosis": writable}, ensure_ascii=False))
 
 
 def _begin_worker(lifeline: Connection) -> None:

@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fluidsched import _files
-from fluidsched._checks import check_count
+from fluidsched._checks import check_count, check_text
 from fluidsched._toml import locating, read_toml
 from fluidsched.errors import InputError
 
@@ -90,6 +90,8 @@ def _plain(argument: str, value: Any) -> Any:
         return {str(key): _plain(f"{argument}.{key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [_plain(f"{argument}[{i}]", item) for i, item in enumerate(value)]
+    if isinstance(value, str) and value.strip():
+        return check_text(argument, value)
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, numbers.Real) and not math.isnan(value):

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["ArrivalPath", "Seed", "generator", "seed_sequence"]
 
 MAX_REQUESTS = 10**8
-"""Largest expected number of requests, or of blocks, of one bootstrapped path."""
+"""Largest number of requests in a file of columns; expected one, or of blocks, of one bootstrapped path."""
 
 Seed = int | np.random.SeedSequence | np.random.Generator
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fluidsched._files import whole_file
 from fluidsched.errors import InputError
-from fluidsched.workload.path import LEAST_TOKENS, STAY_COLUMNS, TOKEN_COLUMNS
+from fluidsched.workload.path import LEAST_TOKENS, MAX_REQUESTS, STAY_COLUMNS, TOKEN_COLUMNS
 from fluidsched.workload.trace_rows import Cells, Columns, Rows, whole_number
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
     """Columns of a Parquet file with the names of the plain CSV; others are ignored."""
     parquet = _pyarrow("path", place)
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, types
 
     try:
         with parquet.ParquetFile(path) as file:
@@ -44,8 +44,20 @@ def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
             wanted = [
                 name for name in (*REQUIRED, *TOKEN_COLUMNS[2:], *STAY_COLUMNS, "type") if name in names
             ]
+            sorts = {name: file.schema_arrow.field(name).type for name in wanted}
+            nested = [name for name, sort in sorts.items() if types.is_nested(sort)]
+            if nested:
+                raise InputError(place, f"column {nested[0]!r} of lists", "hold one value per row")
+            # strings are kept once each, however many rows repeat them
+            texts = [name for name, sort in sorts.items() if types.is_string(sort) or types.is_binary(sort)]
+            # a few kilobytes of repeated values may say any number
+            if file.metadata.num_rows > MAX_REQUESTS:
+                raise InputError(
+                    place, f"{file.metadata.num_rows:,} rows", f"hold at most {MAX_REQUESTS:,} requests"
+                )
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
             table = file.read(columns=wanted)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(place, str(error).partition("\n")[0], "be a whole Parquet file") from None
     if table.num_rows == 0:
         raise InputError(place, "no rows", "hold at least one request")
@@ -63,13 +75,17 @@ def read_parquet(place: str, path: str | os.PathLike[str]) -> Columns:
 
 
 def _cells(column: Any) -> Cells:
-    """A column as an array of numbers, or of strings with None for none, where it is one; else as a list."""
+    """A column as an array: of numbers, or of values kept once each (None: none); else a list."""
     from pyarrow import types
 
     if types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+        chunks = [np.zeros(0, dtype=object)]
+        for chunk in column.chunks:
+            values = np.array([*chunk.dictionary.to_pylist(), None], dtype=object)
+            chunks.append(values[chunk.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)])
+        return np.concatenate(chunks)
     whole = not column.null_count and (types.is_integer(column.type) or types.is_floating(column.type))
-    cells: Cells = column.to_numpy() if whole or types.is_string(column.type) else column.to_pylist()
+    cells: Cells = column.to_numpy() if whole else column.to_pylist()
     return cells
 
 

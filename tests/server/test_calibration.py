@@ -236,7 +236,7 @@ class TestRefusals:
         ("column", "value", "pattern"),
         [
             ("t_s", 0.0, "t_s, row 3 must be positive"),
-            ("t_s", np.nan, "t_s, row 3 must be finite"),
+            ("t_s", np.nan, "t_s, row 3 must be 0 or between"),
             ("n_tok", 1.5, "n_tok, row 3 must be a whole number"),
             ("batch_decode", 0.5, "batch_decode, row 3 must be a whole number"),
             ("batch_decode", 9.0, "batch_decode, row 3 must not exceed n_tok"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import shutil
 import tomllib
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,11 @@ from fluidsched._files import dumps
 from fluidsched.cli.inputs import load_server, load_workload, read_as
 from fluidsched.errors import FluidschedError
 from fluidsched.fluid import FluidSolution
+from fluidsched.measured import compare_measured
+from fluidsched.server.calibration import Calibration
 from fluidsched.simulation import SimulationResult
+from fluidsched.sweeps import sweep
+from fluidsched.sweeps.cells import simulate_cell
 from fluidsched.sweeps.spec import SweepSpec
 
 MIX = fs.Workload(
@@ -42,12 +49,16 @@ PATH = MIX.sample(3.0, seed=1)
 
 @dataclass(frozen=True)
 class Reader:
-    """How a kind of file is read, its suffix, valid texts of it, and what is done next with what was read."""
+    """How a kind of file is read, its suffix, valid texts of it, and what is done next with what was read.
+
+    `seal` puts checksums right again, so that damage gets past them.
+    """
 
     read: Callable[[Path], Any]
     suffix: str
     seeds: tuple[bytes, ...]
     use: Callable[[Any], Any] | None = None
+    seal: Callable[[bytes], bytes] | None = None
 
 
 def _csv(*rows: str) -> bytes:
@@ -69,6 +80,7 @@ def _traces() -> Iterator[bytes]:
         "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type",
         "5,1,2.0,ChatGPT,472,18,490,API log",
         "45,2,1.0,GPT-4,1087,0,1087,Conversation log",
+        "50,1,2.0,ChatGPT,47,9,56,API log",
     )
     rows = [
         {"timestamp": 1000 * i, "input_length": 900, "output_length": 5, "hash_ids": [0, i]} for i in range(3)
@@ -130,16 +142,33 @@ per_decode_token = 1.2e-5
 per_kv_token = 3.3e-7
 per_prefill_attention = 3.0e-9
 """
-SWEEP_TOML = b"""
+SWEEP_TOMLS = (
+    b"""
 seed = 7
 [base]
 workload = "azure_conv"
 horizon = 60.0
 replications = 2
+[base.server]
+gpu = "a100-80gb"
+model = "llama-2-7b"
 [grid]
 "workload.load" = [0.5, 0.8]
 policy = ["vllm", "sarathi"]
-"""
+""",
+    b"""
+cells = [{workload.scale = 0.5, slo.e2e = 9.0}, {workload.scale = 2.0}]
+[base.server]
+kv_capacity = 50_000
+iteration_time.paper = {d0 = 0.02, d1 = 1e-6}
+[base.workload]
+schema = "fluidsched.workload/1"
+types = [{name = "chat", arrival_rate = 3.0, prompt_tokens = 60, output_tokens = 40}]
+[grid]
+policy = [{kind = "capped", overflow_probability = 0.05}, {kind = "vllm"}]
+"server.max_batch_size" = [64]
+""",
+)
 
 
 def _workload(path: Path) -> Any:
@@ -153,7 +182,7 @@ def _server(path: Path) -> Any:
 def _use_workload(workload: Any) -> None:
     if isinstance(workload, fs.Workload):
         repr(fs.solve_fluid(workload, SERVER))
-        workload.sample(1e-3, seed=1)
+        workload.sample(1e-16, seed=1)
 
 
 def _use_server(server: fs.Server) -> None:
@@ -170,10 +199,60 @@ def _use_table(table: fs.PolicyTable) -> None:
 def _use_trace(path: fs.ArrivalPath) -> None:
     repr(path)
     path.to_csv()
+    if len(path) > 1:
+        repr(path.to_workload(types=1))
 
 
-def readers() -> dict[str, Reader]:
-    """Every kind of file the library or its command line reads."""
+def _use_spec(spec: SweepSpec) -> None:
+    repr(spec)
+    if len(spec) < 100:  # so short a time that no rate below 1e20 asks for many requests
+        for cell in {0, len(spec) - 1}:
+            spec.labels(cell)
+            parameters = spec.parameters(cell) | {"horizon": 1e-16, "replications": 1, "engine": "reference"}
+            simulate_cell(parameters, spec.seed_sequence(cell))
+
+
+MEASURED = {
+    "input_lens": [50, 60, 70],
+    "output_lens": [7, 8, 1],
+    "start_times": [1.5, 2.5, 2.75],
+    "ttfts": [0.02, 0.03, 0.04],
+    "itls": [[0.02] * 6, [0.03] * 7, []],
+    "errors": ["", "", ""],
+}
+
+
+def _measured(path: Path) -> Any:
+    return compare_measured(path, fs.Server(100_000, fs.IterationTime.affine(0.01, 1e-5, 0.0, 0.0)))
+
+
+PRODUCTS = {
+    "grid": {"x": [1, 2], "y": [10, 20]},
+    "function": "fluidsched.sweeps.sweeping:example_cell",
+}
+
+
+def _sweep_in(path: Path) -> Any:
+    """Go on with the sweep whose journal the file is."""
+    place = path.parent / "sweep"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    path.rename(place / "journal.txt")
+    return sweep(PRODUCTS, place, format="csv")
+
+
+def _journal(folder: Path) -> bytes:
+    sweep(PRODUCTS, folder, format="csv")
+    return (folder / "journal.txt").read_bytes()
+
+
+def _sealed(journal: bytes) -> bytes:
+    bodies = (line.partition(b" ")[2] for line in journal.splitlines())
+    return b"".join(b"%08x %s\n" % (zlib.crc32(body), body) for body in bodies)
+
+
+def readers(folder: Path) -> dict[str, Reader]:
+    """Every kind of file the library or its command line reads; `folder` is for what cannot be made in memory."""
     fluid = fs.solve_fluid(MIX, SERVER)
     runs = fs.simulate(
         MIX, SERVER, [fs.baselines.vllm()], horizon=20.0, replications=2, seed=1, engine="reference"
@@ -196,15 +275,29 @@ def readers() -> dict[str, Reader]:
             (_json(fluid.to_dict()),),
         ),
         "result": Reader(SimulationResult.from_json, ".json", (runs.to_json().encode(),)),
-        "sweep-toml": Reader(SweepSpec.from_toml, ".toml", (SWEEP_TOML,)),
-        "points": Reader(lambda path: fs.calibrate(path, kv_capacity=1000.0), ".csv", (points,)),
+        "comparison": Reader(
+            fs.Comparison.from_json, ".json", (_json(fs.compare(runs, fluid).to_dict()),), repr
+        ),
+        "measured": Reader(_measured, ".json", (_json(MEASURED),), repr),
+        "sweep-toml": Reader(SweepSpec.from_toml, ".toml", SWEEP_TOMLS, _use_spec),
+        "journal": Reader(_sweep_in, ".txt", (_journal(folder),), seal=_sealed),
+        "points": Reader(_calibrate, ".csv", (points,), repr),
+        "calibration": Reader(Calibration.from_json, ".json", (_calibration(points, folder),), repr),
+        "trace-parquet": Reader(fs.read_trace, ".parquet", (_parquet(),), _use_trace),
     }
 
 
-def parquet_seed() -> bytes:
-    """A Parquet trace."""
-    import io
+def _calibrate(path: Path) -> Any:
+    return fs.calibrate(path, kv_capacity=1000.0)
 
+
+def _calibration(points: bytes, folder: Path) -> bytes:
+    (folder / "points.csv").write_bytes(points)
+    return _json(_calibrate(folder / "points.csv").to_dict())
+
+
+def _parquet() -> bytes:
+    """A Parquet trace."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -312,6 +405,8 @@ def hostile_input(reader: Reader, rng: np.random.Generator) -> bytes:
             for _ in range(int(rng.integers(1, 3))):
                 value = mutated(value, rng)
             return json.dumps(value).encode("utf-8", "surrogatepass")
+    if reader.seal is not None and rng.random() < 0.7:
+        return reader.seal(scrambled(seed, rng))
     if reader.suffix == ".toml" and rng.random() < 0.7:
         value = mutated(tomllib.loads(seed.decode()), rng)
         if isinstance(value, dict):
