@@ -52,7 +52,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -78,7 +78,7 @@ from fluidsched.simulation.records import STATUSES, EngineRun, Verdict
 from fluidsched.simulation.reference import Engine, run_reference
 from fluidsched.simulation.result import SimulationResult
 from fluidsched.simulation.routers import Router
-from fluidsched.simulation.run import ENGINES, OCCUPANCY_POINTS, common_paths
+from fluidsched.simulation.run import ENGINES, OCCUPANCY_POINTS, check_memory, common_paths
 from fluidsched.workload import ArrivalPath, Workload
 from fluidsched.workload.path import Seed, seed_sequence
 
@@ -249,7 +249,7 @@ class ClusterResult(Tabular):
 
 def simulate_cluster(
     workload: Workload | ArrivalPath,
-    pools: Sequence[Pool],
+    pools: Pool | Sequence[Pool],
     policies: Assignment | Sequence[Assignment],
     routers: Router | Sequence[Router],
     *,
@@ -269,7 +269,7 @@ def simulate_cluster(
     ----------
     workload : Workload or ArrivalPath
         A workload is sampled; a path is replayed.
-    pools : sequence of Pool
+    pools : Pool or sequence of Pool
         K pools of whole numbers of replicas, with unique names, that all serve requests whole; or pools of stages
         "prefill" and "decode", at least one of each.
     policies : PolicyTable, mapping of str to PolicyTable, or a sequence of them
@@ -302,7 +302,8 @@ def simulate_cluster(
         As `simulate`; also for fractional replicas, stages that do not serve requests to their end, a split of
         other pools or types than these, transfers without anything to transfer; behind a router that looks and
         on the kernel, pools of one stage with different tables and requests that may leave unfinished
-        (patience, aborts, timeouts); and such requests where pools prefill and decode apart.
+        (patience, aborts, timeouts); such requests where pools prefill and decode apart; and what would not
+        fit into memory.
 
     Examples
     --------
@@ -326,9 +327,10 @@ def simulate_cluster(
     """
     check_choice("engine", engine, ENGINES)
     check_choice("oversize", oversize, ("raise", "reject"))
-    ways = _unique("routers", [routers] if isinstance(routers, Router) else routers, Router)
+    ways = _unique("routers", routers, Router)
     pools = tuple(_unique("pools", pools, Pool))
     assigned = _assigned(policies, pools)
+    _check_memory(workload, pools, assigned, ways, horizon, replications)
     pool_of = _replicas(pools)
     apart = any(pool.stage != "whole" for pool in pools)
     transfer = _transfer(transfer_bandwidth, transfer_latency, apart)
@@ -442,14 +444,18 @@ class _Run(NamedTuple):
 # ------------------------------------------------------------------ what is given
 
 
-def _unique(argument: str, given: Sequence[object], kind: type) -> list:  # type: ignore[type-arg]
+def _unique(argument: str, given: object, kind: type) -> list:  # type: ignore[type-arg]
+    if isinstance(given, kind):
+        given = [given]
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(argument, given, f"be a {kind.__name__}, or a sequence of them")
     items = list(given)
     if not items:
         raise InputError(argument, "none", f"hold at least one {kind.__name__}")
     for k, item in enumerate(items):
         if not isinstance(item, kind):
             raise InputError(f"{argument}[{k}]", item, f"be a {kind.__name__}")
-    names = [item.name for item in items]  # type: ignore[attr-defined]
+    names = [item.name for item in items]
     for k, name in enumerate(names):
         if name in names[:k]:
             raise InputError(f"{argument}[{k}].name", name, "be unique in a run")
@@ -460,6 +466,12 @@ def _assigned(
     policies: Assignment | Sequence[Assignment], pools: Sequence[Pool]
 ) -> list[tuple[str, tuple[PolicyTable, ...]]]:
     """Names of the policies, and the table of each pool."""
+    if isinstance(policies, str) or not isinstance(policies, (PolicyTable, Iterable)):
+        raise InputError(
+            "policies",
+            policies,
+            "be a PolicyTable, map pools' names to PolicyTables, or be a sequence of these",
+        )
     given = [policies] if isinstance(policies, (PolicyTable, Mapping)) else list(policies)
     if not given:
         raise InputError("policies", "none", "hold at least one PolicyTable")
@@ -486,6 +498,29 @@ def _assigned(
                 f"policies[{k}].name", assigned[-1][0], "be unique in a run", "Use table.renamed(name)."
             )
     return assigned
+
+
+def _check_memory(
+    workload: object,
+    pools: Sequence[Pool],
+    assigned: Sequence[tuple[str, tuple[PolicyTable, ...]]],
+    ways: Sequence[Router],
+    horizon: float | None,
+    replications: int | None,
+) -> None:
+    """Refuse what would not fit, before replicas and requests are laid out."""
+    replicas = sum(pool.replicas for pool in pools)
+    slots = 0.0
+    if any(router.looks for router in ways):
+        slots = max(
+            sum(
+                pool.replicas * float(effective_limits(pool.server, table).slots)
+                for pool, table in zip(pools, tables, strict=True)
+            )
+            for _, tables in assigned
+        )
+    runs = len(assigned) * len(ways)
+    check_memory(workload, horizon, replications, runs, replicas=replicas, slots=slots)
 
 
 def _replicas(pools: Sequence[Pool]) -> Integers:

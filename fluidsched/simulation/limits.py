@@ -235,7 +235,8 @@ def check_run(
     Raises
     ------
     InputError
-        For a rule the engines do not have, a field the table's kind does not use, a path without the output
+        For a rule the engines do not have, a field the table's kind does not use, times so late that the clock
+        cannot tell iterations apart, a path without the output
         lengths that an order or look-ahead believes, a request no row matches or longer than the table
         reserves for, a `wait` or `nested-wait` cohort above the server's token budget, or either rule with
         restarts and no horizon: there the newest admitted may be all that runs, so requests that lose their
@@ -256,6 +257,7 @@ def check_run(
             f"be given for table {table.name!r}: under {table.kind!r} restarts can go on for ever",
             'Give a horizon, s, or a table with preemption "recompute".',
         )
+    _check_clock(path, server, horizon)
     rows = table.classify(path)
     beliefs(path, table)
     if table.kind in RESERVING_KINDS:
@@ -263,6 +265,27 @@ def check_run(
     if table.freeze and server.token_budget is not None:
         _check_cohort(path, rows, server.token_budget, table)
     return rows
+
+
+RESOLUTION = 2.0**-10
+"""Largest share of the shortest iteration that the rounding of a time may be."""
+
+
+def _check_clock(path: ArrivalPath, server: Server, horizon: float | None) -> None:
+    """Refuse times at which floating point cannot tell the end of the shortest iteration from its start."""
+    if server.iteration_time.coefficients is None:
+        return  # a function is asked batch by batch
+    latest = horizon if horizon is not None else float(path.arrival_s[-1]) if len(path) else 0.0
+    prefill, decode = server.iteration_time([1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.5, 0.0]).tolist()
+    shortest = min(prefill, decode)
+    if math.ulp(latest) > RESOLUTION * shortest:
+        raise InputError(
+            "horizon" if horizon is not None else f"arrival_s[{len(path) - 1}]",
+            latest,
+            f"be a time, s, that is known to {RESOLUTION:.1g} of an iteration: floating point has steps of "
+            f"{math.ulp(latest):.3g} s there, and the shortest iteration of {server.name!r} lasts {shortest:.3g} s",
+            "Count seconds from the start of the run; check the units of times and of the iteration time.",
+        )
 
 
 def remark_on_memory(server: Server, table: PolicyTable) -> None:

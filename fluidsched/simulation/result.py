@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fluidsched._checks import check_choice, check_count, check_fields, check_real
+from fluidsched._checks import check_choice, check_count, check_fields, check_keys, check_real
 from fluidsched._display import Tabular
 from fluidsched._files import dumps, loads, read_text, write_whole
 from fluidsched.errors import InputError
 from fluidsched.server import Server
+from fluidsched.simulation.deadlock import describe_deadlock
 from fluidsched.simulation.limits import UNLIMITED, effective_limits
 from fluidsched.simulation.measures import (
     OF_REQUESTS,
@@ -74,6 +75,8 @@ class PolicyOutcome:
         How each replication ended: "finished", "horizon" or "stuck".
     starved_types : tuple of str
         Types left in a stuck replication, in the table's order.
+    deadlock : str
+        State of the first stuck replication: who waits before which gate, what is held; empty where none is.
     """
 
     name: str
@@ -81,6 +84,7 @@ class PolicyOutcome:
     lower_bounds: Mapping[str, NDArray[np.bool_]]
     verdicts: tuple[str, ...]
     starved_types: tuple[str, ...]
+    deadlock: str = ""
 
     def __post_init__(self) -> None:
         for array in (*self.values.values(), *self.lower_bounds.values()):
@@ -160,13 +164,17 @@ class SimulationResult(Tabular):
         engine: str,
         workload: str,
         server: Server,
-        replicas: Sequence[Server] = (),
+        replicas: Sequence[Server] | None = None,
         transients: Mapping[str, float] | None = None,
         slo: Mapping[str, float] | None = None,
     ) -> SimulationResult:
-        """Measure every run: `engine_runs[k][r]` is table k on path r; `replicas` are `server` alone by default."""
+        """Measure every run: `engine_runs[k][r]` is table k on path r.
+
+        `replicas` are `server` alone by default; none at all says that they follow different tables.
+        """
         slo = check_slo(slo)
-        replicas = tuple(replicas) or (server,)
+        alike = replicas is None or len(replicas) > 0
+        replicas = tuple(replicas or ()) or (server,)
         alone = [_alone(path, replicas) for path in paths]
         outcomes = []
         for table, runs in zip(tables, engine_runs, strict=True):
@@ -184,7 +192,9 @@ class SimulationResult(Tabular):
                 )
                 for r, (path, run) in enumerate(zip(paths, runs, strict=True))
             ]
-            outcomes.append(_outcome(table, runs, measured))
+            outcomes.append(
+                _outcome(table, runs, measured, _deadlock(table if alike else None, paths, runs, server))
+            )
         return cls(
             tuple(outcomes),
             len(paths),
@@ -653,6 +663,7 @@ class SimulationResult(Tabular):
                     "name": outcome.name,
                     "verdicts": list(outcome.verdicts),
                     "starved_types": list(outcome.starved_types),
+                    **({"deadlock": outcome.deadlock} if outcome.deadlock else {}),
                     "measures": {
                         name: {
                             "unit": UNITS[name],
@@ -740,10 +751,10 @@ class SimulationResult(Tabular):
 
     @property
     def _shown(self) -> tuple[tuple[str, str, float, str], ...]:
-        """The columns printed: how many left unfinished only where anybody did."""
+        """The columns printed: how many were rejected, or left unfinished, only where anybody was or did."""
         leavers = (
             (status, status, 1.0, "")
-            for status in ("abandoned", "aborted")
+            for status in ("rejected", "abandoned", "aborted")
             if any(outcome.values.get(status, np.zeros(1)).any() for outcome in self.outcomes)
         )
         return (*_SHOWN, *leavers)
@@ -765,7 +776,8 @@ class SimulationResult(Tabular):
             *(f"{label} [{unit}]" if unit else label for _, label, _, unit in self._shown),
             "ended",
         ]
-        return f"{self.title}\n{aligned([header, *self._rows()])}\n{FOOTNOTE}"
+        stuck = [f"{o.name} is stuck {o.deadlock}" for o in self.outcomes if o.deadlock]
+        return "\n".join([self.title, aligned([header, *self._rows()]), *stuck, FOOTNOTE])
 
     def _summary(self) -> list[tuple[str, str]]:
         return [("simulated", self.title)]
@@ -808,8 +820,22 @@ def _types(path: ArrivalPath, table: PolicyTable) -> tuple[NDArray[np.int64] | N
     return table.classify(path) if len(table.types) > 1 else None, table.type_names
 
 
+def _deadlock(
+    table: PolicyTable | None, paths: Sequence[ArrivalPath], runs: Sequence[EngineRun], server: Server
+) -> str:
+    """State of the first stuck replication."""
+    for r, (path, run) in enumerate(zip(paths, runs, strict=True)):
+        if run.verdict == "stuck":
+            state = describe_deadlock(path, run, table, server.kv_capacity)
+            return state if len(runs) == 1 else f"in replication {r} {state}"
+    return ""
+
+
 def _outcome(
-    table: PolicyTable, runs: Sequence[EngineRun], measured: Sequence[tuple[dict[str, float], set[str]]]
+    table: PolicyTable,
+    runs: Sequence[EngineRun],
+    measured: Sequence[tuple[dict[str, float], set[str]]],
+    deadlock: str = "",
 ) -> PolicyOutcome:
     names = measured[0][0]
     starved = {name for run in runs for name in run.starved_types}
@@ -819,6 +845,7 @@ def _outcome(
         {m: np.array([m in bounds for _, bounds in measured]) for m in names},
         tuple(run.verdict for run in runs),
         tuple(name for name in table.type_names if name in starved),
+        deadlock,
     )
 
 
@@ -865,7 +892,11 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, last_is_number: boo
 
 def _read_outcome(place: str, data: Any, replications: int) -> PolicyOutcome:
     names = ("name", "verdicts", "starved_types", "measures")
-    name, verdicts, starved, measures = check_fields(place, data, None, names)
+    fields = check_keys(place, data, None, names, ("deadlock",))
+    name, verdicts, starved, measures = (fields[field] for field in names)
+    deadlock = fields.get("deadlock", "")
+    if not isinstance(deadlock, str):
+        raise InputError(f"{place}.deadlock", deadlock, "be a string")
     if not isinstance(name, str) or not name:
         raise InputError(f"{place}.name", name, "be a non-empty string")
     if not isinstance(verdicts, list) or len(verdicts) != replications:
@@ -894,4 +925,4 @@ def _read_outcome(place: str, data: Any, replications: int) -> PolicyOutcome:
     for measure in (*(measure for measure, *_ in _SHOWN), "backlog_growth"):
         if measure not in values:
             raise InputError(f"{place}.measures.{measure}", "nothing", "be present")
-    return PolicyOutcome(name, values, lower_bounds, tuple(verdicts), tuple(starved))
+    return PolicyOutcome(name, values, lower_bounds, tuple(verdicts), tuple(starved), deadlock)

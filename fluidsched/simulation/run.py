@@ -41,7 +41,7 @@ from fluidsched.workload import ArrivalPath, Workload
 from fluidsched.workload.model import PIECE
 from fluidsched.workload.path import Seed, seed_sequence
 
-__all__ = ["ENGINES", "OCCUPANCY_POINTS", "common_paths", "replication_seeds", "simulate"]
+__all__ = ["ENGINES", "OCCUPANCY_POINTS", "check_memory", "common_paths", "replication_seeds", "simulate"]
 
 Policy = PolicyTable | UserRule
 Progress = Callable[[str, int, int], None]
@@ -178,7 +178,7 @@ def simulate(
         return _without_records(
             workload, server, plain, horizon, warmup, replications, seed, oversize, check_slo(slo), progress
         )
-    _check_memory(workload, horizon, replications, len(given))
+    check_memory(workload, horizon, replications, len(given))
     paths, horizon, start = common_paths(workload, horizon, warmup, replications, seed)
     paths = [within_model_length(path, server) for path in paths]
     for table in tables:
@@ -233,14 +233,38 @@ BYTES_PER_REQUEST = 256
 BYTES_KEPT = 96
 """Of each further path or run that is kept: its columns."""
 
+BYTES_PER_ROUTE = 10
+"""Of each request and replica of a cluster: whether it fits there, as the router reads it."""
 
-def _check_memory(
-    workload: Workload | ArrivalPath | Sequence[ArrivalPath],
+BYTES_PER_REPLICA = 60_000
+"""Of each replica's run that is kept: its occupancy and gaps."""
+
+BYTES_PER_SLOT = 128
+"""Of each place for a resident, of all replicas that are stopped where a router looks."""
+
+
+def check_memory(
+    workload: object,
     horizon: float | None,
     replications: int | None,
-    policies: int,
+    runs: int,
+    *,
+    replicas: float = 0.0,
+    slots: float = 0.0,
 ) -> None:
-    """Refuse before anything is allocated what would not fit."""
+    """Refuse before anything is allocated what would not fit.
+
+    Parameters
+    ----------
+    workload, horizon, replications
+        As for `simulate`; what is no demand, or has no horizon, is refused elsewhere.
+    runs : int
+        Runs of each path.
+    replicas : float
+        Replicas of a cluster in all.
+    slots : float
+        Residents that the replicas may have at once, where they run side by side; at most the requests each.
+    """
     if isinstance(workload, ArrivalPath):
         requests, paths = float(len(workload)), 1
     elif isinstance(workload, Workload) and horizon is not None:
@@ -248,14 +272,19 @@ def _check_memory(
         paths = 16 if replications is None else check_count("replications", replications, minimum=1)
     else:
         return  # refused in a moment
-    needed = requests * (BYTES_PER_REQUEST + BYTES_KEPT * paths * policies)
+    needed = requests * (BYTES_PER_REQUEST + BYTES_KEPT * paths * runs)
+    needed += replicas * (requests * BYTES_PER_ROUTE + BYTES_PER_REPLICA * paths * runs)
+    needed += min(slots, requests * replicas) * BYTES_PER_SLOT
     available = available_memory()
     if needed > available:
+        of_many = f" on {replicas:,.0f} replicas" if replicas else ""
         raise InputError(
             "horizon" if horizon is not None else "workload",
-            f"{requests:,.3g} requests for each of {paths} paths and {policies} policies",
+            f"{requests:,.3g} requests for each of {paths} paths and {runs} policies{of_many}",
             f"fit into memory: records take about {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} are free",
-            "Use records=False, which keeps none; or a shorter horizon, or fewer replications.",
+            "Use fewer replicas, replications or policies, or a shorter horizon."
+            if replicas
+            else "Use records=False, which keeps none; or a shorter horizon, or fewer replications.",
         )
 
 
@@ -468,6 +497,13 @@ def _reference_run(path: ArrivalPath, settings: _Settings, *, audited: bool) -> 
 
 
 def _check_policies(policies: Policy | Sequence[Policy], engine: str) -> list[Policy]:
+    if isinstance(policies, str) or not isinstance(policies, (PolicyTable, UserRule, Iterable)):
+        raise InputError(
+            "policies",
+            policies,
+            "be a PolicyTable, a UserRule, or a sequence of them",
+            "Tables of engines are made by fluidsched.baselines, others by compile_policy.",
+        )
     given: list[Policy] = [policies] if isinstance(policies, (PolicyTable, UserRule)) else list(policies)
     if not given:
         raise InputError("policies", "none", "hold at least one PolicyTable")

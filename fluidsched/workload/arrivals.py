@@ -114,11 +114,11 @@ class ArrivalProcess(abc.ABC):
         _check_expected(rate * horizon, "requests")
         return self._times(rate, horizon, rng)
 
+    @abc.abstractmethod
     def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
         """The times of `sample`, without an end, in pieces of about `size`, so that they need not all be kept.
 
-        Processes of which the next times do not follow from few numbers (`renewal`, `markov_modulated`, `batches`,
-        `closed_loop`, `superposition`) raise `InputError`.
+        The numbers are the same, bit by bit, however they are cut; no piece is empty. The rate is above 0.
 
         Examples
         --------
@@ -126,12 +126,6 @@ class ArrivalProcess(abc.ABC):
         >>> next(times).round(3), next(times).round(3)
         (array([0.537, 0.691]), array([3.378, 3.562]))
         """
-        raise InputError(
-            "arrivals",
-            self,
-            "be poisson() or time_varying() for paths drawn in pieces",
-            "Simulate with records, as a whole path.",
-        )
 
     @abc.abstractmethod
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
@@ -196,6 +190,9 @@ class _Renewal(ArrivalProcess):
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
         return _renewal_times(rate, horizon, rng, sources=1, cv=self.cv, offset=0.0)
 
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        return _renewal_pieces(rate, rng, size, sources=1, cv=self.cv, offset=0.0)
+
     def dispersion(self, rate: float) -> float:
         return self.cv**2
 
@@ -241,6 +238,11 @@ class _ClosedLoop(ArrivalProcess):
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
         return _renewal_times(
             rate, horizon, rng, sources=self.users, cv=self.think_cv, offset=self.response_share
+        )
+
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        return _renewal_pieces(
+            rate, rng, size, sources=self.users, cv=self.think_cv, offset=self.response_share
         )
 
     def dispersion(self, rate: float) -> float:
@@ -335,17 +337,43 @@ class _MarkovModulated(ArrivalProcess):
         return np.asarray(relative / (self._shares @ relative))
 
     def _times(self, rate: float, horizon: float, rng: np.random.Generator) -> FloatArray:
-        sojourns = np.array(self.mean_sojourn)
-        visits = horizon * float((self._shares / sojourns).sum())
+        visits = horizon * float((self._shares / np.array(self.mean_sojourn)).sum())
         _check_expected(visits, "changes of the rate")
-        size = int(visits + 4 * math.sqrt(visits)) + 4
         chain, clock = _streams(rng, 2)
+        walk = self._walk(chain, int(visits + 4 * math.sqrt(visits)) + 4)
+        ends, masses = next(walk)
+        while ends[-1] <= horizon:
+            further = next(walk)
+            ends, masses = np.append(ends, further[0][1:]), np.append(masses, further[1][1:])
+        return _inverted(ends, masses, rate, horizon, clock)
+
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        chain, clock = _streams(rng, 2)
+        mean_sojourn = 1.0 / float((self._shares / np.array(self.mean_sojourn)).sum())
+        walk = self._walk(chain, int(min(max(size / (rate * mean_sojourn), 4.0), size)) + 4)
+        ends, masses = next(walk)
+        for sums in _sum_pieces(clock.standard_exponential, size):
+            blocks = [(ends, masses)]
+            while rate * blocks[-1][1][-1] <= sums[-1]:
+                further = next(walk)
+                blocks.append((further[0][1:], further[1][1:]))
+            ends, masses = (np.concatenate(column) for column in zip(*blocks, strict=True))
+            yield np.interp(sums, rate * masses, ends)
+            first = max(int(np.searchsorted(rate * masses, sums[-1], side="right")) - 1, 0)
+            ends, masses = ends[first:], masses[first:]
+
+    def _walk(self, chain: np.random.Generator, size: int) -> Iterator[tuple[FloatArray, FloatArray]]:
+        """Ends of the chain's stays and the cumulative unit rate at them, `size` stays and then fewer at a time.
+
+        Each block begins with the last entry of the one before; the first one with 0.
+        """
+        sojourns = np.array(self.mean_sojourn)
         cumulative = np.cumsum(self._jumps, axis=1)
         rows = [row[: int(np.argmax(row >= row[-1])) + 1].tolist() for row in cumulative]
         start = np.cumsum(self._shares)
         state = int(np.searchsorted(start / start[-1], chain.random(), side="right"))
-        ends, masses = [np.zeros(1)], [np.zeros(1)]
-        while ends[-1][-1] <= horizon:
+        ends, masses = np.zeros(1), np.zeros(1)
+        while True:
             uniforms = chain.random((size, 2))
             size = size // 4 + 4
             states = np.empty(len(uniforms), dtype=np.int64)
@@ -355,9 +383,9 @@ class _MarkovModulated(ArrivalProcess):
                 state = min(bisect_right(row, uniform * row[-1]), len(row) - 1)
             stay = -np.log1p(-uniforms[:, 0]) * sojourns[states]
             mass = stay * self._unit_rate[states]
-            ends.append(np.cumsum(np.concatenate([ends[-1][-1:], stay]))[1:])
-            masses.append(np.cumsum(np.concatenate([masses[-1][-1:], mass]))[1:])
-        return _inverted(np.concatenate(ends), np.concatenate(masses), rate, horizon, clock)
+            ends = np.cumsum(np.concatenate([ends[-1:], stay]))
+            masses = np.cumsum(np.concatenate([masses[-1:], mass]))
+            yield ends, masses
 
     def dispersion(self, rate: float) -> float:
         jumps, sojourns, shares = self._jumps, np.array(self.mean_sojourn), self._shares
@@ -534,6 +562,12 @@ class _Batches(ArrivalProcess):
         times = self.epochs.sample(rate / self.size.mean, horizon, clock)
         return np.repeat(times, self.size.sample(sizes, len(times)))
 
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        clock, sizes = _streams(rng, 2)
+        mean = self.size.mean
+        for times in self.epochs.pieces(rate / mean, clock, max(int(size / mean), 1)):
+            yield np.repeat(times, self.size.sample(sizes, len(times)))
+
     def dispersion(self, rate: float) -> float:
         mean = self.size.mean
         variance = self.size.moment(2) - mean**2
@@ -587,6 +621,24 @@ class _Superposition(ArrivalProcess):
         parts = zip(self.processes, self._fractions, streams, strict=True)
         times = [process.sample(rate * share, horizon, stream) for process, share, stream in parts]
         return np.sort(np.concatenate(times))
+
+    def pieces(self, rate: float, rng: np.random.Generator, size: int) -> Iterator[FloatArray]:
+        streams = _streams(rng, len(self.processes))
+        parts = [
+            process.pieces(rate * share, stream, max(int(size * share), 1))
+            for process, share, stream in zip(self.processes, self._fractions, streams, strict=True)
+        ]
+        ahead = [next(part) for part in parts]
+        while True:
+            known = min(times[-1] for times in ahead)  # nobody comes before that any more
+            splits = [int(np.searchsorted(times, known)) for times in ahead]
+            if any(splits):
+                yield np.sort(np.concatenate([times[:k] for times, k in zip(ahead, splits, strict=True)]))
+            ahead = [times[k:] for times, k in zip(ahead, splits, strict=True)]
+            ahead = [
+                np.concatenate([times, next(part)]) if times[-1] == known else times
+                for times, part in zip(ahead, parts, strict=True)
+            ]
 
     @cached_property
     def _fractions(self) -> list[float]:
@@ -727,24 +779,27 @@ def _sums(draw: Callable[[int], FloatArray], total: float, first: FloatArray | f
     return sums
 
 
-def _sum_pieces(draw: Callable[[int], FloatArray], size: int) -> Iterator[FloatArray]:
+def _sum_pieces(
+    draw: Callable[[int], FloatArray], size: int, first: FloatArray | float = 0.0
+) -> Iterator[FloatArray]:
     """The partial sums of `_sums` without end, `size` at a time: cumulative sums add up in order, so they are equal."""
-    before = 0.0
+    before = first
     while True:
         gaps = draw(size)
         gaps[0] += before
-        sums = np.cumsum(gaps)
-        before = float(sums[-1])
+        sums = np.cumsum(gaps, axis=0)
+        before = sums[-1]
         yield sums
 
 
-def _renewal_times(
-    rate: float, horizon: float, rng: np.random.Generator, *, sources: int, cv: float, offset: float
-) -> FloatArray:
-    """Superposition of stationary renewal processes with gap (offset + (1 − offset) G)·sources/rate, E[G] = 1.
+def _renewal_gaps(
+    rng: np.random.Generator, sources: int, cv: float, offset: float
+) -> tuple[FloatArray, Callable[[int], FloatArray]]:
+    """First gaps and a function that draws rows of further ones, of stationary renewal processes of mean gap 1.
 
-    The first gap of each is a uniform share of a *length-biased* gap: with probability `offset` an ordinary
-    one, otherwise one with the length-biased gamma (shape k + 1 for k) in place of G.
+    Gaps are offset + (1 − offset) G, E[G] = 1. The first one is a uniform share of a *length-biased* gap: with
+    probability `offset` an ordinary one, otherwise one with the length-biased gamma (shape k + 1 for k) in place
+    of G.
     """
 
     def gamma(shape: float, size: tuple[int, ...]) -> FloatArray:
@@ -759,10 +814,33 @@ def _renewal_times(
     uniforms = rng.random((sources, 2))
     plain, biased = gamma(shape, (sources,)), gamma(shape + 1, (sources,))
     first = uniforms[:, 0] * gap(np.where(uniforms[:, 1] < offset, plain, biased))
+    return first, lambda rows: gap(gamma(shape, (rows, sources)))
+
+
+def _renewal_times(
+    rate: float, horizon: float, rng: np.random.Generator, *, sources: int, cv: float, offset: float
+) -> FloatArray:
+    """Superposition of stationary renewal processes, each with mean gap sources/rate; see `_renewal_gaps`."""
+    first, draw = _renewal_gaps(rng, sources, cv, offset)
     cycle = sources / rate
-    later = _sums(lambda rows: gap(gamma(shape, (rows, sources))), horizon / cycle, first)
+    later = _sums(draw, horizon / cycle, first)
     times = np.concatenate([first, later.ravel()]) * cycle
     return np.sort(times[times < horizon])
+
+
+def _renewal_pieces(
+    rate: float, rng: np.random.Generator, size: int, *, sources: int, cv: float, offset: float
+) -> Iterator[FloatArray]:
+    """The times of `_renewal_times` in pieces: what every source has passed is complete."""
+    first, draw = _renewal_gaps(rng, sources, cv, offset)
+    cycle = sources / rate
+    ahead = first * cycle
+    for sums in _sum_pieces(draw, max(size // sources, 1), first):
+        ahead = np.sort(np.concatenate([ahead, sums.ravel() * cycle]))
+        split = int(np.searchsorted(ahead, sums[-1].min() * cycle))
+        if split:
+            yield ahead[:split]
+            ahead = ahead[split:]
 
 
 def _inverted(

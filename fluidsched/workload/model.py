@@ -787,8 +787,7 @@ class Workload(Tabular):
         Raises
         ------
         InputError
-            When the first piece is asked for: an arrival process that cannot be drawn in pieces (see
-            `ArrivalProcess.pieces`), predictions, no request at all.
+            When the first piece is asked for: types whose requests may leave unfinished, no request at all.
 
         Examples
         --------
@@ -798,10 +797,15 @@ class Workload(Tabular):
         """
         horizon = check_real("horizon", horizon, above=0)
         requests = check_count("requests", requests, minimum=1)
-        if self.predictions is not None:
-            raise InputError(
-                "predictions", self.predictions, "be None for paths drawn in pieces", "Simulate with records."
-            )
+        for member in self.types:
+            for argument in _STAYS.values():
+                if getattr(member, argument) is not None:
+                    raise InputError(
+                        f"{argument} of type {member.name!r}",
+                        getattr(member, argument),
+                        "be None for paths drawn in pieces",
+                        "Simulate with records.",
+                    )
         total = self.total_arrival_rate
         if total == 0.0:
             raise InputError("arrival_rate", "0 for every type", "have a positive sum", "Nobody comes.")
@@ -815,14 +819,14 @@ class Workload(Tabular):
                 if member.arrival_rate > 0.0
                 else iter([np.full(1, np.inf)])
             )
-            sources.append((member, times, stream(key, 1), stream(key, 3)))
-        ahead = [next(times) for _, times, _, _ in sources]
+            sources.append((member, times, stream(key, 1), stream(key, 2), stream(key, 3)))
+        ahead = [next(times) for _, times, *_ in sources]
         count = max(math.ceil(total * horizon / requests), 1)
         with_cache = bool(self.cached_prefix_fraction.any())
         for k in range(count):
             end = horizon if k == count - 1 else horizon * (k + 1) / count
-            columns = []
-            for index, (member, times, lengths, cache) in enumerate(sources):
+            columns: list[dict[str, NDArray[Any]]] = []
+            for index, (member, times, lengths, beliefs, cache) in enumerate(sources):
                 taken = []
                 while ahead[index][-1] < end:
                     taken.append(ahead[index])
@@ -832,23 +836,27 @@ class Workload(Tabular):
                 ahead[index] = ahead[index][split:]
                 drawn = np.concatenate(taken)
                 prompt, output = member.law.sample(lengths, len(drawn))
-                own = [drawn, prompt, output, np.full(len(drawn), index, dtype=np.int64)]
+                own = {
+                    "arrival_s": drawn,
+                    "prompt_tokens": prompt,
+                    "output_tokens": output,
+                    "type": np.full(len(drawn), index, dtype=np.int64),
+                }
+                if self.predictions is not None:
+                    predicted, minimum = self.predictions.predict(output, beliefs)
+                    own["predicted_output_tokens"] = predicted
+                    if minimum is not None:
+                        own["predicted_output_minimum"] = minimum
                 if with_cache:
-                    own.append(_cached_of(member, prompt, cache))
+                    own["cached_prompt_tokens"] = _cached_of(member, prompt, cache)
                 columns.append(own)
-            arrival, prompt, output, types, *cached = (
-                np.concatenate(parts) for parts in zip(*columns, strict=True)
-            )
-            order = _in_order(arrival)
+            together = {name: np.concatenate([own[name] for own in columns]) for name in columns[0]}
+            order = _in_order(together["arrival_s"])
             yield ArrivalPath(
-                arrival[order],
-                prompt[order],
-                output[order],
-                type=types[order],
+                **{name: column[order] for name, column in together.items()},
                 type_names=self.type_names,
                 horizon=end,
                 name=self.name,
-                cached_prompt_tokens=cached[0][order] if cached else None,
             )
 
     def to_frame(self) -> pd.DataFrame:

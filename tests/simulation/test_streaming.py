@@ -188,19 +188,34 @@ def test_records_that_do_not_fit_are_refused_before_anything_is_allocated(monkey
         simulate(FLAT, SERVER, engine_table(), horizon=1e7, replications=2)
 
 
-@settings(max_examples=20, deadline=None)
+PROCESSES = {
+    "poisson": fs.arrivals.poisson(),
+    "profile": fs.arrivals.time_varying([0.2, 0.0, 3.0], step=2.0),
+    "even": fs.arrivals.renewal(cv=0.0),
+    "bursty": fs.arrivals.renewal(cv=3.0),
+    "smooth": fs.arrivals.renewal(cv=0.4),
+    "modulated": fs.arrivals.markov_modulated([5.0, 0.0, 1.0], [0.3, 0.7, 2.0]),
+    "batches": fs.arrivals.batches(fs.lengths.uniform(1, 5), fs.arrivals.renewal(cv=2.0)),
+    "users": fs.arrivals.closed_loop(7, think_cv=1.5, response_share=0.2),
+    "together": fs.arrivals.superposition(
+        [fs.arrivals.renewal(cv=0.5), fs.arrivals.markov_modulated([1.0, 4.0], [0.5, 0.5])], [0.7, 0.3]
+    ),
+}
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     requests=st.integers(1, 300),
     horizon=st.floats(0.5, 60.0),
     seed=st.integers(0, 2**32),
-    profile=st.booleans(),
+    process=st.sampled_from(sorted(PROCESSES)),
     cached=st.booleans(),
+    prediction=st.sampled_from([None, fs.predictions.lognormal(0.5), fs.predictions.interval(2)]),
 )
-def test_pieces_of_a_workload_are_its_sample(requests, horizon, seed, profile, cached):
-    """Bit by bit, whatever the size of the pieces; each piece lies in its stretch of time."""
+def test_pieces_of_a_workload_are_its_sample(requests, horizon, seed, process, cached, prediction):
+    """Bit by bit, whatever the process and the size of the pieces; each piece lies in its stretch of time."""
     workload = FLAT.with_cached_prefixes(0.4) if cached else FLAT
-    if profile:
-        workload = workload.with_arrivals(fs.arrivals.time_varying([0.2, 0.0, 3.0], step=2.0))
+    workload = workload.with_arrivals(PROCESSES[process]).with_predictions(prediction)
     whole = workload.sample(horizon, seed)
     pieces = list(workload.pieces(horizon, seed, requests=requests))
     begin = 0.0
@@ -209,18 +224,29 @@ def test_pieces_of_a_workload_are_its_sample(requests, horizon, seed, profile, c
         assert len(piece) == 0 or begin <= piece.arrival_s[0] <= piece.arrival_s[-1] < piece.horizon
         begin = piece.horizon
     assert begin == horizon
-    for name in (
-        "arrival_s",
-        "prompt_tokens",
-        "output_tokens",
-        "type",
-        *(["cached_prompt_tokens"] if cached else []),
-    ):
-        assert_array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), getattr(whole, name))
+    for name, column in whole.to_frame().items():
+        parts = [piece.to_frame()[name].to_numpy() for piece in pieces]
+        assert_array_equal(np.concatenate(parts), column, err_msg=name)
 
 
-def test_processes_that_cannot_be_drawn_in_pieces_say_so():
-    with pytest.raises(InputError, match="arrivals"):
-        next(FLAT.with_arrivals(fs.arrivals.renewal(cv=2)).pieces(9.0, 1))
-    with pytest.raises(InputError, match="predictions"):
-        next(FLAT.with_predictions(fs.predictions.exact()).pieces(9.0, 1))
+@pytest.mark.parametrize("process", PROCESSES)
+@settings(max_examples=8, deadline=None)
+@given(size=st.integers(1, 700), seed=st.integers(0, 2**32))
+def test_times_do_not_depend_on_how_they_are_cut(process, size, seed):
+    """Bit by bit the times of one draw; no piece is empty."""
+    whole = PROCESSES[process].sample(3.0, 200.0, np.random.default_rng(seed))
+    drawn, pieces = 0, []
+    for piece in PROCESSES[process].pieces(3.0, np.random.default_rng(seed), size):
+        assert len(piece) > 0
+        pieces.append(piece)
+        drawn += len(piece)
+        if piece[-1] >= 200.0:
+            break
+    times = np.concatenate(pieces)
+    assert_array_equal(times[times < 200.0], whole)
+
+
+def test_requests_that_may_leave_are_not_drawn_in_pieces():
+    leaving = Workload([RequestType("chat", 1.0, 5, 5, patience=3.0)])
+    with pytest.raises(InputError, match="patience of type 'chat'"):
+        next(leaving.pieces(9.0, 1))
