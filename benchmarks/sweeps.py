@@ -94,6 +94,7 @@ def timed_cell(parameters: dict[str, Any], seed: np.random.SeedSequence) -> Mapp
 def child(arguments: dict[str, Any]) -> dict[str, Any]:
     """Run this file again with a task; return what it prints."""
     environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its byte code
     command = [sys.executable, __file__, "--child", json.dumps(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

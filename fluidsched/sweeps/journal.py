@@ -21,14 +21,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import socket
 import uuid
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ __all__ = ["Journal", "record"]
 
 FREE, CLAIMED, DONE, FAILED = range(4)
 ENDED = {b"done": DONE, b"failed": FAILED}
-CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _BODY = re.compile(rb"(header|claim|done|failed) (\d{1,9}(?::\d{1,9})?) (.*)", re.DOTALL)
+_PLAIN = frozenset((float, str, bool, type(None)))  # of any value
 _NAME = re.compile(r"[\w.-]{1,200}")
 
 _open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
@@ -74,6 +73,11 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     return value is None or isinstance(value, (float, str))
+
+
+def are_plain(values: Collection[Any]) -> bool:
+    """Whether all of them are; quicker than one by one where whole numbers are none of them."""
+    return _PLAIN.issuperset(map(type, values)) or all(map(is_plain, values))
 
 
 class Journal:
@@ -319,8 +323,8 @@ class Journal:
         with self._locked():
             return FREE not in self._state and CLAIMED not in self._state
 
-    def results(self) -> Iterator[tuple[int, bool, dict[str, Any]]]:
-        """Yield (cell, whether it ended well, its values, NaN as None) by cell; memory is 8 bytes per cell."""
+    def results(self, decoder: json.JSONDecoder) -> Iterator[tuple[int, bool, dict[str, Any]]]:
+        """Yield (cell, whether it ended well, its values as decoded) by cell; memory is 8 bytes per cell."""
         places = np.full(len(self._state), -1, dtype=np.int64)
         place = 0
         for line in self._lines(0):
@@ -335,17 +339,17 @@ class Journal:
                 parsed = _parse(stream.readline())
                 assert parsed is not None
                 done = parsed[0] == b"done"
-                yield cell, done, self._values(cell, parsed[2], done)
+                yield cell, done, self._values(cell, parsed[2], done, decoder)
 
-    def _values(self, cell: int, payload: bytes, done: bool) -> dict[str, Any]:
+    def _values(self, cell: int, payload: bytes, done: bool, decoder: json.JSONDecoder) -> dict[str, Any]:
         """What the record of a cell holds: plain values, or a diagnosis."""
         values: Any = None
         with contextlib.suppress(ValueError, RecursionError):
-            read = json.loads(payload.decode(), parse_constant=CONSTANTS.get)
+            read = decoder.decode(payload.decode())
             if b"\\u" in payload:  # a single surrogate could not be written to the table
                 json.dumps(read, ensure_ascii=False).encode()
             values = read
-        plain = isinstance(values, dict) and all(map(is_plain, values.values()))
+        plain = isinstance(values, dict) and are_plain(values.values())
         if not plain or not (done or isinstance(values.get("diagnosis"), str)):
             raise InputError(
                 f"{self.path}, record of cell {cell}",

@@ -12,10 +12,12 @@ import csv
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import fluidsched
 from fluidsched._display import Tabular
@@ -30,7 +32,16 @@ if TYPE_CHECKING:
 __all__ = ["Format", "SweepResult", "choose_format", "write_result"]
 
 Format = Literal["auto", "parquet", "csv"]
+Row: TypeAlias = dict[str, Any]
+
 ROWS_PER_GROUP = 4096  # of a Parquet file; also how many rows are in memory at a time
+FORESEEN = 256  # the columns are those of so many cells, unless a later one has others
+
+_NUMBERS = json.JSONDecoder(parse_constant={"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}.get)
+_TEXTS = json.JSONDecoder(
+    parse_float=str, parse_constant={"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}.get
+)
+"""Real numbers as the journal has them, which is how CSV has them too: `repr` of the number, found once."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,8 +89,8 @@ def choose_format(format: Format) -> Literal["parquet", "csv"]:
     return format
 
 
-def _rows(spec: SweepSpec, journal: Journal) -> Iterator[dict[str, Any]]:
-    for cell, done, values in journal.results():
+def _rows(spec: SweepSpec, journal: Journal, decoder: json.JSONDecoder) -> Iterator[Row]:
+    for cell, done, values in journal.results(decoder):
         yield {
             "cell": cell,
             **spec.labels(cell),
@@ -89,7 +100,7 @@ def _rows(spec: SweepSpec, journal: Journal) -> Iterator[dict[str, Any]]:
         }
 
 
-def _columns(rows: Iterator[dict[str, Any]]) -> dict[str, set[type]]:
+def _columns(rows: Iterable[Row]) -> dict[str, set[type]]:
     """Column names in order of appearance, with the types of what they hold."""
     columns: dict[str, set[type]] = {}
     last: tuple[list[str], list[type]] | None = None
@@ -104,14 +115,33 @@ def _columns(rows: Iterator[dict[str, Any]]) -> dict[str, set[type]]:
     return columns
 
 
-def _write_csv(path: Path, columns: dict[str, set[type]], rows: Iterator[dict[str, Any]]) -> None:
+class _Unforeseen(Exception):
+    """A row has a column, or a type of value, that the columns do not have."""
+
+
+def _write_csv(path: Path, columns: dict[str, set[type]], rows: Iterator[Row]) -> None:
+    names = list(columns)
     with open(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(map(row.get, columns) for row in rows)
+        writer.writerow(names)
+        for row in rows:
+            if list(row) == names:
+                values: Iterable[Any] = row.values()
+            elif row.keys() <= columns.keys():
+                values = map(row.get, names)
+            else:
+                raise _Unforeseen
+            fields = [
+                value if type(value) is str else "" if value is None else str(value) for value in values
+            ]
+            line = ",".join(fields)
+            if line.count(",") >= len(names) or any(mark in line for mark in '"\r\n'):
+                writer.writerow(fields)  # something to quote, which it looks for in every field
+            else:
+                stream.write(line + "\n")
 
 
-def _write_parquet(path: Path, columns: dict[str, set[type]], rows: Iterator[dict[str, Any]]) -> None:
+def _write_parquet(path: Path, columns: dict[str, set[type]], rows: Iterator[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -120,15 +150,24 @@ def _write_parquet(path: Path, columns: dict[str, set[type]], rows: Iterator[dic
             return pa.float64()
         return {int: pa.int64(), bool: pa.bool_()}.get(next(iter(types))) if len(types) == 1 else pa.string()
 
-    schema = pa.schema([(name, arrow_type(types) or pa.string()) for name, types in columns.items()])
-
-    def cast(value: Any, field: Any) -> Any:
-        return value if value is None or field.type != pa.string() else str(value)
+    names = list(columns)
+    schema = pa.schema([(name, arrow_type(columns[name]) or pa.string()) for name in names])
+    converted = [
+        str if field.type == pa.string() else float if int in columns[field.name] != {int} else None
+        for field in schema
+    ]
 
     with pq.ParquetWriter(path, schema) as writer:
         while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+            for name, types in _columns(group).items():
+                if name not in columns or not types <= columns[name]:
+                    raise _Unforeseen
+            by_column = zip(*(map(row.get, names) for row in group), strict=True)
             arrays = [
-                pa.array([cast(row.get(field.name), field) for row in group], field.type) for field in schema
+                pa.array(
+                    [None if value is None else to(value) for value in values] if to else values, field.type
+                )
+                for values, to, field in zip(by_column, converted, schema, strict=True)
             ]
             writer.write_table(pa.table(arrays, schema=schema))
 
@@ -142,10 +181,15 @@ def write_result(
     spec: SweepSpec, journal: Journal, directory: Path, format: Literal["parquet", "csv"]
 ) -> Path:
     """Write the table and the manifest of a finished sweep, each whole or not at all; return the table."""
-    columns = _columns(_rows(spec, journal))
     path = directory / f"cells.{format}"
+    write, decoder = (_write_csv, _TEXTS) if format == "csv" else (_write_parquet, _NUMBERS)
     with whole_file(path) as temporary:
-        (_write_csv if format == "csv" else _write_parquet)(temporary, columns, _rows(spec, journal))
+        rows = _rows(spec, journal, decoder)
+        first = list(itertools.islice(rows, FORESEEN))
+        try:
+            write(temporary, _columns(first), itertools.chain(first, rows))
+        except _Unforeseen:
+            write(temporary, _columns(_rows(spec, journal, decoder)), _rows(spec, journal, decoder))
     manifest = {
         "schema": "fluidsched.manifest/1",
         "library": {"name": "fluidsched", "version": fluidsched.__version__},

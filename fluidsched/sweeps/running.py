@@ -39,7 +39,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fluidsched.errors import InputError, SimulationError
-from fluidsched.sweeps.journal import Journal, is_plain, record
+from fluidsched.sweeps.journal import Journal, are_plain, is_plain, record
 from fluidsched.sweeps.spec import OWN_COLUMNS, Parameters, SweepSpec, resolve_function
 
 __all__ = ["WorkerPool", "run_cells", "worker_pool"]
@@ -61,20 +61,25 @@ _resolve_once = lru_cache(maxsize=8)(resolve_function)
 # -- what runs in a worker ------------------------------------------------------------------------------
 
 
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not is_plain(value):
+        required = "be a number, a string or None, whole numbers of 64 bits at most"
+        raise InputError(f"result {name!r} of a cell", value, required)
+    return value
+
+
 def _encode(values: Any, reserved: Collection[str]) -> str:
     if not isinstance(values, Mapping):
         raise InputError("result of a cell", values, "be a mapping from names to numbers and strings")
-    plain: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in reserved:
+    has_names = isinstance(values, dict) and {str}.issuperset(map(type, values))
+    if not (has_names and are_plain(values.values())):
+        values = {str(name): _plain(name, value) for name, value in values.items()}
+    for name in reserved:
+        if name in values:
             raise InputError("result of a cell", name, "not be called like another column of the table")
-        if isinstance(value, np.generic):
-            value = value.item()
-        if not is_plain(value):
-            required = "be a number, a string or None, whole numbers of 64 bits at most"
-            raise InputError(f"result {name!r} of a cell", value, required)
-        plain[str(name)] = value
-    return json.dumps(plain, ensure_ascii=False)
+    return json.dumps(values, ensure_ascii=False)
 
 
 def _run_batch(function: str, reserved: tuple[str, ...], tasks: list[Task]) -> tuple[list[bytes], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from fluidsched.errors import InputError
 from fluidsched.sweeps.journal import Journal, record
 
+JSON = json.JSONDecoder()
 HEADER = {"schema": "test", "fingerprint": "f", "seed": 1}
 
 
@@ -24,7 +26,7 @@ def done(cell: int) -> bytes:
 
 def finished(directory: Path, cells: int) -> list[int]:
     with opened(directory, cells=cells) as journal:
-        return [cell for cell, *_ in journal.results()]
+        return [cell for cell, *_ in journal.results(JSON)]
 
 
 def test_cells_are_claimed_in_runs_and_once(tmp_path: Path) -> None:
@@ -41,7 +43,7 @@ def test_what_was_appended_is_done_after_reopening_and_the_rest_is_free(tmp_path
         assert (journal.done, journal.failed) == (1, 1)
     with opened(tmp_path) as journal:
         assert [journal.claim(9) for _ in range(4)] == [range(1), range(2, 4), range(5, 10), None]
-        assert list(journal.results()) == [(1, True, {"v": 1}), (4, False, {"diagnosis": "d"})]
+        assert list(journal.results(JSON)) == [(1, True, {"v": 1}), (4, False, {"diagnosis": "d"})]
 
 
 def test_failed_cells_run_again_on_request_and_the_later_record_counts(tmp_path: Path) -> None:
@@ -52,7 +54,7 @@ def test_failed_cells_run_again_on_request_and_the_later_record_counts(tmp_path:
     with opened(tmp_path, cells=2, retry=True) as journal:
         assert journal.claim(2) == range(1)
         journal.append([done(0)])
-        assert [ok for _, ok, _ in journal.results()] == [True, True]
+        assert [ok for _, ok, _ in journal.results(JSON)] == [True, True]
         assert journal.refresh()
 
 
@@ -67,7 +69,7 @@ def test_every_truncation_keeps_the_records_before_it(tmp_path: Path) -> None:
         (tmp_path / "journal.txt").write_bytes(whole[:size])
         expected = [cell for cell in range(3) if done(cell) in whole[:size]]
         with opened(tmp_path, cells=4) as journal:
-            assert [cell for cell, *_ in journal.results()] == expected
+            assert [cell for cell, *_ in journal.results(JSON)] == expected
             while (cells := journal.claim(4)) is not None:
                 journal.append(map(done, cells))
         assert finished(tmp_path, 4) == [0, 1, 2, 3]
@@ -93,7 +95,7 @@ def test_any_damage_behind_the_header_costs_only_the_records_it_hits(tmp_path: P
             if done(cell) in whole[start:place] or b"\n" + done(cell) in whole[place + replaced :]
         ]
         with opened(tmp_path, cells=20) as journal:
-            results = list(journal.results())
+            results = list(journal.results(JSON))
             assert all(ok and value == {"v": cell} for cell, ok, value in results)
             assert set(untouched) <= {cell for cell, *_ in results}
             while (cells := journal.claim(4)) is not None:

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from sweep_driver import the_spec
@@ -182,6 +184,17 @@ def test_a_cell_may_return_numbers_and_strings_only(tmp_path: Path, value: objec
         _encode({"v": value}, ())
     with pytest.raises(InputError, match="not be called like another column"):
         _encode({"x": 1}, ("cell", "x"))
+
+
+def test_values_of_numpy_and_any_mapping_are_written_as_plain_ones() -> None:
+    from fluidsched.sweeps.running import _encode
+
+    plain = {"a": 0.1, "1": 2, "c": True, "d": None, "e": "ä"}
+    given = {"a": np.float64(0.1), 1: np.int64(2), "c": np.True_, "d": None, "e": np.str_("ä")}
+    for values in (plain, given, MappingProxyType(plain), MappingProxyType(given)):
+        assert _encode(values, ("x",)) == '{"a": 0.1, "1": 2, "c": true, "d": null, "e": "ä"}'
+    with pytest.raises(InputError, match="not be called like another column"):
+        _encode(given, ("cell", "1"))
 
 
 @pytest.mark.parametrize(
