@@ -64,7 +64,7 @@ def no_wait_floor(path: ArrivalPath, server: Server) -> NoWaitFloor:
     (1.5, 5.25)
     """
     server.iteration_time.require_coefficients("the no-wait floor")
-    cached = path.cached_prompt_tokens
+    cached = path.most_cached_tokens
     violated = floor_violated(server, path.prompt_tokens, 0 if cached is None else cached)
     if violated is not None:
         raise InputError(

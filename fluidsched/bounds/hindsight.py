@@ -291,6 +291,10 @@ def _instance(path: ArrivalPath, server: Server) -> _Instance:
         )
     if len(path) == 0:
         raise InputError("path", "no requests", "hold at least one request")
+    if path.prompt_blocks is not None:
+        raise InputError(
+            "path.prompt_blocks", "given", "be None", "Memory that requests share is not modelled."
+        )
     round_s = server.iteration_time.empty
     exact = (path.arrival_s - path.arrival_s[0]) / round_s
     arrival = np.rint(exact).astype(np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fluidsched import _files
 from fluidsched._checks import check_real
@@ -38,8 +38,10 @@ def read_as(argument: str, path: Path, reader: Callable[[dict[str, Any]], R]) ->
         return reader(data)
 
 
-def load_workload(name: str) -> Workload | ArrivalPath:
-    """An embedded workload by name, a spec by its suffix, else a trace."""
+def load_workload(
+    name: str, *, prefix_cache_tokens: float | Literal["shared"] | None = None
+) -> Workload | ArrivalPath:
+    """An embedded workload by name, a spec by its suffix, else a trace, read with a prefix cache if one is given."""
     from fluidsched.workload import Workload, read_trace, workloads
     from fluidsched.workload.model import SCHEMA
     from fluidsched.workload.traces import is_json_trace
@@ -58,7 +60,7 @@ def load_workload(name: str) -> Workload | ArrivalPath:
     if path.suffix.lower() == ".toml" or (path.suffix.lower() == ".json" and not is_json_trace(path)):
         named = {"schema": SCHEMA, "name": path.stem}
         return read_as("--workload", path, lambda given: Workload.from_dict(named | given))
-    return read_trace(path)
+    return read_trace(path, prefix_cache_tokens=prefix_cache_tokens)
 
 
 def load_server(gpu: str | None, model: str | None, tp: int | None, spec: Path | None) -> Server:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,13 @@ def simulate(
         typer.Option("--solution", help="Take workload and server from a solution written by `solve`."),
     ] = None,
     replay: Annotated[bool, typer.Option("--replay", help="Replay the trace itself.")] = False,
+    prefix_cache_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="With --replay of a trace that names its blocks: tokens of a prefix cache of its own (inf: no limit), "
+            "or shared: what is computed stays in the memory that the residents leave free."
+        ),
+    ] = None,
     warmup: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +70,8 @@ def simulate(
     from fluidsched.workload import ArrivalPath
 
     sampled = sampling.given(replay=replay, warmup=warmup)
+    if prefix_cache_tokens is not None and not replay:
+        raise InputError("--prefix-cache-tokens", prefix_cache_tokens, "come with --replay")
     if warmup not in (None, "mser5"):
         sampled["warmup"] = _seconds("--warmup", warmup)
     _check_records(records, parquet, answer.force)
@@ -81,7 +90,11 @@ def simulate(
         the_server = on.load()
         if replay:
             name = demand.workload
-            path = None if name is None else load_workload(name)
+            path = (
+                None
+                if name is None
+                else load_workload(name, prefix_cache_tokens=_cache_size(prefix_cache_tokens))
+            )
             if not isinstance(path, ArrivalPath):
                 received = "no --workload" if name is None else f"--workload {name}"
                 raise InputError("--replay", received, "come with a trace as --workload")
@@ -135,6 +148,15 @@ def _write_records(result: SimulationResult, records: Path | None, parquet: bool
         result.write_requests(records / f"{stem}.requests.{'parquet' if parquet else 'csv'}", policy)
         write_whole(records / f"{stem}.occupancy.csv", result.occupancy_frame(policy).to_csv(index=False))
         result.chrome_trace(policy, path=records / f"{stem}.trace.json")
+
+
+def _cache_size(text: str | None) -> float | Literal["shared"] | None:
+    if text is None or text == "shared":
+        return text  # type: ignore[return-value]
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError("--prefix-cache-tokens", text, "be a number of tokens, inf, or shared") from None
 
 
 def _seconds(option: str, text: str) -> float:

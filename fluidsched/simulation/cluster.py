@@ -709,7 +709,9 @@ def _prefills(path: ArrivalPath) -> ArrivalPath:
 
 def _decodes(path: ArrivalPath, index: NDArray[Any]) -> ArrivalPath:
     """What decode replicas see of the requests at `index`, but for the time: they have no prefix cache."""
-    return dataclasses.replace(path.selected(index), cached_prompt_tokens=None, horizon=None)
+    return dataclasses.replace(
+        path.selected(index), cached_prompt_tokens=None, prompt_blocks=None, horizon=None
+    )
 
 
 # ------------------------------------------------------------------ routing

@@ -300,6 +300,13 @@ def _prepare(
     first_token_s: NDArray[np.float64] | None = None,
 ) -> compiled.Run:
     """Everything a loop reads and writes, empty system; the loops allocate nothing."""
+    if path.prompt_blocks is not None:
+        raise InputError(
+            "engine",
+            "kernel",
+            "be 'reference' for a path that names the blocks of its prompts: the kernel's prefix cache is stated",
+            "Or read the trace with the size of a prefix cache of its own.",
+        )
     rules = _rules(server, table)
     rules["horizon"], rules["warmup"] = horizon, warmup
 

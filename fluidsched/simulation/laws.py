@@ -123,7 +123,8 @@ def check_laws(
         decoding = float((finish - first)[finished].sum())
         _hold("gaps add up", _close(run.gap_s, decoding, decoding), f"{run.gap_s!r} and {decoding!r} s")
     _hold("preemptions add up", run.preempted == run.preemptions.sum(), str(run.preempted))
-    _hold("KV within capacity", run.peak_kv <= server.kv_capacity, f"{run.peak_kv:,} tokens")
+    if path.prompt_blocks is None:  # else a block may count for several residents
+        _hold("KV within capacity", run.peak_kv <= server.kv_capacity, f"{run.peak_kv:,} tokens")
 
     end = np.where(np.isnan(left), run.end_s, left)
     in_system = (np.minimum(end, run.end_s) - np.maximum(arrival, warmup))[~rejected]
@@ -218,10 +219,26 @@ class Audit:
         self.final_kv = (path.prompt_tokens + path.output_tokens - 1).tolist()
         cached = path.cached_prompt_tokens
         self.cached = [0] * len(path) if cached is None else cached.tolist()
+        self.blocks = path.prompt_blocks
+        self.whole = [] if self.blocks is None else (path.prompt_tokens // self.blocks.block_tokens).tolist()
+        self.computed: set[int] = set()
 
     def observe(self, batch: IterationSummary) -> None:
         """Check one batch against the limits and add its KV to the accounts."""
         self.observe_idle(batch.start_s, batch.admitted, batch.preempted, batch.departed)
+        for i, found in zip(batch.admitted, batch.found, strict=True):
+            if i not in self.held:
+                continue  # preempted at once
+            if self.blocks is not None:
+                names = self._names(i, found)
+                _hold(
+                    "what is found is whole blocks",
+                    len(names) * self.blocks.block_tokens == found,
+                    repr(batch),
+                )
+                _hold("what is found was computed before", self.computed.issuperset(names), repr(batch))
+                self.held[i] = found
+            _hold("what is found is cached, or was stored", self.held[i] == found, repr(batch))
         before = dict(self.held)
         for i, chunk in batch.prefill:
             self.held[i] += chunk
@@ -229,7 +246,7 @@ class Audit:
             self.held[i] += 1
         limits = self.limits
         tokens = batch.prefill_tokens + batch.decode_tokens
-        memory = sum(map(limits.units, self.held.values()))
+        memory = sum(map(limits.units, self.held.values())) - self._shared()
         served = [*batch.decode, *(i for i, _ in batch.prefill)]
         shown = repr(batch)
         _hold("residents are served at most once", len(set(served)) == len(served), shown)
@@ -241,7 +258,24 @@ class Audit:
         if batch.end_s > self.horizon:
             self.held = before
             return
+        for i in (chunk[0] for chunk in batch.prefill):
+            self.computed.update(self._names(i, self.held[i]))
         self.held = {i: tokens for i, tokens in self.held.items() if tokens < self.final_kv[i]}
+
+    def _names(self, i: int, held: int) -> list[int]:
+        """Names of the whole blocks of a prompt of which so many tokens are held."""
+        if self.blocks is None:
+            return []
+        whole = min(held // self.blocks.block_tokens, self.whole[i])
+        names: list[int] = self.blocks.of(i)[:whole].tolist()
+        return names
+
+    def _shared(self) -> int:
+        """Units that residents save at most by holding equal blocks once."""
+        if self.blocks is None:
+            return 0
+        names = [name for i, held in self.held.items() for name in self._names(i, held)]
+        return (len(names) - len(set(names))) * (self.blocks.block_tokens // self.limits.block)
 
     def observe_idle(
         self,

@@ -236,7 +236,8 @@ def check_run(
     ------
     InputError
         For a rule the engines do not have, a field the table's kind does not use, times so late that the clock
-        cannot tell iterations apart, a path without the output
+        cannot tell iterations apart, a path that names blocks which the server's do not divide or which
+        swapping would move, a path without the output
         lengths that an order or look-ahead believes, a request no row matches or longer than the table
         reserves for, a `wait` or `nested-wait` cohort above the server's token budget, or either rule with
         restarts and no horizon: there the newest admitted may be all that runs, so requests that lose their
@@ -258,6 +259,8 @@ def check_run(
             'Give a horizon, s, or a table with preemption "recompute".',
         )
     _check_clock(path, server, horizon)
+    if path.prompt_blocks is not None:
+        _check_blocks(path.prompt_blocks.block_tokens, server, table)
     rows = table.classify(path)
     beliefs(path, table)
     if table.kind in RESERVING_KINDS:
@@ -302,6 +305,24 @@ def remark_on_memory(server: Server, table: PolicyTable) -> None:
         )
 
 
+def _check_blocks(tokens: int, server: Server, table: PolicyTable) -> None:
+    """Refuse what does not go with a prefix cache that fills with the run."""
+    if tokens % (server.block_size or 1):
+        raise InputError(
+            "server.block_size",
+            server.block_size,
+            f"divide the {tokens} tokens of the blocks that the path names",
+            "A named block is then whole blocks of the server.",
+        )
+    if table.preemption == "swap":
+        raise InputError(
+            f"table {table.name!r}: preemption",
+            "swap",
+            "be 'recompute' or 'restart' where the path names the blocks of its prompts",
+            "What moves to the host would leave the prefix cache.",
+        )
+
+
 def check_handed_over(path: ArrivalPath, table: PolicyTable) -> None:
     """Refuse what requests that come with their prompt's KV (rule 6a of the reference) cannot go with.
 
@@ -312,6 +333,13 @@ def check_handed_over(path: ArrivalPath, table: PolicyTable) -> None:
             f"table {table.name!r}: kind",
             table.kind,
             f"be one of {', '.join(SCANNING_KINDS)}, the rules that decode what another machine has prefilled",
+        )
+    if path.prompt_blocks is not None:
+        raise InputError(
+            "path.prompt_blocks",
+            "given",
+            "be None for requests that are handed over",
+            "What decodes only has no prefix cache.",
         )
     done = np.flatnonzero(path.output_tokens == 1)
     if done.size:

@@ -78,7 +78,8 @@ class EngineRun:
     wasted_tokens : int
         KV tokens computed and dropped by preemptions: work to be done again.
     peak_kv : int
-        Largest KV held during an iteration, in tokens.
+        Largest KV held during an iteration, in tokens. Like all KV here it counts a block that residents
+        share once for each of them.
     kv_end : int
         KV tokens held at `end_s` (by what an iteration cut off by the horizon had found). Every token pushed
         through the model is accounted for: batch_token_sum + cached_tokens = Σ finished (p + o - 1)
@@ -173,6 +174,8 @@ class IterationSummary:
         Counts during the iteration.
     departed : tuple of (int, float)
         (request, when, s) of those that left unfinished since the iteration before.
+    found : tuple of int
+        KV tokens that each of the admitted had at once: from the prefix cache, the host, or another machine.
     """
 
     index: int
@@ -190,3 +193,4 @@ class IterationSummary:
     residents: int
     waiting: int
     departed: tuple[tuple[int, float], ...] = ()
+    found: tuple[int, ...] = ()

@@ -185,6 +185,23 @@ Leaving before the end
      one instant patience counts, and the first deadline before the second. Windows of `gated` still count
      whoever left since its admission; a block goes on with the others (rule 22).
 
+A prefix cache that fills with the run, for paths that name the blocks of their prompts (`prompt_blocks`; without
+`swap`, and for tables only)
+ 39. A block has b tokens, a multiple of the server's own block size, and a name; the cache has blocks by name.
+     Residents use blocks of it, each held once however many use it: memory in use is that of rule 7 with every
+     block in use counted once, and of each resident what it holds but for those. Other counts of tokens (KV held,
+     k_dec, wasted) are each resident's own, shared blocks included.
+ 40. What rule 4 calls found is b·m tokens, where the first m whole blocks of the prompt are in the cache, and m is the
+     most with b·m < target. It is looked up when rule 13 (or 19, 20, 28) considers the request, and again after a
+     preemption; it uses these blocks from its admission on. For rule 14 those that others use already take no
+     memory. Reservations and forecasts (rules 19, 32, 33) count whole prompts.
+ 41. At the end of an iteration, in the order of the batch: whole blocks of its prompt that a request has computed by
+     then enter the cache, and it uses them; but where the name is in the cache already, it keeps its own besides.
+     So requests with one prompt that are computed in the same iteration find nothing of each other.
+ 42. Who leaves, or is preempted, uses its blocks no more: the last of its prompt first, and in the order in which
+     requests leave, they become idle if nobody else uses them. Idle blocks stay in the memory that is not in use;
+     when it is needed, the one that has been idle longest is dropped.
+
 Records
  25. admitted_s is the first admission; first_token_s the end of the iteration that produced token 1 (under
      `restart` of the last start). A token other than token 1 ends a gap that began with the token before, also
@@ -208,7 +225,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
-from fluidsched.errors import SimulationError
+from fluidsched.errors import InputError, SimulationError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.server.iteration import BatchSummary
@@ -223,11 +240,13 @@ from fluidsched.simulation.limits import (
     never_fits,
     within_model_length,
 )
+from fluidsched.simulation.prefix_blocks import PrefixCache
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary, Status, Verdict
 from fluidsched.simulation.rules import UserRule, follow
 
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
+    from fluidsched.workload.prefix_cache import PromptBlocks
 
 __all__ = ["Engine", "run_reference"]
 
@@ -239,12 +258,13 @@ class _Request:
     """One request. `scheduled`: tokens it gets in the iteration being planned; `served_s`: see rule 23;
     `position`: see rule 27; `token_s`: when it emitted its latest token; `stored`: its KV tokens in the host's
     memory; `handed`: these came from another machine (rule 6a); `cached`: those of its prompt in the prefix cache;
-    `left_s`, `fate`: when and how it left unfinished, `fate` None if it did not."""
+    `left_s`, `fate`: when and how it left unfinished, `fate` None if it did not; `names`: of the whole blocks of its
+    prompt; `entered`: how many of them it has found or computed; `uses`: those it uses in the cache."""
 
     __slots__ = (
-        "admitted_s", "arrival_s", "believed", "cached", "computed", "fate", "finish_s", "first_token_s", "handed",
-        "index", "key", "left_s", "output", "position", "preemptions", "produced", "prompt", "row", "scheduled",
-        "served_s", "stored", "target", "token_s", "waiting_since",
+        "admitted_s", "arrival_s", "believed", "cached", "computed", "entered", "fate", "finish_s", "first_token_s",
+        "handed", "index", "key", "left_s", "names", "output", "position", "preemptions", "produced", "prompt", "row",
+        "scheduled", "served_s", "stored", "target", "token_s", "uses", "waiting_since",
     )  # fmt: skip
 
     def __init__(
@@ -269,6 +289,9 @@ class _Request:
         self.handed = False
         self.admitted_s = self.first_token_s = self.finish_s = self.left_s = self.token_s = math.nan
         self.fate: Status | None = None
+        self.names: list[int] = []
+        self.entered = 0
+        self.uses: list[int] = []
 
 
 class _System:
@@ -313,11 +336,17 @@ class _System:
         KV tokens in the host's memory; tokens that moved there or back since the last iteration (rule 9a).
     moving : set
         Requests whose tokens move by this decision.
+    cache : PrefixCache or None
+        The prefix cache that fills with the run (rules 39 to 42).
     """
 
-    def __init__(self, server: Server, table: PolicyTable, warmup: float):
+    def __init__(self, server: Server, table: PolicyTable, warmup: float, blocks: PromptBlocks | None = None):
         self.table = table
         self.limits = effective_limits(server, table)
+        self.cache: PrefixCache | None = None
+        if blocks is not None:
+            units = blocks.block_tokens // self.limits.block
+            self.cache = PrefixCache(blocks.block_tokens, units, self.limits.capacity)
         self.rows = table.types
         self.warmup = warmup
         self.now = 0.0
@@ -350,6 +379,8 @@ class _System:
     def schedule(self, request: _Request, tokens: int) -> None:
         """Give `request` this many tokens of the iteration and allocate their memory (rule 7)."""
         self.used += self.growth(request, tokens)
+        if self.cache is not None:
+            self.cache.make_room(self.used)
         request.scheduled = tokens
         self.budget -= tokens
         self.batch.append(request)
@@ -364,16 +395,61 @@ class _System:
         request.target = request.prompt + request.produced
         if request.stored:
             self._bring_back(request)
-        elif request.cached:
-            request.computed = request.cached
-            self.used += self.limits.units(request.cached)
-            self.held += request.cached
-            self.cached_tokens += request.cached
+        else:
+            self._start_from_cache(request)
         if math.isnan(request.admitted_s):
             request.admitted_s = self.now
         self.waiting_s += max(0.0, self.now - max(request.waiting_since, self.warmup))
         self.residents.append(request)
         self.admitted.append(request)
+
+    def found(self, request: _Request) -> int:
+        """Rules 4 and 40: tokens of a waiting request that are in the prefix cache."""
+        if self.cache is None:
+            return request.cached
+        return self.cache.block_tokens * self.cache.find(self._may_find(request))
+
+    def _may_find(self, request: _Request) -> list[int]:
+        """Names of the blocks that end before the last token to compute."""
+        assert self.cache is not None
+        return request.names[: (request.prompt + request.produced - 1) // self.cache.block_tokens]
+
+    def units_to_add(self, request: _Request, found: int, tokens: int) -> int:
+        """Memory that a waiting request takes to hold this many tokens, `found` of which it finds (rules 14, 40)."""
+        units = self.limits.units(tokens)
+        if self.cache is not None:
+            units -= self.cache.units * self.cache.in_use(request.names[: found // self.cache.block_tokens])
+        return units
+
+    def _start_from_cache(self, request: _Request) -> None:
+        found = self.found(request)
+        self.used += self.units_to_add(request, found, found)
+        if self.cache is not None:
+            request.entered = found // self.cache.block_tokens
+            request.uses = request.names[: request.entered]
+            self.cache.take(request.uses)
+            self.cache.make_room(self.used)
+        request.computed = request.cached = found
+        self.held += found
+        self.cached_tokens += found
+
+    def enter_blocks(self, request: _Request) -> None:
+        """Rule 41."""
+        if self.cache is None:
+            return
+        whole = min(request.computed // self.cache.block_tokens, len(request.names))
+        for name in request.names[request.entered : whole]:
+            if self.cache.enter(name):
+                request.uses.append(name)
+        request.entered = max(request.entered, whole)
+
+    def free(self, request: _Request) -> None:
+        """The memory of a resident is in use no more, what is scheduled for it included (rules 8, 42)."""
+        self.used -= self.limits.units(request.computed + request.scheduled)
+        if self.cache is not None:
+            shared = len(request.uses) - self.cache.release(reversed(request.uses))
+            self.used += self.cache.units * shared
+            request.uses = []
 
     def _bring_back(self, request: _Request) -> None:
         """Rules 9a and 6a: the KV of a request comes back from the host, or from where it was computed."""
@@ -403,7 +479,7 @@ class _System:
             self.residents.pop()
         else:
             self.residents.remove(victim)
-        self.used -= self.limits.units(victim.computed + victim.scheduled)
+        self.free(victim)
         self.held -= victim.computed
         self.budget += victim.scheduled
         if self.table.preemption == "swap":
@@ -429,7 +505,7 @@ class _System:
             request.left_s = self.now
             self.residents.remove(request)
             self.selected.discard(request)
-            self.used -= self.limits.units(request.computed)
+            self.free(request)
             self.held -= request.computed
             self._drop(request, request.computed)
         else:
@@ -520,12 +596,12 @@ def _admit_waiting(system: _System, may_admit: list[int]) -> None:
         if request is None:
             return
         target = request.prompt + request.produced
-        held = request.stored or request.cached  # as soon as it enters
+        held = request.stored or system.found(request)  # as soon as it enters
         chunk = min(target - held, system.budget, limits.chunk)
         needed = target if system.table.whole_prompt_admission else held + chunk
         if limits.whole_prompts and target - held > system.budget:
             return
-        if not _fits(system, request, system.used, limits.units(needed)):
+        if not _fits(system, request, system.used, system.units_to_add(request, held, needed)):
             return
         if system.residents and not _fits_ahead(system, request, held + chunk):
             return
@@ -666,7 +742,7 @@ def _decide_orca(system: _System) -> None:
     while queue and len(system.residents) < limits.slots:
         request = queue[0]
         needed = limits.units(request.prompt + limits.reserve - 1)
-        missing = request.prompt - request.cached
+        missing = request.prompt - system.found(request)
         if missing > system.budget or not _fits(system, request, reserved, needed):
             return
         queue.popleft()
@@ -918,7 +994,19 @@ class Engine:
                 request.produced, request.stored, request.handed = 1, request.prompt, True
                 request.first_token_s = request.token_s = instant
         self.arrivals: deque[_Request] = deque()
-        self.system = _System(server, table, warmup)
+        if path.prompt_blocks is not None:
+            if rule is not None:
+                raise InputError(
+                    "path.prompt_blocks",
+                    "given",
+                    f"be None with {rule.name!r}, a rule in Python",
+                    "Read the trace with the size of a prefix cache of its own.",
+                )
+            for request in self.requests:
+                request.names = path.prompt_blocks.of(request.index)[
+                    : request.prompt // path.prompt_blocks.block_tokens
+                ].tolist()
+        self.system = _System(server, table, warmup, path.prompt_blocks)
         self.horizon = math.inf if horizon is None else horizon
         self.clock = _Clock(server, self.horizon, warmup, on_iteration)
         self.on_idle = on_idle
@@ -1102,6 +1190,7 @@ class _Clock:
             residents=len(system.residents),
             waiting=system.waiting_count(),
             departed=system.take_departed(),
+            found=tuple(request.computed for request in system.admitted),
         )
         if self.on_iteration is not None:
             self.on_iteration(summary)
@@ -1161,6 +1250,7 @@ def _take_effect(system: _System) -> tuple[int, list[float]]:
         request.computed += tokens
         request.served_s = system.now
         system.held += tokens
+        system.enter_blocks(request)
         if request.computed < request.target:
             continue
         emitted += 1
@@ -1174,7 +1264,7 @@ def _take_effect(system: _System) -> tuple[int, list[float]]:
             request.finish_s = system.now
             request.target = 0
             system.held -= request.computed
-            system.used -= system.limits.units(request.computed)
+            system.free(request)
             finished = True
     if finished:
         system.residents = [request for request in system.residents if request.produced < request.output]

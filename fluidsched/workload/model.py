@@ -745,6 +745,7 @@ class Workload(Tabular):
                     stays[column].append(np.full(len(drawn), np.inf))
         arrival = np.concatenate(times)
         order = _in_order(arrival)
+        stay = {column: np.concatenate(drawn)[order] for column, drawn in stays.items()}
         return ArrivalPath(
             arrival[order],
             np.concatenate(prompts)[order],
@@ -756,7 +757,8 @@ class Workload(Tabular):
             name=self.name,
             predicted_output_minimum=np.concatenate(minima)[order] if minima else None,
             cached_prompt_tokens=np.concatenate(cached)[order] if cached else None,
-            **{column: np.concatenate(drawn)[order] for column, drawn in stays.items()},
+            patience_s=stay.get("patience_s"),
+            abort_after_s=stay.get("abort_after_s"),
         )
 
     def _streams(self, seed: Seed) -> Callable[[int, int], np.random.Generator]:
@@ -850,7 +852,9 @@ class Workload(Tabular):
                 if with_cache:
                     own["cached_prompt_tokens"] = _cached_of(member, prompt, cache)
                 columns.append(own)
-            together = {name: np.concatenate([own[name] for own in columns]) for name in columns[0]}
+            together: dict[str, Any] = {
+                name: np.concatenate([own[name] for own in columns]) for name in columns[0]
+            }
             order = _in_order(together["arrival_s"])
             yield ArrivalPath(
                 **{name: column[order] for name, column in together.items()},

@@ -36,6 +36,7 @@ from fluidsched._display import Tabular
 from fluidsched._files import fingerprint, write_whole
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import FloatArray, IntArray, read_only, token_array
+from fluidsched.workload.prefix_cache import PromptBlocks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +65,9 @@ LEAST_TOKENS = {"cached_prompt_tokens": 0}
 STAY_COLUMNS = ("patience_s", "abort_after_s")
 COLUMNS = ("arrival_s", *TOKEN_COLUMNS, *STAY_COLUMNS, "type")
 """The columns a request may have, in the order of exported tables."""
+
+PARTS = (*COLUMNS, "prompt_blocks")
+"""All that a path has one of per request; names of blocks are not exported."""
 
 
 def generator(seed: Seed) -> np.random.Generator:
@@ -116,6 +120,9 @@ class ArrivalPath(Tabular):
         least 0; infinite: for ever. None: for ever, all.
     abort_after_s : float64[N], optional
         Seconds from its arrival after which the client hangs up, waiting or served, at least 0; infinite: never.
+    prompt_blocks : PromptBlocks, optional
+        Names of the whole blocks that each of the N prompts begins with, for a prefix cache that fills with the run
+        (rules 39 to 42 of `fluidsched.simulation.reference`); without cached_prompt_tokens only. None: no cache.
 
     Examples
     --------
@@ -135,6 +142,7 @@ class ArrivalPath(Tabular):
     cached_prompt_tokens: IntArray | None = None
     patience_s: FloatArray | None = None
     abort_after_s: FloatArray | None = None
+    prompt_blocks: PromptBlocks | None = None
 
     def __post_init__(self) -> None:
         arrivals = _time_array(self.arrival_s)
@@ -167,6 +175,8 @@ class ArrivalPath(Tabular):
             _check_interval(store["predicted_output_minimum"], store.get("predicted_output_tokens"))
         if self.cached_prompt_tokens is not None:
             _check_cached(store["cached_prompt_tokens"], store["prompt_tokens"])
+        if self.prompt_blocks is not None:
+            _check_blocks(self.prompt_blocks, store["prompt_tokens"], self.cached_prompt_tokens)
         if self.horizon is not None:
             last = float(arrivals[-1]) if len(arrivals) else 0.0
             remedy = "It is the end of the window, not before the last arrival."
@@ -187,6 +197,7 @@ class ArrivalPath(Tabular):
         cached_prompt_tokens: ArrayLike | None = None,
         patience_s: ArrayLike | None = None,
         abort_after_s: ArrayLike | None = None,
+        prompt_blocks: PromptBlocks | None = None,
         type_names: Sequence[str] = (),
         horizon: float | None = None,
         name: str = "path",
@@ -212,6 +223,7 @@ class ArrivalPath(Tabular):
             cached_prompt_tokens,  # type: ignore[arg-type]
             patience_s,  # type: ignore[arg-type]
             abort_after_s,  # type: ignore[arg-type]
+            prompt_blocks,
         )
 
     def __len__(self) -> int:
@@ -275,7 +287,7 @@ class ArrivalPath(Tabular):
 
     def selected(self, index: NDArray[Any] | slice) -> ArrivalPath:
         """The requests at `index` (a mask, a slice, or ascending indices); horizon and name stay."""
-        columns = {c: getattr(self, c) for c in COLUMNS}
+        columns = {c: getattr(self, c) for c in PARTS}
         return dataclasses.replace(self, **{c: a[index] for c, a in columns.items() if a is not None})
 
     def accelerated(self, zeta: float) -> ArrivalPath:
@@ -385,6 +397,13 @@ class ArrivalPath(Tabular):
                 f"{horizon:g} s",
                 f"give at most {MAX_REQUESTS:,} requests and pieces",
                 "Use a shorter horizon.",
+            )
+        if self.prompt_blocks is not None:
+            raise InputError(
+                f"path {self.name!r}",
+                "requests that name their blocks",
+                "name none: pieces drawn again would find all their prompts in the cache",
+                "Read the trace with prefix_cache_tokens, which states what is cached of each prompt.",
             )
         rng = generator(seed)
         uniforms = rng.random((int(horizon / mean_block) + 8, 2))
@@ -500,8 +519,8 @@ class ArrivalPath(Tabular):
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """The path as CSV text, written whole to `path` if given.
 
-        `read_trace` reads it back with the same times to the last bit, lengths and type labels. The horizon
-        and the name are not part of the file: a path read back is a replayed one.
+        `read_trace` reads it back with the same times to the last bit, lengths and type labels. The horizon,
+        the name and the names of blocks are not part of the file: a path read back is a replayed one.
         """
         import csv
 
@@ -523,6 +542,14 @@ class ArrivalPath(Tabular):
 
         write_parquet(self._columns(), path)
 
+    @property
+    def most_cached_tokens(self) -> IntArray | None:
+        """The most of each prompt that any run can find in a prefix cache, int64[N]; None: nothing."""
+        if self.prompt_blocks is None:
+            return self.cached_prompt_tokens
+        tokens = self.prompt_blocks.block_tokens
+        return (self.prompt_tokens - 1) // tokens * tokens
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything but the name: equal requests, equal fingerprints."""
@@ -538,6 +565,7 @@ class ArrivalPath(Tabular):
         return fingerprint(
             {
                 **({} if cached is None else {"cached": fingerprint(cached.astype("<i8").tobytes())}),
+                **({} if self.prompt_blocks is None else {"blocks": self.prompt_blocks.fingerprint}),
                 "columns": [
                     None if a is None else fingerprint(a.astype(a.dtype.newbyteorder("<")).tobytes())
                     for a in arrays
@@ -625,6 +653,32 @@ def _check_cached(cached: IntArray, prompt: IntArray) -> None:
             int(cached[index]),
             f"be below prompt_tokens, {int(prompt[index])}",
             "The last token of a prompt is always computed.",
+        )
+
+
+def _check_blocks(blocks: PromptBlocks, prompt: IntArray, cached: IntArray | None) -> None:
+    if not isinstance(blocks, PromptBlocks):
+        raise InputError("prompt_blocks", blocks, "be PromptBlocks")
+    if cached is not None:
+        raise InputError(
+            "cached_prompt_tokens",
+            f"{len(cached)} values",
+            "be None with prompt_blocks",
+            "What is cached then follows from the run.",
+        )
+    if len(blocks) != len(prompt):
+        raise InputError(
+            "prompt_blocks", f"those of {len(blocks)}", f"be of the path's {len(prompt)} requests"
+        )
+    counts = np.diff(blocks.first)
+    missing = counts < prompt // blocks.block_tokens
+    if missing.any():
+        index = int(np.argmax(missing))
+        raise InputError(
+            f"prompt_blocks, request {index}",
+            f"{int(counts[index])} names",
+            f"name the {int(prompt[index]) // blocks.block_tokens} whole blocks of {blocks.block_tokens} tokens of its "
+            f"{int(prompt[index]):,} prompt tokens",
         )
 
 

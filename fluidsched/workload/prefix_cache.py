@@ -1,9 +1,13 @@
-"""What a prefix cache of stated size finds of each prompt of a trace that names its blocks.
+"""Prompts that name their blocks, and what a prefix cache of stated size finds of each.
 
 A trace may say which blocks of b tokens a prompt begins with: ids i_1, i_2, …, equal in two requests exactly where
 the prompts are equal from their beginning up to the end of that block (so an id names a whole prefix, as the hashes of
 vLLM's and Mooncake's caches do). A request of p prompt tokens then has ⌊p/b⌋ whole blocks; a last block that is not
-full is never kept. The cache is one list of blocks, least recently used first:
+full is never kept.
+
+There are two caches such a trace can be simulated with. One fills with the run and shares the memory of the
+residents: a path with `PromptBlocks` is for it, and rules 39 to 42 of `fluidsched.simulation.reference` say what it
+does. The other is a store of its own, of stated size: one list of blocks, least recently used first:
 
 1. Requests come in the order of the path. A request finds m blocks, the most such that its first m are all in the
    cache, and
@@ -27,14 +31,93 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
+from fluidsched._files import fingerprint
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import IntArray
 
-__all__ = ["lru_cached_tokens"]
+__all__ = ["PromptBlocks", "lru_cached_tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBlocks:
+    """Which blocks the prompts of N requests begin with, M names in all.
+
+    Parameters
+    ----------
+    block_tokens : int
+        b, tokens of a block, at least 1.
+    first : int64[N + 1]
+        Where the names of each request begin in `names`; the last entry is M.
+    names : int64[M]
+        Equal exactly where prompts are equal from their beginning up to the end of the block.
+
+    Raises
+    ------
+    InputError
+        For a block without tokens, or beginnings that do not rise from 0 to M.
+
+    Examples
+    --------
+    >>> blocks = PromptBlocks.from_lists([[7, 8], [7, 9], []], block_tokens=16)
+    >>> len(blocks), blocks.of(1).tolist(), blocks[np.array([1, 2])].first.tolist()
+    (3, [0, 2], [0, 2, 2])
+    """
+
+    block_tokens: int
+    first: IntArray
+    names: IntArray
+
+    def __post_init__(self) -> None:
+        tokens = check_count("block_tokens", self.block_tokens, minimum=1)
+        first, names = (np.array(given, dtype=np.int64) for given in (self.first, self.names))
+        if (
+            first.ndim != 1
+            or not len(first)
+            or first[0] != 0
+            or first[-1] != len(names)
+            or (np.diff(first) < 0).any()
+        ):
+            raise InputError("first", self.first, f"rise from 0 to the number of names, {len(names):,}")
+        for field, value in (("block_tokens", tokens), ("first", first), ("names", names)):
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+            object.__setattr__(self, field, value)
+
+    @classmethod
+    def from_lists(cls, blocks: Sequence[Sequence[int]], *, block_tokens: int) -> PromptBlocks:
+        """From one list of names per request, in the order of the path; names are numbered anew, from 0."""
+        first = np.concatenate([[0], np.cumsum([len(names) for names in blocks], dtype=np.int64)])
+        every = [name for names in blocks for name in names]
+        number = {name: i for i, name in enumerate(dict.fromkeys(every))}
+        return cls(block_tokens, first, np.array([number[name] for name in every], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def of(self, index: int) -> IntArray:
+        """The names of one request."""
+        return self.names[self.first[index] : self.first[index + 1]]
+
+    def __getitem__(self, index: NDArray[Any] | slice) -> PromptBlocks:
+        """Those of the requests at `index`: a mask, a slice, or indices."""
+        chosen = np.arange(len(self))[index]
+        counts = np.diff(self.first)[chosen]
+        first = np.concatenate([[0], np.cumsum(counts)])
+        places = np.repeat(self.first[chosen] - first[:-1], counts) + np.arange(first[-1])
+        return PromptBlocks(self.block_tokens, first, self.names[places])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of tokens, beginnings and names."""
+        columns = (np.array([self.block_tokens]), self.first, self.names)
+        return fingerprint([fingerprint(column.astype("<i8").tobytes()) for column in columns])
 
 
 def lru_cached_tokens(

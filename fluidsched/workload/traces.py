@@ -44,7 +44,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,7 +52,7 @@ from fluidsched._files import read_text
 from fluidsched.errors import InputError
 from fluidsched.workload.lengths import FloatArray
 from fluidsched.workload.path import LEAST_TOKENS, STAY_COLUMNS, TOKEN_COLUMNS, ArrivalPath
-from fluidsched.workload.prefix_cache import lru_cached_tokens
+from fluidsched.workload.prefix_cache import PromptBlocks, lru_cached_tokens
 from fluidsched.workload.trace_json import BLOCKS, MOONCAKE_BLOCK, is_trace, read_json
 from fluidsched.workload.trace_parquet import MAGIC, read_parquet
 from fluidsched.workload.trace_rows import Columns, Rows
@@ -62,7 +62,9 @@ __all__ = ["is_json_trace", "read_trace"]
 _TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?:Z|\+00:00)?", re.ASCII)
 
 
-def read_trace(path: str | os.PathLike[str], *, prefix_cache_tokens: float | None = None) -> ArrivalPath:
+def read_trace(
+    path: str | os.PathLike[str], *, prefix_cache_tokens: float | Literal["shared"] | None = None
+) -> ArrivalPath:
     """Read a trace file as a path to replay, or to turn into a workload.
 
     Parameters
@@ -71,9 +73,11 @@ def read_trace(path: str | os.PathLike[str], *, prefix_cache_tokens: float | Non
         Azure LLM inference CSV, BurstGPT CSV, plain ``arrival_s,prompt_tokens,output_tokens`` CSV or Parquet,
         Mooncake JSONL, vLLM bench JSON, or ShareGPT-style JSON lengths; recognised by its beginning. See
         `fluidsched.workload.traces` for the rules.
-    prefix_cache_tokens : float, optional
-        Size of a prefix cache, tokens, possibly infinite: of a Mooncake trace with ``hash_ids`` the path then says how
-        much of every prompt it holds; see `fluidsched.workload.prefix_cache`. None: nothing is cached.
+    prefix_cache_tokens : float or "shared", optional
+        Size of a prefix cache of its own, tokens, possibly infinite: of a Mooncake trace with ``hash_ids`` the path
+        then says how much of every prompt it holds; see `fluidsched.workload.prefix_cache`. "shared": the path names
+        the blocks (`ArrivalPath.prompt_blocks`), and they are kept in the memory that the residents leave free, from
+        when a run has computed them. None: nothing is cached.
 
     Returns
     -------
@@ -98,6 +102,7 @@ def read_trace(path: str | os.PathLike[str], *, prefix_cache_tokens: float | Non
     )
     order = np.argsort(columns["arrival_s"], kind="stable")
     blocks = columns.pop(BLOCKS, None)
+    named = None
     if prefix_cache_tokens is not None:
         if blocks is None:
             raise InputError(
@@ -115,13 +120,17 @@ def read_trace(path: str | os.PathLike[str], *, prefix_cache_tokens: float | Non
                     f"name {prompt // MOONCAKE_BLOCK:,} blocks of {MOONCAKE_BLOCK} tokens by whole numbers",
                     "Correct the line, or leave prefix_cache_tokens out.",
                 )
-        columns["cached_prompt_tokens"] = np.empty(len(order), dtype=np.int64)
-        columns["cached_prompt_tokens"][order] = lru_cached_tokens(
-            columns["prompt_tokens"][order],
-            [blocks[i] for i in order],
-            block_tokens=MOONCAKE_BLOCK,
-            cache_tokens=prefix_cache_tokens,
-        )
+        chosen = [blocks[i] for i in order]
+        if prefix_cache_tokens == "shared":
+            named = PromptBlocks.from_lists(chosen, block_tokens=MOONCAKE_BLOCK)
+        else:
+            columns["cached_prompt_tokens"] = np.empty(len(order), dtype=np.int64)
+            columns["cached_prompt_tokens"][order] = lru_cached_tokens(
+                columns["prompt_tokens"][order],
+                chosen,
+                block_tokens=MOONCAKE_BLOCK,
+                cache_tokens=prefix_cache_tokens,
+            )
     names: tuple[str, ...] = ()
     if "type" in columns:
         labels = columns["type"].tolist()
@@ -129,7 +138,7 @@ def read_trace(path: str | os.PathLike[str], *, prefix_cache_tokens: float | Non
         index = {name: i for i, name in enumerate(names)}
         columns["type"] = np.array([index[label] for label in labels])
     sorted_columns: dict[str, Any] = {name: column[order] for name, column in columns.items()}
-    return ArrivalPath(**sorted_columns, type_names=names, name=Path(path).stem)
+    return ArrivalPath(**sorted_columns, type_names=names, name=Path(path).stem, prompt_blocks=named)
 
 
 def is_json_trace(path: str | os.PathLike[str]) -> bool:

@@ -254,6 +254,20 @@ class TestFailsWell:
             *("--load", "0.5", "--replay"),
         )
 
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            (("inf",), ("--prefix-cache-tokens", "--replay")),
+            (("much", "--replay"), ("--prefix-cache-tokens", "much", "shared")),
+            (("inf", "--replay"), ("--prefix-cache-tokens", "does not name the blocks")),
+        ],
+    )
+    def test_a_prefix_cache_needs_a_replayed_trace_with_blocks(
+        self, tmp_path: Path, trace: Path, given: tuple[str, ...], named: tuple[str, ...]
+    ) -> None:
+        done = fluidsched("simulate", "vllm", "-w", str(trace), "--prefix-cache-tokens", *given, cwd=tmp_path)
+        self.check(done, *named)
+
     @pytest.mark.parametrize("command", [("plan",), ("simulate", "vllm")])
     def test_sampling_options_with_replay(
         self, tmp_path: Path, trace: Path, command: tuple[str, ...]
@@ -432,6 +446,19 @@ class TestChain:
         done = fluidsched("simulate", "pairs.json", "-w", "three.csv", "--replay", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "stuck (short)" in done.stdout
+
+    def test_a_replayed_trace_finds_its_blocks(self, tmp_path: Path) -> None:
+        """Of two equal prompts of two blocks the second finds none, one, or both, in a store or in free memory."""
+        row = '{"timestamp": %d, "input_length": 1028, "output_length": 1, "hash_ids": [7, 8, 9]}\n'
+        (tmp_path / "pair.jsonl").write_text("".join(row % (1000 * i) for i in range(2)))
+        command = ("simulate", "vllm", "-w", "pair.jsonl", "--replay", "--json")
+        ttft = []
+        for given in ((), ("512",), ("inf",), ("shared", "--engine", "reference")):
+            cache = ("--prefix-cache-tokens", *given) if given else ()
+            done = fluidsched(*command, *cache, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            ttft.append(json.loads(done.stdout)["policies"][0]["measures"]["mean_ttft"]["values"][0])
+        assert ttft[0] > ttft[1] > ttft[2] == ttft[3]
 
     def test_compile_without_an_answer_is_status_1(self, tmp_path: Path) -> None:
         """An overloaded server carries no stable cap: status 1 with the reason."""
