@@ -513,6 +513,7 @@ def pools_model(
         for pool in members
     )
     routable = _routable(workload, members)
+    routable.setflags(write=False)
     return PoolsModel(
         workload=workload,
         pools=members,

@@ -196,7 +196,7 @@ def fluid_variables(model: FluidModel) -> FluidVariables:
     }
     constraints["iteration_time"] = speed >= 1.0 / (model.max_iteration_time * fastest)
     constraints["fairness_floor"] = share >= model.fairness_floor * rate / unit
-    constraints["demand"] = share <= rate / unit
+    constraints["demand"] = share <= np.minimum(rate / unit, 100.0 * model.rate_alone / unit)
     return FluidVariables(model, cp.multiply(unit, share), fastest * speed, constraints)
 
 

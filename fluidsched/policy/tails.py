@@ -19,7 +19,8 @@ the minimum; the bound holds for any.
 The trapezoidal rule with step h leaves out nothing but copies of the tail 2π/h tokens apart, damped by e^{−2πθ/h}; h is
 taken small enough for e^{−30}. The sum ends at t = π, or where what is beyond is below 1e-12 of what was added: the
 integrand has then decayed like the transform of a sum of many independent parts. So the relative error is about 1e-10,
-down to probabilities of 1e-100, below which the bound stands for them; no normal approximation is made.
+down to probabilities of 1e-100, below which the bound stands for them; no normal approximation is made. Where C lies
+far below the mean (a dozen standard deviations) the bound is 1 and stands, too: the integral would lose its digits.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ NODES = 8  # of the trapezoidal rule at a time
 MOST_NODES = 1 << 14
 ENOUGH = 1e-12
 NEGLIGIBLE = 1e-100  # a bound below stands for the probability; the integrand would soon underflow
+CERTAIN = (
+    9.0  # K(θ) − θ(C + 1) above: C lies so far below the mean that the bound, 1, stands for the probability
+)
 WRITTEN_OUT = 64  # points (p, o) of a product law up to which they are taken one by one
 STEPS = 30  # of the search for θ
 
@@ -98,6 +102,8 @@ class Held:
         first = np.empty(len(kind), dtype=np.int64)
         last = np.empty(len(kind), dtype=np.int64)
         self.largest = 0.0
+        self._top = np.zeros(len(kind))  # most a resident of the cell holds, 0 if all are gone
+        longest = []  # prompt of the type, for each point
         for j, request_type in enumerate(problem.workload.types):
             mine = np.flatnonzero(kind == j)
             law = request_type.law
@@ -116,17 +122,24 @@ class Held:
             here = beyond > 0
             held = law.maximum_prompt + self._tokens[mine]
             self.largest += float((count[mine] * held)[here].sum())
+            self._top[mine] = np.where(here, held, 0.0)
+            longest.append(np.full(len(o), 0.0 if _is_product(law) else law.maximum_prompt))
         self._prompts, self._weights = np.concatenate(prompts), np.concatenate(weights)
+        self._longest = np.concatenate(longest)
         self._first, self._last, self._gone = first, last, gone
 
     def cells(self, z: Any) -> NDArray[Any]:
         """log E e^{zY_c} times n_c, (M,); z real or complex."""
-        points = self._weights * np.exp(z * self._prompts)
+        real = np.real(z)  # all over e^{Re z most}, which alone may overflow
+        points = self._weights * np.exp(z * self._prompts - real * self._longest)
         for part, prompt in self._products:
-            points[part] *= prompt.weights @ np.exp(z * prompt.values.astype(np.float64))
+            values = prompt.values.astype(np.float64)
+            points[part] *= prompt.weights @ np.exp(z * values - real * values.max())
         sums = np.append(0.0, np.cumsum(points))
         alive = sums[self._last] - sums[self._first]
-        return np.asarray(self._count * np.log(self._gone + np.exp(z * self._tokens) * alive))
+        most = real * self._top
+        held = np.exp(1j * np.imag(z) * self._tokens) if np.iscomplexobj(z) else 1.0
+        return np.asarray(self._count * (np.log(self._gone * np.exp(-most) + held * alive) + most))
 
     def __call__(self, z: Any) -> Any:
         """K(z)."""
@@ -151,14 +164,19 @@ def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
     total = float(problem.rate @ problem.workload.iterations)
 
     def transform(z: Any) -> Any:
-        moment = weight @ (np.exp(z * prompt) * np.expm1(z * output))
+        # e^{zp}(e^{zo} − 1) = e^{z(p + o)}(1 − e^{−zo}), over e^{z most} so that neither factor overflows.
+        real = np.real(z)
+        moment = weight @ (np.exp(z * (prompt + output) - real * most) * -np.expm1(-z * output))
         for rate, law in products:
-            first = law.prompt.weights @ np.exp(z * law.prompt.values.astype(np.float64))
-            moment = moment + rate * first * (law.output.weights @ np.expm1(z * law.output.values))
-        return np.log(moment / (np.expm1(z) * total)) + z * problem.padding
+            p, o = (axis.values.astype(np.float64) for axis in (law.prompt, law.output))
+            first = law.prompt.weights @ np.exp(z * p - real * p.max())
+            second = law.output.weights @ (np.exp(z * o - real * o.max()) * -np.expm1(-z * o))
+            moment = moment + rate * first * second * np.exp(real * (p.max() + o.max() - most))
+        above = np.exp(z - real) * -np.expm1(-z) * total  # (e^z − 1) S, over e^{Re z}
+        return np.log(moment / above) + real * (most - 1.0) + z * problem.padding
 
-    largest = max(t.law.maximum_prompt + t.law.maximum_output for t in problem.workload.types) - 1
-    return transform, float(largest + problem.padding)
+    most = float(max(t.law.maximum_prompt + t.law.maximum_output for t in problem.workload.types))
+    return transform, most - 1.0 + problem.padding
 
 
 def tail_of(
@@ -194,6 +212,8 @@ def tail_of(
         return float(transform(theta)) - theta * beyond
 
     theta = _near_minimum(exponent, deviation, largest)
+    if exponent(theta) > CERTAIN:
+        return Tail(1.0, 1.0, theta)
     chernoff = math.exp(min(exponent(theta), 0.0)) or sys.float_info.min
     if chernoff < NEGLIGIBLE:
         return Tail(chernoff, chernoff, theta)
@@ -224,8 +244,7 @@ def _near_minimum(exponent: Callable[[float], float], deviation: float, largest:
     value = exponent(high)
     for _ in range(STEPS):  # until the minimum lies below `high`
         wider = min(2.0 * high, 600.0)
-        with np.errstate(over="ignore", invalid="ignore"):
-            further = exponent(wider)
+        further = exponent(wider)
         if not further < value:
             high = wider
             break
@@ -235,8 +254,7 @@ def _near_minimum(exponent: Callable[[float], float], deviation: float, largest:
         if high - low < 0.02 * high:
             break
         a, b = high - golden * (high - low), low + golden * (high - low)
-        with np.errstate(over="ignore", invalid="ignore"):
-            at_a, at_b = exponent(a), exponent(b)
+        at_a, at_b = exponent(a), exponent(b)
         if not at_b < at_a:
             high = b
         else:

@@ -82,6 +82,8 @@ _LARGEST_PMF = 50_000_000  # entries returned before the caller must say how man
 _SERIES_TOLERANCE = 1e-13  # size of the last Fourier coefficients against the largest
 _LARGEST_DECAY = 700.0  # P(V > 0) ≤ e^−θ: below the smallest normal number
 _LARGEST_SERIES = 1 << 22
+_LARGEST_THRESHOLD = 1_000_000  # roots are found one by one
+_LARGEST_LAW = 10_000_000  # numbers of arrivals in a cycle that are told apart
 _NEGLIGIBLE = 1e-20  # probability dropped per cycle from the end of a transient law
 _ROOT_TOLERANCE = 1e-15  # residual |z − ω A(z)^(1/n)|: a few rounding errors of numbers below 1
 
@@ -327,6 +329,13 @@ def _checked(threshold: int, mean_arrivals: float, trials: int | None) -> tuple[
             f"be below threshold = {n:,}: at or above it the queue has no stationary law",
             "Raise the threshold, or use embedded_queue_transient over a finite horizon.",
         )
+    if n > _LARGEST_THRESHOLD:
+        raise InputError(
+            "threshold",
+            n,
+            f"be at most {_LARGEST_THRESHOLD:,}",
+            "Take slack_queue_bound; where a compiler chose it, give the server a max_batch_size.",
+        )
     return n, m, count
 
 
@@ -402,6 +411,9 @@ def _arrival_law(m: float, trials: int | None) -> _Real:
     law = poisson(m) if trials is None else binom(trials, m / trials)
     digits = -math.log(_NEGLIGIBLE)
     last = math.ceil(m + math.sqrt(2.0 * m * digits) + 2.0 / 3.0 * digits)  # Bernstein's inequality
+    last = last if trials is None else min(last, trials)
+    if last > _LARGEST_LAW:
+        raise InputError("mean_arrivals", m, f"be about {_LARGEST_LAW:,} at most", "Take shorter cycles.")
     return np.asarray(law.pmf(np.arange(last + 1)), dtype=np.float64)
 
 

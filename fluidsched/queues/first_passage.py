@@ -49,12 +49,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fluidsched._checks import check_count, check_real
+from fluidsched.errors import InputError
 from fluidsched.queues.lundberg import _checked_boundary, lundberg_buffer
 
 __all__ = ["exact_buffer", "first_passage_probability"]
 
 _Array = npt.NDArray[np.float64]
 
+_LARGEST_LEVEL = 5_000  # states of the chain, whose matrix is dense
+_LARGEST_TRIALS = 10_000_000
 _FORGOTTEN = 40.0  # −log of what is left of the start, relative, where the limit is taken
 _CHECKED = 8  # steps between looks at the ratios
 _STEPS_PER_SQUARING = 5  # a squaring costs about as much as a fifth as many steps as there are states
@@ -94,7 +97,7 @@ def first_passage_probability(
     0.0
     """
     count, p, n = _checked_boundary(trials, probability, threshold)
-    x = check_count("level", level)
+    x = check_count("level", level, maximum=_LARGEST_LEVEL, remedy="Take lundberg_buffer's bound.")
     b = check_count("cycles", cycles)
     return _Chain(_binomial_law(count, p), n, x).exceeds(x, b)
 
@@ -125,6 +128,10 @@ def exact_buffer(
     b = check_count("cycles", cycles, minimum=1)
     delta = check_real("overflow_probability", overflow_probability, above=0.0, maximum=1.0)
     enough, short = math.floor(lundberg_buffer(count, p, n, b, delta)), -1
+    if enough > _LARGEST_LEVEL:
+        raise InputError(
+            "threshold", n, f"need a buffer of at most {_LARGEST_LEVEL:,}", "Take lundberg_buffer's."
+        )
     chain = _Chain(_binomial_law(count, p), n, enough)
     level, tries = chain.level(b, delta), 0
     while enough - short > 1:
@@ -143,6 +150,8 @@ def exact_buffer(
 
 def _binomial_law(trials: int, probability: float) -> _Array:
     """Probabilities of 0..N successes, each within a few N roundings: products of ratios away from the mode."""
+    if trials > _LARGEST_TRIALS:
+        raise InputError("trials", trials, f"be at most {_LARGEST_TRIALS:,}")
     mode = min(int((trials + 1) * probability), trials)
     up, down = np.arange(mode, trials), np.arange(mode, 0, -1)
     odds = probability / (1.0 - probability)

@@ -81,10 +81,10 @@ def lundberg_exponent(trials: int, probability: float, threshold: int) -> float:
         return math.inf
 
     def log_transform(theta: float) -> float:
-        if theta < 1.0:
+        if theta < 700.0:
             return count * math.log1p(p * math.expm1(theta)) - n * theta
-        # The same with e^θ taken out, which may overflow.
-        return count * math.log1p((1.0 - p) * math.expm1(-theta)) + (count - n) * theta
+        # The same with p e^θ taken out, which may overflow.
+        return count * (math.log(p) + math.log1p((1.0 - p) / p * math.exp(-theta))) + (count - n) * theta
 
     from scipy.optimize import brentq
 
@@ -109,8 +109,8 @@ def lundberg_exponents(probability: npt.ArrayLike, ratio: npt.ArrayLike) -> _Arr
     Returns
     -------
     numpy.ndarray
-        θ, within 1e-9 relative (closer to rounding where q is not within 1e-6 of p or 0); infinite where q ≥ 1,
-        NaN where q ≤ p: such a queue is not stable.
+        θ, within 1e-9 relative, 1e-7 where p < 1e-9 (closer to rounding where q is not within 1e-6 of p or 0);
+        infinite where q ≥ 1, NaN where q ≤ p: such a queue is not stable.
 
     Examples
     --------
