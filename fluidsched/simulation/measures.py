@@ -52,8 +52,10 @@ interval from the parts of one long run.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,12 +200,10 @@ class Requests(NamedTuple):
 
         In order of arrival; together one value per request, but for those who left without the event.
         """
-        requests, start, event, divisor = self, self.arrival, self.finish, None
+        start, event, divisor = self.arrival, self.finish, None
         if measure == "tpot":
-            follows = ~np.isnan(self.first_token) & (self.output > 1)
-            if not follows.all():
-                requests = self.at(follows)
-            start, event, divisor = requests.first_token, requests.finish, requests.output - 1.0
+            start, divisor = self.first_token, self.output - 1.0
+            divisor[divisor == 0.0] = math.nan
         elif measure == "ttft":
             event = self.first_token
         elif measure == "scheduling_delay":
@@ -215,14 +215,15 @@ class Requests(NamedTuple):
         observed = event - start
         if divisor is not None:
             observed /= divisor
-        censored = np.isnan(observed)
-        if not censored.any():
+        undefined = np.isnan(observed)
+        at = np.flatnonzero(undefined)
+        if not at.size:
             return observed, np.empty(0)
-        staying = censored & (requests.status == _UNFINISHED)
+        staying = at[self.status[at] == _UNFINISHED]
         at_least = np.maximum(end - start[staying], 0.0)
         if divisor is not None:
             at_least /= divisor[staying]
-        return observed[~censored], at_least
+        return observed[~undefined], at_least[~np.isnan(at_least)]
 
 
 def latencies(
@@ -281,6 +282,23 @@ def quantile(ordered: FloatArray, at_least: FloatArray, level: float) -> tuple[f
     return quantile(merged, merged[:0], level)[0], True
 
 
+def _at_ranks(sample: FloatArray, ranks: Sequence[float]) -> list[float]:
+    """Values at ascending ranks (0 … n - 1, interpolated) of a sample, which is reordered.
+
+    A rank needs its neighbours only: the sample is split there and its upper part split on, instead of sorted.
+    """
+    found = []
+    start = 0  # nothing from here on is below what lies before
+    for rank in ranks:
+        below = math.floor(rank)
+        sample[start:].partition(below - start)
+        start = below
+        low = float(sample[below])
+        high = float(sample[below + 1 :].min()) if rank > below else low
+        found.append(low + (rank - below) * (high - low))
+    return found
+
+
 def latency_statistic(
     path: ArrivalPath, run: EngineRun, warmup: float, until: float, measure: str
 ) -> tuple[float, bool]:
@@ -323,13 +341,22 @@ def check_targets(targets: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+_alone_on: WeakKeyDictionary[ArrivalPath, tuple[tuple[Server, ...], FloatArray]] = WeakKeyDictionary()
+"""What `alone_s` last found for a path: other policies, other SLOs and batches ask for the same times again."""
+
+
 def alone_s(path: ArrivalPath, servers: Sequence[Server]) -> FloatArray | None:
     """Least time of every request alone on the quickest of the servers, s, (N,); None if one has no pieces."""
     if any(server.iteration_time.coefficients is None for server in servers):
         return None
+    known, fastest = _alone_on.get(path, ((), None))
+    if fastest is not None and len(known) == len(servers) and all(map(operator.is_, known, servers)):
+        return fastest
     lengths = path.prompt_tokens, path.output_tokens
     times = [times_alone(*lengths, server, path.cached_prompt_tokens)[1] for server in servers]
-    fastest: FloatArray = np.min(times, axis=0) if len(times) > 1 else times[0]
+    fastest = np.min(times, axis=0) if len(times) > 1 else times[0]
+    fastest.flags.writeable = False
+    _alone_on[path] = tuple(servers), fastest
     return fastest
 
 
@@ -366,18 +393,21 @@ def measure_requests(
             total += float(at_least.sum())
             lower_bounds.add(f"mean_{name}")
         values[f"mean_{name}"] = total / count if count else math.nan
-        observed.sort()
-        merged = None
-        for word, level in QUANTILES.items():
-            if (count - 1) * level > len(observed) - 1 and count:
-                if merged is None:
-                    merged = np.sort(np.concatenate([observed, at_least]))
-                values[f"{word}_{name}"], _ = quantile(merged, merged[:0], level)
-                lower_bounds.add(f"{word}_{name}")
-            else:
-                values[f"{word}_{name}"], _ = quantile(observed, at_least, level)
+        ranks = {f"{word}_{name}": (count - 1) * level for word, level in QUANTILES.items()}
+        if count == 0:
+            values |= dict.fromkeys(ranks, math.nan)
+            continue
+        beyond = [word for word, rank in ranks.items() if rank > len(observed) - 1]
+        within = [word for word in ranks if word not in beyond]
+        values.update(zip(within, _at_ranks(observed, [ranks[word] for word in within]), strict=True))
+        if beyond:
+            merged = np.concatenate([observed, at_least])
+            values.update(zip(beyond, _at_ranks(merged, [ranks[word] for word in beyond]), strict=True))
+            lower_bounds.update(beyond)
 
-    left = (requests.finish > start) & (requests.finish <= stop) & (requests.status == _FINISHED)
+    left = (requests.finish > start) & (requests.status == _FINISHED)
+    if stop < math.inf:
+        left &= requests.finish <= stop
     prompt, output = requests.prompt[left].sum(), requests.output[left].sum()
     completed = np.count_nonzero(left)
     rates = {
@@ -490,20 +520,28 @@ def _fairness(requests: Requests, warmup: float, end: float, type_of: IntArray |
         return math.nan, math.nan
     types = int(type_of.max()) + 1
     tokens = (requests.prompt + requests.output).astype(np.float64)
-    left = (requests.finish > warmup) & (requests.status == _FINISHED)
-    served = np.bincount(type_of, tokens * left, types)
+    total = np.bincount(type_of, tokens, types)  # whole numbers: what is taken off leaves the exact rest
+
+    def without(others: NDArray[np.intp]) -> FloatArray:
+        return total - np.bincount(type_of[others], tokens[others], types)
+
+    served = without(np.flatnonzero(~((requests.finish > warmup) & (requests.status == _FINISHED))))
     first = int(np.searchsorted(requests.arrival, warmup))
-    own, of_type, tokens = requests.at(slice(first, None)), type_of[first:], tokens[first:]
-    accepted = own.status != _REJECTED
-    if not accepted.all():
-        own, of_type, tokens = own.at(accepted), of_type[accepted], tokens[accepted]
-    asked = np.bincount(of_type, tokens, types)
+    rejected = requests.status == _REJECTED
+    own, of_type = requests.at(slice(first, None)), type_of[first:]
+    if rejected.any():
+        kept = ~rejected[first:]
+        own, of_type = own.at(kept), of_type[kept]
+    rejected[:first] = True  # nor do these count as asking in the window
+    asked = without(np.flatnonzero(rejected))
     slowdowns = np.full(types, math.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = np.where(asked > 0.0, served / asked, math.nan)
         if own.alone is not None:
-            events = np.where(np.isnan(own.left), end, own.left)
-            times = np.maximum(events - own.arrival, 0.0) / own.alone
+            times = np.fmin(own.left, end)  # NaN: still there
+            times -= own.arrival
+            np.maximum(times, 0.0, out=times)
+            times /= own.alone
             slowdowns = np.bincount(of_type, times, types) / np.bincount(of_type, minlength=types)
     return jain_index(shares), jain_index(slowdowns)
 

@@ -837,12 +837,16 @@ def _outcome(
     measured: Sequence[tuple[dict[str, float], set[str]]],
     deadlock: str = "",
 ) -> PolicyOutcome:
-    names = measured[0][0]
+    names = list(measured[0][0])
+    values = np.array([list(map(found.get, names)) for found, _ in measured], dtype=np.float64).T.copy()
+    bounds = np.array(
+        [[name in bounded for name in names] for _, bounded in measured], dtype=np.bool_
+    ).T.copy()
     starved = {name for run in runs for name in run.starved_types}
     return PolicyOutcome(
         table.name,
-        {m: np.array([values[m] for values, _ in measured]) for m in names},
-        {m: np.array([m in bounds for _, bounds in measured]) for m in names},
+        dict(zip(names, values, strict=True)),
+        dict(zip(names, bounds, strict=True)),
         tuple(run.verdict for run in runs),
         tuple(name for name in table.type_names if name in starved),
         deadlock,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from fluidsched.errors import InputError
 from fluidsched.server.alone import times_alone
 from fluidsched.simulation import SimulationResult, simulate
 from fluidsched.simulation.histogram import RELATIVE_ERROR
-from fluidsched.simulation.measures import QUANTILES, intervals, jain_index
+from fluidsched.simulation.measures import (
+    LATENCIES,
+    QUANTILES,
+    alone_s,
+    intervals,
+    jain_index,
+    measure_run,
+)
+from fluidsched.simulation.records import STATUSES
 from fluidsched.workload import RequestType, Workload
 
 TWO = Workload(
@@ -234,3 +243,105 @@ def test_serve_fields_have_every_token_gap_and_total(runs):
         row["total_input_tokens"] + row["total_output_tokens"],
         row["total_token_throughput"] * row["duration"],
     )
+
+
+def by_the_definition(path, run, start, alone, type_of):
+    """Latencies, quantiles and fairness request by request in plain Python, as the module's text has them."""
+    values, bounds = {}, set()
+    samples = {name: ([], []) for name in (*LATENCIES, "slowdown")}
+    served, asked = {}, {}
+    shares = {}
+    for i, (arrival, prompt, output) in enumerate(
+        zip(path.arrival_s.tolist(), path.prompt_tokens.tolist(), path.output_tokens.tolist(), strict=True)
+    ):
+        status = STATUSES[run.status[i]]
+        of_type = int(type_of[i])
+        if status == "finished" and run.finish_s[i] > start:
+            served[of_type] = served.get(of_type, 0) + prompt + output
+        if arrival < start or status == "rejected":
+            continue
+        asked[of_type] = asked.get(of_type, 0) + prompt + output
+        spent = (run.end_s if math.isnan(run.left_s[i]) else run.left_s[i]) - arrival
+        shares.setdefault(of_type, []).append(max(spent, 0.0) / alone[i])
+        for name, (observed, at_least) in samples.items():
+            begin = run.first_token_s[i] if name == "tpot" else arrival
+            event = {"ttft": run.first_token_s, "scheduling_delay": run.admitted_s}.get(name, run.finish_s)[i]
+            divisor = {"tpot": output - 1, "slowdown": alone[i]}.get(name, 1)
+            if math.isnan(begin) or divisor == 0:
+                continue
+            if not math.isnan(event):
+                observed.append((event - begin) / divisor)
+            elif status == "unfinished":
+                at_least.append(max(run.end_s - begin, 0.0) / divisor)
+    for name, (observed, at_least) in samples.items():
+        together = sorted(observed) + [math.inf] * len(at_least)
+        values[f"mean_{name}"] = np.mean(observed + at_least) if together else math.nan
+        if at_least:
+            bounds.add(f"mean_{name}")
+        for word, level in QUANTILES.items():
+            rank = (len(together) - 1) * level
+            if together and math.ceil(rank) >= len(observed):
+                bounds.add(f"{word}_{name}")
+                together = sorted(observed + at_least)
+            values[f"{word}_{name}"] = (
+                np.interp(rank, np.arange(len(together)), together) if together else math.nan
+            )
+    types = range(int(type_of.max()) + 1)
+    values["service_fairness"] = jain_index(
+        np.array([served.get(j, 0) / asked[j] if asked.get(j) else math.nan for j in types])
+    )
+    values["slowdown_fairness"] = jain_index(np.array([np.mean(shares.get(j, [math.nan])) for j in types]))
+    return values, bounds
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_measures_follow_their_definition_whatever_happened(seed):
+    """Requests without a first token or a last one, rejected, gone, of one token; few and many; all or none left."""
+    random = np.random.default_rng(seed)
+    count = int(random.choice([1, 2, 3, 10, 200]))
+    path = fs.ArrivalPath.from_arrays(
+        np.sort(random.uniform(0.0, 50.0, count)),
+        random.integers(1, 50, count),
+        random.integers(1, 4, count),
+        random.integers(0, 3, count),
+        type_names=("a", "b", "c"),
+    )
+    odds = np.append(random.dirichlet(np.ones(len(STATUSES))) if seed % 4 else [1.0], np.zeros(9))
+    status = random.choice(len(STATUSES), count, p=odds[: len(STATUSES)]).astype(np.int8)
+    times = np.minimum(np.cumsum(random.exponential(4.0, (3, count)), axis=0) + path.arrival_s, 60.0)
+    reached = random.integers(0, 3, count)
+    finished, waits = status == STATUSES.index("finished"), status == STATUSES.index("rejected")
+    reached = np.where(finished, 3, np.where(waits, 0, reached))
+    times[2] = np.where(finished & (path.output_tokens == 1), times[1], times[2])
+    admitted, first, finish = np.where(reached > np.arange(3)[:, None], times, math.nan)
+    gone = np.isin(status, [STATUSES.index(word) for word in ("abandoned", "aborted")])
+    run = replace(
+        simulate(TWO, SERVER, engine_table(), horizon=5.0, replications=1).run("vllm"),
+        admitted_s=admitted,
+        first_token_s=first,
+        finish_s=finish,
+        left_s=np.where(gone, 60.0, finish),
+        preemptions=np.zeros(count, dtype=np.int64),
+        status=status,
+        end_s=60.0,
+    )
+    alone, start = random.uniform(0.1, 2.0, count), float(random.choice([0.0, 12.0, 45.0]))
+    expected, bounds = by_the_definition(path, run, start, alone, path.type)
+    found, found_bounds = measure_run(
+        path, run, warmup=start, kv_capacity=400.0, alone=alone, type_of=path.type
+    )
+    assert_allclose([found[name] for name in expected], list(expected.values()), rtol=1e-12)
+    assert found_bounds == bounds
+
+
+def test_times_alone_are_found_once_for_a_path_and_its_servers():
+    """Kept with the path, which the next policies and SLOs meet again; other servers have other times."""
+    path = TWO.sample(20.0, seed=3)
+    slower = server_of(400, fs.IterationTime.affine(0.1, 1e-4, 1e-3, 1e-5))
+    mine, its = alone_s(path, [SERVER]), alone_s(path, [slower])
+    assert_allclose(mine, times_alone(path.prompt_tokens, path.output_tokens, SERVER)[1])
+    assert (its > mine).all()
+    assert_allclose(alone_s(path, [slower, SERVER]), mine)
+    again = alone_s(path, [SERVER])
+    assert_allclose(again, mine)
+    assert alone_s(path, [SERVER]) is again
