@@ -168,6 +168,9 @@ class Match:
         return ", ".join(parts) or "any"
 
 
+_ANY = Match()
+
+
 @dataclass(frozen=True)
 class TableType:
     """One row of a table: a request type and what the policy does with it.
@@ -549,6 +552,8 @@ class PolicyTable(Tabular):
             that the path does not carry.
         """
         count = len(path)
+        if self.types[0].match == _ANY:
+            return np.zeros(count, dtype=np.int64)
         rows = np.full(count, -1, dtype=np.int64)
         output = self.believed_output(path)
         open_requests = np.arange(count)
@@ -556,7 +561,7 @@ class PolicyTable(Tabular):
             if not open_requests.size:
                 break
             match = row.match
-            if match == Match():  # whoever is left
+            if match == _ANY:  # whoever is left
                 rows[open_requests] = j
                 return rows
             hit = _within(path.prompt_tokens[open_requests], match.prompt)

@@ -214,7 +214,8 @@ def never_fits(path: ArrivalPath, server: Server, table: PolicyTable) -> NDArray
     longest_prompt = prompt + output - 1 if table.kind == "vllm_v0" else prompt
     if limits.reserve:
         output = np.maximum(output, limits.reserve)
-    too_long = -(-(prompt + output - 1) // limits.block) > limits.capacity
+    most = min(limits.capacity * limits.block, UNLIMITED)  # tokens in whole units
+    too_long = prompt + output - 1 > most
     if limits.whole_prompts:
         too_long |= longest_prompt - _cached(path) > limits.budget
     if server.max_model_len is not None:
@@ -273,14 +274,17 @@ def check_run(
 RESOLUTION = 2.0**-10
 """Largest share of the shortest iteration that the rounding of a time may be."""
 
+_LEAST_BATCHES = np.array([[1.0, 1.0, 0.0, 0.0, 0.5], [1.0, 0.0, 1.0, 2.0, 0.0]])
+"""One token of a prompt; one decode that reads two: 1, prefill, decode, KV, attention, as coefficients have it."""
+
 
 def _check_clock(path: ArrivalPath, server: Server, horizon: float | None) -> None:
     """Refuse times at which floating point cannot tell the end of the shortest iteration from its start."""
-    if server.iteration_time.coefficients is None:
+    coefficients = server.iteration_time.coefficients
+    if coefficients is None:
         return  # a function is asked batch by batch
     latest = horizon if horizon is not None else float(path.arrival_s[-1]) if len(path) else 0.0
-    prefill, decode = server.iteration_time([1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.5, 0.0]).tolist()
-    shortest = min(prefill, decode)
+    shortest = float((_LEAST_BATCHES @ coefficients.T).max(axis=1).min())
     if math.ulp(latest) > RESOLUTION * shortest:
         raise InputError(
             "horizon" if horizon is not None else f"arrival_s[{len(path) - 1}]",

@@ -523,7 +523,7 @@ def _fairness(requests: Requests, warmup: float, end: float, type_of: IntArray |
     total = np.bincount(type_of, tokens, types)  # whole numbers: what is taken off leaves the exact rest
 
     def without(others: NDArray[np.intp]) -> FloatArray:
-        return total - np.bincount(type_of[others], tokens[others], types)
+        return np.asarray(total - np.bincount(type_of[others], tokens[others], types), dtype=np.float64)
 
     served = without(np.flatnonzero(~((requests.finish > warmup) & (requests.status == _FINISHED))))
     first = int(np.searchsorted(requests.arrival, warmup))

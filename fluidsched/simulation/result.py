@@ -287,8 +287,8 @@ class SimulationResult(Tabular):
             return f"stuck ({', '.join(outcome.starved_types)}{times})"
         if "horizon" not in outcome.verdicts:
             return "finished"
-        _, low, high = interval(outcome.values["backlog_growth"])
-        throughput, _, _ = interval(outcome.values["request_throughput"])
+        two = np.stack([outcome.values["backlog_growth"], outcome.values["request_throughput"]])
+        (_, throughput), (low, _), (high, _) = intervals(two)
         if low > 0.0:
             return "unstable"
         return "stable" if high < TOLERATED_GROWTH * throughput else "undecided"

@@ -30,7 +30,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -120,6 +120,7 @@ def simulate_cell(parameters: Mapping[str, Any], seed: np.random.SeedSequence) -
     return row
 
 
+@cache
 def _arguments(function: Callable[..., Any], *without: str) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name not in without]
 
