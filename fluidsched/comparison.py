@@ -329,8 +329,8 @@ def compare(
         Their runs on common paths.
     bound : FluidSolution, Hindsight, or a sequence of them, optional
         A solution, for the same offered rates and server, stands for all bounds that follow from these: its optimum
-        (of which a share is added too), stability conditions, the no-wait floor, and for WAIT tables the theorem
-        constants and embedded queue. A hindsight optimum bounds the latency of the path that was run.
+        (of which a share is added too), stability conditions, the no-wait floor, and for WAIT and Nested WAIT tables
+        the theorem constants, queues and overflow. A hindsight optimum bounds the latency of the path that was run.
     baseline : str, optional
         Policy that paired differences are taken against; default: the one named "vllm", else the first.
     tables : sequence of PolicyTable, optional

@@ -364,10 +364,10 @@ def nested_wait_overflow(table: PolicyTable, workload: Workload, server: Server,
 
 def _nested_violation(table: PolicyTable, workload: Workload, server: Server) -> str | None:
     """The first condition on table, lengths and memory that fails; None if all hold."""
-    if server.iteration_time.coefficients is None:
-        return _NO_PIECES
     if table.kind != "nested-wait":
         return f"the table is of kind {table.kind!r}, not 'nested-wait'"
+    if server.iteration_time.coefficients is None:
+        return _NO_PIECES
     if any(row.max_hold_s is not None for row in table.types):
         return "the table has a hold limit"
     last = table.segments[-1].boundary

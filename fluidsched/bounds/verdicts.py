@@ -6,7 +6,7 @@ A bound is one of three kinds of statement, and each is tested as what it is.
 was run): a single excess beyond rounding is a violation; no statistics enter.
 
 *In the mean* (the fluid optimum, the theorem constants, the embedded queue): the bound speaks of an expectation, the
-runs are R independent draws. With D_r how far replication r lies beyond the bound, the policy violates it if the whole
+runs are R independent draws. Those of Nested WAIT are about runs in which nobody is preempted. With D_r how far replication r lies beyond the bound, the policy violates it if the whole
 interval mean(D) ± t_{R−1}·s_D/√R lies beyond. A policy that attains a bound is therefore called a violator with
 probability (1 − confidence)/2: ask for more confidence where many are judged. One replication has no interval and
 cannot prove a violation of a mean.
@@ -27,7 +27,7 @@ stability condition bounds the rates at which a policy is stable: one that is no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -38,7 +38,7 @@ from fluidsched.bounds.bound import Bound
 from fluidsched.bounds.floor import floor_violated, no_wait_floor
 from fluidsched.bounds.hindsight import Hindsight
 from fluidsched.bounds.stability import stability_conditions
-from fluidsched.bounds.theorems import nested_wait_overflow, wait_bounds
+from fluidsched.bounds.theorems import nested_wait_bounds, nested_wait_overflow, wait_bounds
 from fluidsched.errors import InputError
 from fluidsched.simulation.measures import UNITS, interval, latencies
 from fluidsched.simulation.result import PolicyOutcome, SimulationResult
@@ -80,7 +80,7 @@ class BoundRow:
     policy : str
     bound : str
         "fluid optimum", "critical rate (Dong-Cao)", "no-wait floor", "WAIT theorem", "embedded queue",
-        "Nested WAIT overflow", "hindsight (LP relaxation)" …
+        "Nested WAIT theorem", "Nested WAIT entry queue", "Nested WAIT overflow", "hindsight (LP relaxation)" …
     measure, unit : str
         The measured quantity that is bounded; of one type with its name in brackets, as in "mean_ttft[chat]".
     direction : {"upper", "lower"}
@@ -161,7 +161,7 @@ class _Case:
             policy=self.outcome.name,
             bound=name,
             measure=measure,
-            unit=bound.unit,
+            unit=UNITS.get(measure.partition("[")[0], bound.unit),
             direction=bound.direction,
             estimate=estimate,
             low=low,
@@ -271,7 +271,8 @@ def _fluid_rows(case: _Case, fluid: FluidSolution) -> Iterator[BoundRow]:
         author = bound.name.partition("[")[2].rstrip("]")
         yield _critical_row(case, f"critical rate ({author})", bound)
     yield from _floor_rows(case, fluid.workload, fluid.server)
-    yield from _wait_rows(case, fluid.workload, fluid.server)
+    yield from _theorem_rows(case, _WAIT, fluid.workload, fluid.server)
+    yield from _theorem_rows(case, _NESTED_WAIT, fluid.workload, fluid.server)
     yield _overflow_row(case, fluid.workload, fluid.server)
 
 
@@ -421,53 +422,94 @@ def _mean_floor(workload: Workload, server: Server, position: int) -> float:
     return total
 
 
-_WAIT_MEASURES = {
-    "memory": ("WAIT theorem", "peak_kv"),
-    "mean_ttft": ("WAIT theorem", "mean_ttft"),
-    "mean_waiting": ("embedded queue", "mean_waiting"),
-    "output_throughput_gap": ("WAIT theorem", "effective_throughput"),
-}
+@dataclass(frozen=True)
+class _Theorem:
+    """How the constants of one theorem are asked for and held against the runs of a table of its `kind`.
+
+    `rows`: quantity → bound and measure, those on every path in `certain`; `per_type`: quantities stated of each type too.
+    """
+
+    kind: str
+    bounds: Callable[..., tuple[Bound, ...]]
+    source: str
+    rows: Mapping[str, tuple[str, str]]
+    certain: tuple[str, ...] = ()
+    per_type: tuple[str, ...] = ()
 
 
-def _wait_rows(case: _Case, workload: Workload, server: Server) -> Iterator[BoundRow]:
-    bounds, table = [], case.table
-    if table is None:
-        bounds = _without("its table is not at hand")
-    elif (early := _left_early(case)) is not None:
-        bounds = _without(early)
-    elif table.kind == "wait" and table.type_names != workload.type_names:
-        bounds = _without("the solution is not for the types the table was compiled from")
-    else:
-        bounds = [*wait_bounds(table, workload, server, horizon=case.runs.horizon)]
-    for bound in bounds:
+_WAIT = _Theorem(
+    "wait",
+    wait_bounds,
+    "arXiv 2504.11320, Theorem 1",
+    {
+        "memory": ("WAIT theorem", "peak_kv"),
+        "mean_ttft": ("WAIT theorem", "mean_ttft"),
+        "mean_waiting": ("embedded queue", "mean_waiting"),
+        "output_throughput_gap": ("WAIT theorem", "effective_throughput"),
+    },
+    certain=("memory",),
+    per_type=("mean_ttft", "mean_e2e"),
+)
+_NESTED_WAIT = _Theorem(
+    "nested-wait",
+    nested_wait_bounds,
+    "arXiv 2504.11320, Theorem 2",
+    {
+        "mean_ttft": ("Nested WAIT theorem", "mean_ttft"),
+        "mean_e2e": ("Nested WAIT theorem", "mean_e2e"),
+        "mean_waiting": ("Nested WAIT entry queue", "mean_waiting"),
+        "output_throughput_gap": ("Nested WAIT theorem", "effective_throughput"),
+    },
+)
+
+
+def _theorem_rows(case: _Case, theorem: _Theorem, workload: Workload, server: Server) -> Iterator[BoundRow]:
+    for bound in _theorem_bounds(case, theorem, workload, server):
         quantity, _, member = bound.name.partition("[")
         if member:
-            if table is not None and table.kind == "wait" and quantity in ("mean_ttft", "mean_e2e"):
-                yield case.row(
-                    "WAIT theorem", bound.name, bound, _of_type(case, quantity[5:], member.rstrip("]"))
-                )
+            if theorem.kind == _kind(case) and quantity in theorem.per_type:
+                evidence = _of_type(case, quantity[5:], member.rstrip("]"))
+                yield case.row(theorem.rows["mean_ttft"][0], bound.name, bound, evidence)
             continue
-        name, measure = _WAIT_MEASURES[quantity]
+        if quantity not in theorem.rows:  # of the queue at decisions, which no measure counts
+            continue
+        name, measure = theorem.rows[quantity]
         evidence = case.measured(measure)
-        if quantity == "memory":
+        if quantity in theorem.certain:
             evidence = _Evidence(evidence.values, certain=True)
         elif quantity == "output_throughput_gap":
             bound = _least_throughput(bound, workload, case.runs)
         yield case.row(name, measure, bound, evidence)
 
 
-def _without(violated: str) -> list[Bound]:
-    """The bounds of a WAIT table where there is none."""
-    units = {
-        "memory": "tokens",
-        "mean_ttft": "s",
-        "mean_waiting": "requests",
-        "output_throughput_gap": "tokens/s",
-    }
-    return [
-        Bound.not_applicable(name, unit, "upper", "", "arXiv 2504.11320, Theorem 1", violated)
-        for name, unit in units.items()
-    ]
+def _theorem_bounds(
+    case: _Case, theorem: _Theorem, workload: Workload, server: Server
+) -> tuple[Bound, ...] | list[Bound]:
+    """The theorem's numbers for the table that was run, or what of the runs does not meet its conditions."""
+    table, violated = case.table, None
+    if table is None:
+        violated = "its table is not at hand"
+    elif (early := _left_early(case)) is not None:
+        violated = early
+    elif theorem.kind == table.kind == "wait" and table.type_names != workload.type_names:
+        violated = "the solution is not for the types the table was compiled from"
+    elif theorem.kind == table.kind == "nested-wait" and (count := float(_preemptions(case).sum())) > 0.0:
+        violated = f"is about runs in which nobody is preempted; there were {count:,.0f} preemptions"
+    if table is None or violated is not None:
+        return [
+            Bound.not_applicable(quantity, UNITS[measure], "upper", "", theorem.source, violated or "")
+            for quantity, (_, measure) in theorem.rows.items()
+        ]
+    return theorem.bounds(table, workload, server, horizon=case.runs.horizon)
+
+
+def _kind(case: _Case) -> str | None:
+    return None if case.table is None else case.table.kind
+
+
+def _preemptions(case: _Case) -> _Real:
+    """Preemptions of each replication."""
+    return np.asarray(case.outcome.values["preemptions"], dtype=np.float64)
 
 
 def _least_throughput(gap: Bound, workload: Workload, runs: SimulationResult) -> Bound:
@@ -505,7 +547,7 @@ def _of_type(case: _Case, latency: str, member: str) -> _Evidence | None:
 
 def _overflow_row(case: _Case, workload: Workload, server: Server) -> BoundRow:
     name, measure = "Nested WAIT overflow", "overflow_share"
-    evidence = _Evidence((case.outcome.values["preemptions"] > 0).astype(np.float64), share=True)
+    evidence = _Evidence((_preemptions(case) > 0).astype(np.float64), share=True)
     violated = None
     if case.table is None:
         violated = "its table is not at hand"

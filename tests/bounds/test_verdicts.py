@@ -124,6 +124,8 @@ def test_nothing_violates_a_bound() -> None:
     assert respected["fluid optimum"] > 80
     assert respected["embedded queue"] >= 6
     assert respected["Nested WAIT overflow"] >= 4
+    assert respected["Nested WAIT theorem"] >= 6
+    assert respected["Nested WAIT entry queue"] >= 2
 
 
 def test_lookahead_violates_no_bound() -> None:
@@ -146,8 +148,8 @@ def test_nothing_violates_a_bound_on_a_finer_grid() -> None:
     assert respected["fluid optimum"] >= 100
 
 
-def nested_overflow(simulated: float, judged_for: float) -> BoundRow:
-    """The overflow row of 12 runs of a Nested WAIT table whose memory and buffers need about 7 300 tokens."""
+def nested_rows(simulated: float, judged_for: float) -> dict[tuple[str, str], BoundRow]:
+    """12 runs of a Nested WAIT table whose memory and buffers need about 7 300 tokens, by bound and measure."""
     mix = fs.Workload([fs.RequestType("mix", 1.0, 20, fs.lengths.empirical([4, 10], [0.7, 0.3]))])
     servers = [fs.Server(c, fs.IterationTime.affine(0.05, 1e-4, 1e-4, 1e-6)) for c in (simulated, judged_for)]
     offered = mix.at_load(0.5, servers[0])
@@ -158,19 +160,53 @@ def nested_overflow(simulated: float, judged_for: float) -> BoundRow:
     )
     runs = fs.simulate(offered, servers[0], table, horizon=100.0, replications=12, seed=3)
     as_if = dataclasses.replace(runs, server=servers[1])
-    rows = fs.compare(as_if, fs.solve_fluid(offered, servers[1])).bounds
-    return next(row for row in rows if row.bound == "Nested WAIT overflow")
+    return {(r.bound, r.measure): r for r in fs.compare(as_if, fs.solve_fluid(offered, servers[1])).bounds}
 
 
 def test_nested_wait_overflows_no_more_often_than_promised() -> None:
     """Preemption means overflow: none in the memory the bound asks for; in half of it the bound does not hold."""
-    enough = nested_overflow(8000.0, 8000.0)
+    overflow = ("Nested WAIT overflow", "overflow_share")
+    enough = nested_rows(8000.0, 8000.0)[overflow]
     assert (enough.verdict, enough.estimate) == ("respects", 0.0)
     assert 0.0 < enough.value < enough.high
-    assert nested_overflow(4000.0, 4000.0).verdict == "not applicable"
-    assert (
-        nested_overflow(4000.0, 8000.0).verdict == "violates"
-    )  # runs on less memory than they are said to have
+    assert nested_rows(4000.0, 4000.0)[overflow].verdict == "not applicable"
+    lying = nested_rows(4000.0, 8000.0)[overflow]  # runs on less memory than they are said to have
+    assert lying.verdict == "violates"
+
+
+NESTED_THEOREM = {
+    ("Nested WAIT theorem", "mean_ttft"),
+    ("Nested WAIT theorem", "mean_e2e"),
+    ("Nested WAIT theorem", "effective_throughput"),
+    ("Nested WAIT entry queue", "mean_waiting"),
+}
+
+
+def test_nested_wait_is_held_against_its_theorem() -> None:
+    """Queue, latencies and throughput of runs without a preemption; each bound says by how much it is not attained."""
+    rows = nested_rows(8000.0, 8000.0)
+    assert {key for key in rows if key in NESTED_THEOREM} == NESTED_THEOREM
+    for key in NESTED_THEOREM:
+        row = rows[key]
+        assert row.verdict == "respects", row
+        beyond = row.ratio if row.direction == "upper" else 1.0 / row.ratio
+        assert 0.1 < beyond < 1.0, row  # inside the bound, which is not vacuous
+    wait = {row.why for key, row in rows.items() if key[0] in ("WAIT theorem", "embedded queue")}
+    assert wait == {"the table is of kind 'nested-wait', not 'wait'"}
+
+
+def test_nested_theorem_is_not_held_against_runs_with_preemptions() -> None:
+    rows = nested_rows(4000.0, 8000.0)
+    for key in NESTED_THEOREM:
+        assert rows[key].verdict == "not applicable"
+        assert "in which nobody is preempted; there were" in rows[key].why
+    tight = nested_rows(7300.0, 7300.0)
+    assert all("base memory and buffers take" in tight[key].why for key in NESTED_THEOREM)
+    runs = overdriven()
+    assert runs.server is not None
+    other = fs.compare(runs, fs.solve_fluid(FIXED.at_load(3.0, runs.server), runs.server)).bounds
+    why = {row.why for row in other if (row.bound, row.measure) in NESTED_THEOREM}
+    assert why == {"the table is of kind 'vllm', not 'nested-wait'"}
 
 
 def overdriven() -> fs.SimulationResult:
