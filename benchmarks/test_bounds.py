@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import fluidsched as fs
-from fluidsched.policy import Match, TableType
+from fluidsched.policy import Match, Segment, TableType
 from fluidsched.queues import exact_buffer, first_passage_probability, lundberg_buffer
 
 
 def test_bounds_of_100_types(benchmark: Any, note: Callable[..., None]) -> None:
-    """Every theorem's number for a WAIT table of 100 types, and the stability conditions."""
+    """Every theorem's number for a WAIT and a Nested WAIT table of 100 types, and the stability conditions."""
     workload = fs.Workload([fs.RequestType(f"t{j}", 0.5 + 0.01 * j, 100 + j, 10 + j % 7) for j in range(100)])
     server = fs.Server(1e9, fs.IterationTime.affine(0.01, 1e-5, 1e-5, 1e-8))
     rows = [
@@ -29,15 +29,22 @@ def test_bounds_of_100_types(benchmark: Any, note: Callable[..., None]) -> None:
     ]
     table = fs.PolicyTable("wait", "wait", tuple(rows), block_iterations=1, freeze=True)
 
-    def bounds() -> tuple[Any, Any]:
+    star, segments = TableType("*", threshold=60, gate=60), (Segment(11, 60), Segment(15, 45, 60.0))
+    nested = fs.PolicyTable(
+        "nested", "nested-wait", (star,), segments=segments, block_iterations=1, freeze=True
+    )
+
+    def bounds() -> tuple[Any, ...]:
         return (
-            fs.bounds.wait_bounds(table, workload, server, horizon=3600.0),
-            fs.bounds.stability_conditions(workload, server),
+            *fs.bounds.wait_bounds(table, workload, server, horizon=3600.0),
+            *fs.bounds.nested_wait_bounds(nested, workload, server, horizon=3600.0),
+            fs.bounds.nested_wait_overflow(nested, workload, server, horizon=3600.0),
+            *fs.bounds.stability_conditions(workload, server),
         )
 
-    theorems, conditions = benchmark(bounds)
-    right = all(bound.applies or bound.condition for bound in (*theorems, *conditions))
-    note(seed=None, types=100, right=right)
+    found = benchmark(bounds)
+    right = all(bound.applies or bound.condition for bound in found)
+    note(seed=None, types=100, numbers=sum(bound.applies for bound in found), right=right)
     assert right
 
 

@@ -111,6 +111,10 @@ def check_count(
 
 def _as_float(argument: str, value: Any, required: str, remedy: str) -> float:
     """The value as a float; booleans, what is no number and integers beyond all floats are refused."""
+    if isinstance(
+        value, float
+    ):  # the common case, NumPy's included; the abstract class below takes far longer
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(argument, value, required, remedy)
     try:

@@ -19,7 +19,9 @@ def main() -> None:
     os.environ.pop("MPLBACKEND", None)  # pictures are part of the outputs
     for path in [Path(name) for name in sys.argv[1:]] or sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+        NotebookClient(
+            notebook, timeout=600, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
+        ).execute()
         for number, cell in enumerate(notebook.cells):
             cell["id"] = f"cell-{number}"  # random ones would change with every run
             cell.metadata.pop("execution", None)  # times of day

@@ -346,7 +346,7 @@ def nested_wait_overflow(table: PolicyTable, workload: Workload, server: Server,
         return none(violated)
     total = 0.0
     cycles = 1 + math.floor(duration / ((table.block_iterations or 1) * server.iteration_time.empty))
-    reach = _reach(workload, [-1, *(s.boundary for s in table.segments)])
+    reach = _reach(table, workload)
     for k in range(1, len(table.segments)):
         before, segment = table.segments[k - 1], table.segments[k]
         if reach[k] > 0.0:
@@ -376,7 +376,7 @@ def _nested_violation(table: PolicyTable, workload: Workload, server: Server) ->
     if unbounded or longest > last:
         who = f"type {unbounded[0]!r} is unbounded" if unbounded else f"{longest:,} decodes are possible"
         return f"the last segment ends at {last:,} decodes, but {who}"
-    reach = _reach(workload, [-1, *(s.boundary for s in table.segments)])
+    reach = _reach(table, workload)
     for k in range(1, len(table.segments)):
         expected = table.segments[k - 1].threshold * reach[k] / reach[k - 1] if reach[k] else 0.0
         if expected >= table.segments[k].threshold:
@@ -472,7 +472,7 @@ def nested_wait_bounds(
             formulas,
             f"a run's first iteration takes {tokens:,.0f} tokens, the budget is {server.token_budget:,}",
         )
-    reach = _reach(workload, [-1, *(s.boundary for s in table.segments)])
+    reach = _reach(table, workload)
     result: list[Bound] = []
     prefix = "Nested WAIT, no boundary queue above its buffer"
     for k in range(1, len(threshold)):
@@ -537,14 +537,14 @@ def _nested_times(places: _Real, block: int, prompt: float, server: Server) -> _
     return np.asarray(times.max(axis=0))
 
 
-def _reach(workload: Workload, boundaries: list[int]) -> _Real:
-    """Share of the requests that get beyond each boundary, in decodes: P(o − 1 > r)."""
-    share = workload.arrival_rate / workload.total_arrival_rate
-    reach = np.zeros(len(boundaries))
-    for weight, request_type in zip(share, workload.types, strict=True):
-        outputs, weights, _, _ = request_type.law.output_profile()
-        reach += weight * np.array([weights[outputs - 1 > r].sum() for r in boundaries])
-    return reach
+def _reach(table: PolicyTable, workload: Workload) -> _Real:
+    """Share of the requests that get to each segment, in decodes: P(o − 1 > r_{k−1})."""
+    laws = [member.law.output_law for member in workload.types]
+    sizes = [len(law.values) for law in laws]
+    shares = np.repeat(workload.arrival_rate / workload.total_arrival_rate, sizes)
+    shares = shares * np.concatenate([law.weights for law in laws])
+    decodes = np.concatenate([law.values for law in laws]) - 1
+    return np.array([shares[decodes > r].sum() for r in (-1, *(s.boundary for s in table.segments))])
 
 
 def _nested_base(table: PolicyTable, prompt: int, block: int) -> float:

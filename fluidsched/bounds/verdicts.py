@@ -6,10 +6,10 @@ A bound is one of three kinds of statement, and each is tested as what it is.
 was run): a single excess beyond rounding is a violation; no statistics enter.
 
 *In the mean* (the fluid optimum, the theorem constants, the embedded queue): the bound speaks of an expectation, the
-runs are R independent draws. Those of Nested WAIT are about runs in which nobody is preempted. With D_r how far replication r lies beyond the bound, the policy violates it if the whole
+runs are R independent draws. With D_r how far replication r lies beyond the bound, the policy violates it if the whole
 interval mean(D) ± t_{R−1}·s_D/√R lies beyond. A policy that attains a bound is therefore called a violator with
 probability (1 − confidence)/2: ask for more confidence where many are judged. One replication has no interval and
-cannot prove a violation of a mean.
+cannot prove a violation of a mean. The constants of Nested WAIT are about runs in which nobody is preempted.
 
 *A probability* (overflow within the horizon): the share of the runs in which it happened has Clopper and Pearson's
 interval; the policy violates the bound if the lower end lies above.
@@ -426,7 +426,8 @@ def _mean_floor(workload: Workload, server: Server, position: int) -> float:
 class _Theorem:
     """How the constants of one theorem are asked for and held against the runs of a table of its `kind`.
 
-    `rows`: quantity → bound and measure, those on every path in `certain`; `per_type`: quantities stated of each type too.
+    `rows`: quantity → bound and measure; `certain`: those that hold on every path; `per_type`: those stated of each
+    type too.
     """
 
     kind: str

@@ -386,7 +386,7 @@ def _root_gaps(n: int, m: float, trials: int | None) -> _Complex:
         else:
             log_root, slope = power * _log1p(-p * u), -power * p / (1.0 - p * u)
         image = -np.expm1(log_omega + log_root)
-        if np.all(np.abs(u - image) <= _ROOT_TOLERANCE * np.abs(u)):
+        if (np.abs(u - image) <= _ROOT_TOLERANCE * np.abs(u)).all():
             return np.concatenate([u, u[: (n - 1) // 2][::-1].conj()])
         newton = u - (u - image) / (1.0 + slope * (1.0 - image))
         u = np.where(np.abs(1.0 - newton) < 1.0, newton, image)
