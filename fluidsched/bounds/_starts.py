@@ -20,7 +20,7 @@ import highspy
 import numpy as np
 import numpy.typing as npt
 
-from fluidsched.fluid._highs import new_highs
+from fluidsched.fluid._highs import new_highs, run
 
 __all__ = ["best_starts"]
 
@@ -109,16 +109,10 @@ def best_starts(
     model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     model.a_matrix_.start_, model.a_matrix_.index_ = matrix.indptr, matrix.indices
     model.a_matrix_.value_ = matrix.data
-    solver = new_highs()
-    for option, value in (
-        ("presolve", "choose"),
-        ("time_limit", time_limit),
-        ("mip_rel_gap", 0.0),
-        ("mip_abs_gap", 0.999),  # totals are whole rounds
-    ):
-        solver.setOptionValue(option, value)
+    # totals are whole rounds
+    solver = new_highs(presolve="choose", time_limit=float(time_limit), mip_rel_gap=0.0, mip_abs_gap=0.999)
     solver.passModel(model)
-    solver.run()
+    run(solver)
     if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
         return None, math.inf
     info = solver.getInfo()

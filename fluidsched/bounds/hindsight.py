@@ -418,10 +418,12 @@ class _Program:
 
     def relaxed(self, time_limit: float) -> tuple[_Real, float]:
         """Memory prices (H,), the duals of the LP relaxation, and L at them, in rounds."""
-        solver = self._solver(time_limit)
-        solver.setOptionValue("solver", "ipm")
-        solver.setOptionValue("run_crossover", "off")  # a basis is not needed, and takes longest
-        solver.run()
+        from fluidsched.fluid._highs import new_highs, run
+
+        # a basis is not needed, and takes longest
+        solver = new_highs(solver="ipm", run_crossover="off", presolve="choose", time_limit=float(time_limit))
+        solver.passModel(self._program())
+        run(solver)
         duals = np.asarray(solver.getSolution().row_dual, dtype=np.float64)
         if len(duals) == 0:
             raise SolverError(
@@ -469,10 +471,9 @@ class _Program:
             time_limit,
         )
 
-    def _solver(self, time_limit: float) -> Any:
+    def _program(self) -> Any:
+        """The LP relaxation over rounds."""
         import highspy
-
-        from fluidsched.fluid._highs import new_highs
 
         cells, window = self.cells, self.window
         model = highspy.HighsLp()
@@ -486,11 +487,7 @@ class _Program:
         model.a_matrix_.start_ = self.matrix.indptr
         model.a_matrix_.index_ = self.matrix.indices
         model.a_matrix_.value_ = self.matrix.data
-        solver = new_highs()
-        solver.setOptionValue("presolve", "choose")
-        solver.setOptionValue("time_limit", time_limit)
-        solver.passModel(model)
-        return solver
+        return model
 
 
 def _mean_busy_bound(case: _Instance) -> float:

@@ -76,10 +76,12 @@ WorkloadOption = Annotated[
 ]
 
 
-def _silence(quiet: bool) -> bool:
-    """Only errors are logged after --quiet."""
+def _silence(context: typer.Context, quiet: bool) -> bool:
+    """Only errors are logged while a command with --quiet runs."""
     if quiet:
-        logging.getLogger().setLevel(logging.ERROR)
+        root = logging.getLogger()
+        context.call_on_close(functools.partial(root.setLevel, root.level))
+        root.setLevel(logging.ERROR)
     return quiet
 
 

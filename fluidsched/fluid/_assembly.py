@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluidsched.errors import InfeasibleError, SolverError
-from fluidsched.fluid._highs import new_highs
+from fluidsched.fluid._highs import new_highs, run
 from fluidsched.fluid.certificate import Certificate, SparseRows, certify_minimum
 
 __all__ = ["ASSEMBLY_TOLERANCE", "Assembly", "Minimum"]
@@ -154,16 +154,10 @@ class Assembly:
         lp, (row, column, value), scale = self.program()
         lower, upper, cost = np.array(lp.col_lower_), np.array(lp.col_upper_), np.array(lp.col_cost_)
         row_lower, row_upper = np.array(lp.row_lower_), np.array(lp.row_upper_)
-        highs = new_highs()
-        if presolve:
-            highs.setOptionValue("presolve", "choose")
-        highs.setOptionValue("mip_rel_gap", relative_gap)
+        highs = new_highs(presolve="choose" if presolve else "off", mip_rel_gap=relative_gap)
         if highs.passModel(lp) == highspy.HighsStatus.kError:
             raise SolverError(f"HiGHS refused {what}")
-        if highs.run() == highspy.HighsStatus.kError:
-            # Someone else in this process started HiGHS's threads first, with another number: use theirs.
-            highs.setOptionValue("threads", 0)
-            highs.run()
+        run(highs)
         status = highs.getModelStatus()
         infeasible = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
         if status in infeasible:

@@ -7,10 +7,10 @@ caller computes these from its own unscaled data, free of the solver's tolerance
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
+import threading
 from typing import Literal, NamedTuple
 
 import highspy
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fluidsched.errors import SolverError
 
-__all__ = ["Basis", "Simplex", "SolveStatus", "column_wise", "new_highs"]
+__all__ = ["Basis", "Simplex", "SolveStatus", "column_wise", "new_highs", "run"]
 
 SolveStatus = Literal["optimal", "infeasible", "unbounded", "limit", "failed"]
 
@@ -76,10 +76,22 @@ def _construct() -> highspy.Highs:
     return highspy.Highs()  # type: ignore[no-untyped-call]
 
 
-@functools.cache
+_first = threading.Lock()
+_silenced = False
+
+
 def _silence_banner() -> None:
     """Construct the process's first Highs, which writes a banner to file descriptor 1, in silence."""
-    sys.stdout.flush()
+    global _silenced
+    with _first:  # two threads at once would give each other's null device back as standard output
+        if not _silenced:
+            _construct_in_silence()
+            _silenced = True
+
+
+def _construct_in_silence() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         saved = os.dup(1)
@@ -96,14 +108,25 @@ def _silence_banner() -> None:
         os.close(null)
 
 
-def new_highs() -> highspy.Highs:
-    """Return a silent Highs with our options."""
+def new_highs(**options: bool | int | float | str) -> highspy.Highs:
+    """Return a silent Highs with our options, or these where given; each object has options of its own."""
     _silence_banner()
     highs = _construct()
-    for option, value in _OPTIONS.items():
+    for option, value in {**_OPTIONS, **options}.items():
         if highs.setOptionValue(option, value) != highspy.HighsStatus.kOk:
             raise SolverError(f"HiGHS {highs.version()} refused its option {option} = {value!r}")
     return highs
+
+
+def run(highs: highspy.Highs) -> None:
+    """Run HiGHS; its model status says how that went.
+
+    HiGHS's threads are the process's. Whoever else started them first, with another number, makes our run end in an
+    error: then it is run with theirs.
+    """
+    if highs.run() == highspy.HighsStatus.kError:
+        highs.setOptionValue("threads", 0)
+        highs.run()
 
 
 def column_wise(program: highspy.HighsLp, matrix: NDArray[np.float64]) -> None:
@@ -161,9 +184,5 @@ class Simplex:
         )
 
     def _run(self) -> SolveStatus:
-        outcome = self._highs.run()
-        if outcome == highspy.HighsStatus.kError:
-            # Someone else in this process started HiGHS's threads first, with another number: use theirs.
-            self._highs.setOptionValue("threads", 0)
-            self._highs.run()
+        run(self._highs)
         return _STATUS.get(self._highs.getModelStatus(), "failed")

@@ -16,6 +16,8 @@ certificate, in the original units, has the last word: where it fails the `statu
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -211,9 +213,14 @@ class _Scaled:
         self._never = 100.0 * model.rate_alone / unit
         self._simplex = Simplex(self._cost, self._matrix, model.limit)
         self._vertices: list[_Vertex] = []  # the last ones, most recently optimal first
+        self._in_use = threading.Lock()
 
     def solve(self, rate: NDArray[np.float64]) -> tuple[FluidSolution, bool]:
         """Return the solution, and whether its basis is optimal in floating point, not only to the solver."""
+        with self._in_use:  # bounds, basis and solver are shared by the threads that share the program
+            return self._solve(rate)
+
+    def _solve(self, rate: NDArray[np.float64]) -> tuple[FluidSolution, bool]:
         floor = self._model.fairness_floor * rate
         lower, upper = self._lower, self._upper
         np.divide(floor, self._unit, out=lower[:-1])

@@ -28,6 +28,7 @@ from fluidsched import _files
 from fluidsched._checks import check_real
 from fluidsched._display import Tabular
 from fluidsched.errors import InputError, SolverError
+from fluidsched.fluid._highs import run
 from fluidsched.fluid.export import to_highs
 from fluidsched.fluid.program import FluidProgram
 from fluidsched.fluid.solution import FluidSolution
@@ -215,7 +216,7 @@ def ranging(solution: FluidSolution) -> pd.DataFrame:
 
     model = solution.model
     highs = to_highs(model, solution.arrival_rate)
-    highs.run()
+    run(highs)
     status, ranges = highs.getRanging()
     if status != highspy.HighsStatus.kOk or not ranges.valid:
         raise SolverError("HiGHS could not range the fluid program")

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 from fluidsched import __version__
@@ -184,7 +183,12 @@ def _cache() -> tuple[Status, str]:
         )
     loop: Any = compiled.continuous
     _small_runs()
-    folder = Path(loop.stats.cache_path)
+    folder = loop.stats.cache_path
+    if folder is None:
+        return (
+            "remark",
+            "no folder can be written: the simulator is compiled in every process. Set NUMBA_CACHE_DIR.",
+        )
     if not os.access(folder, os.W_OK):
         return (
             "remark",

@@ -87,6 +87,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from fluidsched.simulation.code_cache import cached
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -108,8 +110,11 @@ def _compile(**options: Any) -> Callable[[_Function], _Function]:
     return decorate
 
 
-# Only the two loops are called from Python and cached; their parts are compiled into them.
-_loop = _compile(cache=True)
+def _loop(function: _Function) -> _Function:
+    """Only the loops are called from Python and cached; their parts are compiled into them."""
+    return cached(function, _SHARED)
+
+
 _part = _compile(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _inline = _compile(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
