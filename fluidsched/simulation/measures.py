@@ -180,8 +180,8 @@ class Requests(NamedTuple):
             alone,
         )
 
-    def at(self, index: slice | NDArray[np.bool_]) -> Requests:
-        """Those of a slice or mask."""
+    def at(self, index: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Requests:
+        """Those of a slice or mask, or at places."""
         return Requests(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
 
     def arrived(self, start: float, stop: float = math.inf) -> Requests:

@@ -300,6 +300,12 @@ class SimulationResult(Tabular):
         check_count("replication", replication, maximum=self.replications - 1)
         return self.engine_runs[self.policies.index(policy)][replication]
 
+    def _tally(self, policy: str, replication: int) -> Tally:
+        """What a run without records counted."""
+        self.outcome(policy)
+        check_count("replication", replication, maximum=self.replications - 1)
+        return self.tallies[self.policies.index(policy)][replication]
+
     def requests(self, policy: str, replication: int = 0) -> pd.DataFrame:
         """One row per request of one run.
 
@@ -421,7 +427,10 @@ class SimulationResult(Tabular):
 
     def occupancy(self, policy: str, replication: int = 0) -> FloatArray:
         """The decimated series of one run, shape (K, 4): time (s), KV tokens, residents, waiting."""
-        series = self.run(policy, replication).occupancy
+        if self.tallies:
+            series = self._tally(policy, replication).occupancy
+        else:
+            series = self.run(policy, replication).occupancy
         assert series is not None
         return series
 
@@ -481,16 +490,13 @@ class SimulationResult(Tabular):
         """
         import pandas as pd
 
-        self._need_records()
+        if not self.tallies:
+            self._need_records()
         rows = []
         for k, table in enumerate(self.tables):
             measured: dict[str, list[tuple[dict[str, float], set[str]]]] = {}
-            for path, run in zip(self.paths, self.engine_runs[k], strict=True):
-                of_request, names = _types(path, table)
-                requests = Requests.of(path, run, _alone(path, self.replicas))
-                for j, name in enumerate(names):
-                    own = requests if of_request is None else requests.at(of_request == j)
-                    found = measure_requests(own, start=self.warmup, end=run.end_s, slo=self.slo)
+            for r in range(self.replications):
+                for name, found in self._by_type(k, r).items():
                     measured.setdefault(name, []).append(found)
             for name, runs in measured.items():
                 for measure in OF_REQUESTS:
@@ -511,6 +517,23 @@ class SimulationResult(Tabular):
                         }
                     )
         return pd.DataFrame(rows)
+
+    def _by_type(self, k: int, r: int) -> dict[str, tuple[dict[str, float], set[str]]]:
+        """Type → measures of its own requests in one run, and which of them are lower bounds."""
+        if self.tallies:
+            return self.tallies[k][r].by_type()
+        path, run = self.paths[r], self.engine_runs[k][r]
+        of_request, names = _types(path, self.tables[k])
+        requests = Requests.of(path, run, _alone(path, self.replicas))
+        return {
+            name: measure_requests(
+                requests if of_request is None else requests.at(of_request == j),
+                start=self.warmup,
+                end=run.end_s,
+                slo=self.slo,
+            )
+            for j, name in enumerate(names)
+        }
 
     def batch_means(
         self,
@@ -570,9 +593,7 @@ class SimulationResult(Tabular):
     ) -> tuple[FloatArray, Callable[[int], FloatArray]]:
         """Measures of a run, (M,), and a function that gives them in each of K batches, (K, M)."""
         if self.tallies:
-            self.outcome(policy)
-            check_count("replication", replication, maximum=self.replications - 1)
-            tally = self.tallies[self.policies.index(policy)][replication]
+            tally = self._tally(policy, replication)
 
             @cache
             def counted(count: int) -> FloatArray:

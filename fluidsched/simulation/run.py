@@ -110,7 +110,7 @@ def simulate(
     records : bool
         False: forget requests once they are counted, for runs of any length in memory that does not grow with it
         (`fluidsched.simulation.streaming`). Paths are drawn piece by piece, with the same requests; quantiles
-        of latencies and slowdown are within 0.8 %; `requests`, `by_type`, `chrome_trace` and other SLOs
+        of latencies and slowdown are within 0.8 %; `requests`, `latencies`, `chrome_trace` and other SLOs
         are not to be had. On the kernel, to a horizon, with a fixed warm-up and without `check`.
     progress : callable, optional
         Called as ``progress("simulate <policy>", runs done, runs in all)``.
@@ -359,9 +359,11 @@ def _without_records(
     found: list[list[tuple[EngineRun, Tally]]] = []
     for table in tables:
         remark_on_memory(server, table)
-        types = len(names) if rows else len(table.types)
+        types = names if rows else table.type_names
 
-        def one(r: int, table: PolicyTable = table, types: int = types) -> tuple[EngineRun, Tally]:
+        def one(
+            r: int, table: PolicyTable = table, types: tuple[str, ...] = types
+        ) -> tuple[EngineRun, Tally]:
             tally = Tally(start, horizon, types, slo)
             run = run_pieces(
                 checked(drawn(r), table),
@@ -372,6 +374,7 @@ def _without_records(
                 warmup=start,
                 occupancy_points=OCCUPANCY_POINTS,
             )
+            tally.occupancy = run.occupancy
             return run, tally
 
         runs = []

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fluidsched._checks import check_count, check_real
 from fluidsched._display import Tabular
+from fluidsched.simulation.limits import within_model_length
 from fluidsched.simulation.reference import run_reference
 
 if TYPE_CHECKING:
@@ -132,13 +133,16 @@ def policy_timeline(
     horizon = check_real("horizon", horizon, above=0.0)
     start = check_real("start", start, minimum=0.0, below=horizon)
     cells, bins = check_count("cells", cells, minimum=1), check_count("bins", bins, minimum=1)
+    path = within_model_length(path, server)
     longest = int(path.output_tokens.max()) if len(path) else 1
     time_s = np.linspace(start, horizon, cells + 1)
     stage = np.linspace(0.0, float(max(longest, bins)), bins + 1)
     cell, width = (horizon - start) / cells, stage[1]
     held = np.zeros((cells, bins))
     produced = np.zeros(len(path), dtype=np.int64)
-    left = path.prompt_tokens.astype(np.int64).copy()  # prompt tokens, and tokens to recompute, still to do
+    found = 0 if path.cached_prompt_tokens is None else path.cached_prompt_tokens  # at every admission
+    computed = path.prompt_tokens - found
+    left = computed.copy()  # prompt tokens, and tokens to recompute, still to do
     inside: set[int] = set()
     ended = 0.0
 
@@ -154,21 +158,35 @@ def policy_timeline(
             np.maximum(overlap, 0.0)[:, None] * np.bincount(places, minlength=bins) / cell
         )
 
-    def observe(iteration: IterationSummary) -> None:
+    def decide(
+        now: float,
+        admitted: tuple[int, ...],
+        preempted: tuple[int, ...],
+        departed: tuple[tuple[int, float], ...],
+    ) -> None:
+        """What a decision did, whether an iteration follows or the server idles."""
         nonlocal ended
-        for i, left_s in iteration.departed:
+        for i, left_s in departed:
             if i in inside:
                 count(ended, left_s)
                 ended = left_s
                 inside.discard(i)
-        count(ended, iteration.start_s)
-        for i in iteration.preempted:
-            inside.discard(i)
+        count(ended, now)
+        ended = now
+        for i in {*preempted, *admitted}:  # a newcomer may be preempted by the very decision that admitted it
+            if (i in inside) + admitted.count(i) > preempted.count(i):
+                inside.add(i)
+            else:
+                inside.discard(i)
+        for i in preempted:
             if table.preemption == "restart":
                 produced[i] = 0
             if table.preemption != "swap":
-                left[i] = path.prompt_tokens[i] + produced[i]
-        inside.update(iteration.admitted)
+                left[i] = computed[i] + produced[i]
+
+    def observe(iteration: IterationSummary) -> None:
+        nonlocal ended
+        decide(iteration.start_s, iteration.admitted, iteration.preempted, iteration.departed)
         count(iteration.start_s, iteration.end_s)
         ended = iteration.end_s
         for i, tokens in iteration.prefill:
@@ -178,7 +196,7 @@ def policy_timeline(
             if produced[i] == path.output_tokens[i]:
                 inside.discard(i)
 
-    run = run_reference(path, server, table, horizon=horizon, on_iteration=observe)
+    run = run_reference(path, server, table, horizon=horizon, on_iteration=observe, on_idle=decide)
     for i in sorted(inside, key=lambda i: float(run.left_s[i])):
         if run.left_s[i] <= horizon:
             count(ended, float(run.left_s[i]))

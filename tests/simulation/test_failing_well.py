@@ -247,3 +247,24 @@ class TestCommandLine:
         done = CliRunner().invoke(app, ["simulate", "vllm", "--workload", trace, "--replay"])
         assert done.exit_code == 0
         assert "rejected" in done.stdout
+
+    @pytest.mark.parametrize(
+        "other",
+        [["--check"], ["--engine", "reference"], ["--records", "out"], ["--warmup", "mser5"], ["--replay"]],
+    )
+    def test_no_records_refuses_what_looks_at_requests(self, other):
+        done = CliRunner().invoke(app, ["simulate", "vllm", "--no-records", *other])
+        assert done.exit_code == 2
+        assert "records" in done.stderr
+
+    def test_no_records_has_the_rates_of_a_run_with_them(self):
+        """The same paths: throughput equal, the p99 within 0.8 %."""
+        command = ["simulate", "vllm", "--horizon", "120", "--replications", "1", "--load", "0.5", "--json"]
+        measures = []
+        for more in ([], ["--no-records"]):
+            done = CliRunner().invoke(app, [*command, *more])
+            assert done.exit_code == 0
+            measures.append(json.loads(done.stdout)["policies"][0]["measures"])
+        kept, counted = measures
+        assert counted["request_throughput"] == kept["request_throughput"]
+        assert_allclose(counted["p99_ttft"]["values"], kept["p99_ttft"]["values"], rtol=0.008)

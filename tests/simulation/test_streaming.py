@@ -40,7 +40,7 @@ class Collector(Tally):
     """Keeps what is folded."""
 
     def __init__(self, end: float) -> None:
-        super().__init__(0.0, end, 3, {})
+        super().__init__(0.0, end, ("a", "b", "c"), {})
         self.kept: list[Requests] = []
 
     def fold(self, requests: Requests, type_of: np.ndarray, end: float) -> None:
@@ -125,14 +125,23 @@ def test_measures_are_those_with_records(small_pieces, replay):
         assert list(exact.values) == list(counted.values)
         assert exact.verdicts == counted.verdicts
         for name, values in exact.values.items():
-            word, _, of = name.partition("_")
             assert_array_equal(counted.lower_bounds[name], exact.lower_bounds[name], err_msg=name)
-            if word in QUANTILES and of in DISTRIBUTIONS and of != "itl":
-                tolerance = {"rtol": RELATIVE_ERROR * (1 + 1e-9), "atol": FIRST}
-            else:
-                tolerance = {"rtol": 1e-9}
-            assert_allclose(counted.values[name], values, err_msg=name, **tolerance)
+            assert_allclose(counted.values[name], values, err_msg=name, **tolerance(name))
         assert without.verdict(policy) == with_records.verdict(policy)
+    keys = ["policy", "type", "measure"]
+    exact, counted = (runs.by_type().set_index(keys) for runs in (with_records, without))
+    assert exact.index.equals(counted.index)
+    assert_array_equal(counted["lower_bound"], exact["lower_bound"])
+    for key, row in exact.iterrows():
+        assert_allclose(counted.loc[key, "estimate"], row["estimate"], err_msg=str(key), **tolerance(key[2]))
+
+
+def tolerance(measure: str) -> dict[str, float]:
+    """How far a measure counted may be from the one with records."""
+    word, _, of = measure.partition("_")
+    if word in QUANTILES and of in DISTRIBUTIONS and of != "itl":
+        return {"rtol": RELATIVE_ERROR * (1 + 1e-9), "atol": FIRST}
+    return {"rtol": 1e-9}
 
 
 def test_batches_are_those_with_records(small_pieces):
@@ -152,7 +161,9 @@ def test_batches_are_those_with_records(small_pieces):
 
 def test_a_run_without_records_says_what_it_has_not(small_pieces):
     runs = simulate(FLAT, SERVER, engine_table(), horizon=50.0, replications=1, records=False)
-    for call in (lambda: runs.requests("vllm"), runs.by_type, lambda: runs.with_slo({"ttft": 1.0})):
+    assert runs.occupancy("vllm").shape[1] == 4
+    assert set(runs.by_type()["type"]) == {"chat", "long"}
+    for call in (lambda: runs.requests("vllm"), lambda: runs.with_slo({"ttft": 1.0})):
         with pytest.raises(InputError, match="run without records"):
             call()
     assert fs.SimulationResult.from_dict(runs.to_dict()).summary().equals(runs.summary())
