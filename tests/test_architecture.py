@@ -100,6 +100,17 @@ def test_imports_run_one_way() -> None:
     assert not wrong
 
 
+def test_nothing_meets_in_one_module() -> None:
+    """No module knows more than twenty others, imports inside functions included."""
+    for file in PACKAGE.rglob("*.py"):
+        known = {
+            node.module
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fluidsched")
+        }
+        assert len(known) <= 20, f"{file.relative_to(PACKAGE)} imports from {len(known)} modules"
+
+
 def test_no_module_shares_its_name_with_a_public_function() -> None:
     """A lazily loaded function named like a module would be shadowed by it once that is imported."""
     modules = {file.stem for file in PACKAGE.glob("*.py")} | {
