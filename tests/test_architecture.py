@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,3 +119,9 @@ def test_no_module_shares_its_name_with_a_public_function() -> None:
     }
     public_functions = {name for name in fs.__all__ if type(getattr(fs, name)).__name__ == "function"}
     assert not modules & public_functions
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """They are imported plainly, without packages: pytest would collect neither."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("*.py"))
+    assert {name: count for name, count in names.items() if count > 1 and name != "conftest.py"} == {}

@@ -48,3 +48,12 @@ def busy(parameters: dict[str, Any], seed: np.random.SeedSequence) -> dict[str, 
         "x2": parameters["x"] * 2,
         "any": total * 0.0,
     }
+
+
+_kept: dict[str, float] = {}
+
+
+def one_mapping(parameters: dict[str, Any], seed: np.random.SeedSequence) -> dict[str, float]:
+    """Returns the same mapping every time, with other values."""
+    _kept["value"] = parameters["x"]
+    return _kept

@@ -144,6 +144,12 @@ def test_failed_cells_are_rows_with_their_diagnosis_and_run_again_on_request(tmp
     assert again.to_frame().value.tolist()[1:] == [math.inf] * 3
 
 
+def test_a_mapping_that_a_cell_function_uses_again_is_read_when_it_is_returned(tmp_path: Path) -> None:
+    """Records are written batch by batch."""
+    spec = SweepSpec(grid={"x": range(300)}, function="sweep_cells:one_mapping")
+    assert sweep(spec, tmp_path, format="csv").to_frame().value.tolist() == list(range(300))
+
+
 def test_a_cell_that_kills_its_worker_is_a_failed_row_and_the_others_are_not(tmp_path: Path) -> None:
     spec = SweepSpec(grid={"x": range(8)}, function="sweep_cells:deadly")
     frame = sweep(spec, tmp_path, workers=2, format="csv").to_frame()
