@@ -8,8 +8,8 @@
           apart from it the time to write the table.
 *share*   a sweep of real simulations on two worker processes: the share of the workers' time spent in cells, and the
           processor time of all processes over that of the cells, and over that of the engine alone;
-        machinery_over_cells and loops_over_cells, what the sweep adds to its cells and how much of these the compiled
-        loops are.
+        machinery_over_cells and machinery_over_loops, what the sweep adds as a share of its cells and of the compiled
+        loops in them; loops_over_cells, how much of the cells these are.
 """
 
 from __future__ import annotations
@@ -251,6 +251,7 @@ def share(cells: int) -> dict[str, Any]:
         "cells": cells,
         "busy_share_of_workers": one["cell_s"] / (2 * one["wall_s"]),
         "machinery_over_cells": cpu_s / one["cell_cpu_s"] - 1,
+        "machinery_over_loops": (cpu_s - one["cell_cpu_s"]) / one["loops_cpu_s"],
         "loops_over_cells": one["loops_cpu_s"] / one["cell_cpu_s"],
         "engine_over_cells": one["engine_cpu_s"] / one["cell_cpu_s"],
         "cell_cpu_ms": 1e3 * one["cell_cpu_s"] / cells,
