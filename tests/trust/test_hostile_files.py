@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile_readers import HOSTILE, MEASURED, SERVER, Reader, hostile_input, readers, survives
+from typer.testing import CliRunner
 
 import fluidsched as fs
 from fluidsched import _files
 from fluidsched._toml import read_toml
+from fluidsched.cli import app
 from fluidsched.errors import FluidschedError, InputError
 from fluidsched.sweeps import sweep
 from fluidsched.sweeps.cells import simulate_cell
@@ -371,3 +373,50 @@ def test_table_names_make_no_paths(name: str, tmp_path: Path) -> None:
     table = fs.baselines.vllm().to_dict() | {"name": name}
     with pytest.raises(InputError, match="name"):
         fs.PolicyTable.from_dict(table)
+
+
+@pytest.mark.parametrize("command", ["solve", "simulate", pytest.param("plan", marks=pytest.mark.slow)])
+def test_names_of_types_and_servers_lead_to_no_other_files(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a workload's types, the workload and the server are called, a command writes where it was told to."""
+    names = ("../../escaped", str(tmp_path / "absolute"), "a/b", "..\\c", "-o", "%s{0}$HOME")
+    types = [{"name": name, "arrival_rate": 0.3, "prompt_tokens": 60, "output_tokens": 40} for name in names]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "mix.json").write_text(_files.dumps({"name": "../mix", "types": types}))
+    server = SERVER.to_dict() | {"name": "../../server"}
+    (tmp_path / "in" / "server.json").write_text(_files.dumps(server))
+    monkeypatch.chdir(tmp_path / "in")
+    options = {
+        "plan": ["--replications", "2", "--horizon", "30", "--warmup", "5", "--no-curve"],
+        "solve": ["--export", str(tmp_path / "out" / "program.lp")],
+        "simulate": [
+            "vllm",
+            "--horizon",
+            "30",
+            "--replications",
+            "2",
+            "--records",
+            str(tmp_path / "out" / "r.csv"),
+        ],
+    }
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "here"
+    asked = [
+        command,
+        *options[command],
+        "-w",
+        "mix.json",
+        "--server",
+        "server.json",
+        "--quiet",
+        "--out",
+        str(out),
+    ]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, (done.output, done.exception)
+    written = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*")}
+    assert written == {"in", "out"}
+    assert {file.name for file in (tmp_path / "in").iterdir()} == {"mix.json", "server.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= {"here", "program.lp", "r.csv"}
+    assert not (tmp_path.parent / "escaped").exists()
