@@ -191,6 +191,8 @@ class _Chain:
         from scipy.linalg import lu_factor
 
         rest = -self._matrix[1:, 1:].T
+        if rest.size == 0:  # which scipy 1.13 hands to LAPACK, and LAPACK refuses
+            return np.asarray(rest)
         np.fill_diagonal(rest, 1.0 + rest.diagonal())
         factors, pivots = lu_factor(rest, overwrite_a=True, check_finite=False)
         return np.asarray(factors) if np.all(pivots == np.arange(len(pivots))) else None
