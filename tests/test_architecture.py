@@ -89,6 +89,13 @@ def test_every_room_has_its_place_in_the_order() -> None:
     assert set(rooms()) == set(ORDER)
 
 
+def test_the_design_names_every_room() -> None:
+    """DESIGN.md says of each what it does."""
+    design = (Path(__file__).parents[1] / "DESIGN.md").read_text(encoding="utf-8")
+    for room in set(ORDER) - {"__main__"}:
+        assert f"`{room}/`" in design or f"`{room}.py`" in design, room
+
+
 def test_imports_run_one_way() -> None:
     """Nothing later in the pipeline is imported by anything earlier."""
     place = {room: number for number, room in enumerate(ORDER)}
