@@ -36,6 +36,9 @@ def check_real(
     remedy: str = "",
 ) -> float:
     """Return `value` as a float within [minimum, maximum], > above and < below; NaN never passes."""
+    plain = type(value) is float and math.isfinite(value)  # most of all calls
+    if plain and minimum <= value <= maximum and above < value < below:
+        return float(value)
     required = "be a finite number" if not allow_inf else "be a number (not NaN)"
     if above > -math.inf:
         required += f" above {above:g}"
@@ -97,6 +100,8 @@ def check_count(
     argument: str, value: Any, *, minimum: int = 0, maximum: int | None = None, remedy: str = ""
 ) -> int:
     """Return `value` as an int within [minimum, maximum]; integral floats are accepted, bools are not."""
+    if type(value) is int and minimum <= value <= (LARGEST_COUNT if maximum is None else maximum):
+        return int(value)  # most of all calls
     required = f"be a whole number of at least {minimum:,}"
     if maximum is not None:
         required += f", at most {maximum:,}"

@@ -82,12 +82,19 @@ def read_text(argument: str, path: str | os.PathLike[str]) -> str:
         raise InputError(f"{path}, line {line}", "bytes that are not UTF-8", "be UTF-8 text") from None
 
 
+_PLAIN = (str, int, bool, type(None))
+
+
 def to_jsonable(value: Any) -> Any:
     """Turn dataclasses, NumPy arrays and scalars, mappings and sequences into plain JSON values.
 
     Infinity becomes the string "inf" (or "-inf") and NaN becomes null, so that the text is valid JSON.
     """
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, np.ndarray):
+        if value.dtype.kind in "biu" or (value.dtype.kind == "f" and np.isfinite(value).all()):
+            return value.tolist()
         return [to_jsonable(v) for v in value.tolist()]
     if isinstance(value, np.generic):
         return to_jsonable(value.item())

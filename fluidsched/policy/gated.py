@@ -42,7 +42,7 @@ from fluidsched.errors import InputError
 from fluidsched.policy.problem import Problem, Slack, entry, expected_largest, no_table, queue_estimate
 from fluidsched.policy.profiles import FloatArray, SpacedProfile
 from fluidsched.policy.tails import Held, Tail, overflow_entry, tail_of
-from fluidsched.queues import embedded_queue_mean
+from fluidsched.queues import embedded_queue_means
 
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
@@ -52,6 +52,7 @@ __all__ = ["GatedPlan", "gated_certificate", "gated_exists", "plan_gated", "why_
 IntArray = NDArray[np.int64]
 
 ROUNDING = 1e-12
+SAFETY = 1e-9  # relative: times of smaller margins are taken so much shorter where a climb starts
 SLACK_TOLERANCE = 1e-4  # relative, of 1 + ε
 LONGEST_PERIOD = 2**31  # iterations
 MANY = 50_000  # types × stages from which the periods are tabulated more coarsely
@@ -104,19 +105,23 @@ class _Spacing:
         density = 12 if problem.size <= MANY else 4
         steps = np.exp2(np.arange(0.0, math.log2(ages) + 1 / density, 1 / density))
         self._periods = np.unique(np.append(np.floor(steps), ages)).astype(np.int64)
-        self._bounds = np.empty((len(self._periods), 4, len(lag)))
+        # Where lengths are fixed nothing varies: means alone.
+        self.is_fixed = problem.memory_profile.is_fixed
+        self._kept = (0, 2) if self.is_fixed else (0, 1, 2, 3)
+        self._bounds = np.empty((len(self._kept), len(self._periods), len(lag)))
         self._known = np.zeros(len(self._periods), dtype=np.bool_)
         self._rows = np.arange(len(lag))
+        self._none = np.zeros(len(lag))
 
-    def per_request(self, period: IntArray) -> FloatArray:
-        """(4, A): mean and variance of KV, mean and variance of the number, per unit of threshold."""
-        at = np.searchsorted(self._periods, period, side="right") - 1
-        asked = np.zeros_like(self._known)
-        asked[at] = True
-        for i in np.flatnonzero(asked & ~self._known).tolist():
-            self._bounds[i] = self._profile.bound(int(self._periods[i]))
-            self._known[i] = True
-        return np.asarray(self._bounds[at, :, self._rows].T)
+    def per_request(self, period: IntArray) -> tuple[FloatArray, ...]:
+        """Mean and variance of KV, mean and variance of the number, per unit of threshold, (A,) each."""
+        at = self._periods.searchsorted(period, side="right") - 1
+        if not self._known[at].all():
+            for i in np.unique(at[~self._known[at]]).tolist():
+                self._bounds[:, i] = self._profile.bound(int(self._periods[i]))[list(self._kept)]
+                self._known[i] = True
+        found = [table.take(at * len(self._rows) + self._rows) for table in self._bounds]
+        return tuple(found) if len(found) == 4 else (found[0], self._none, found[1], self._none)
 
     @property
     def periods(self) -> IntArray:
@@ -143,21 +148,40 @@ def _iteration_time(problem: Problem, per_iteration: FloatArray) -> float:
     return float(expected_largest(mean, problem.decode_spread @ per_iteration))
 
 
+def _ahead(problem: Problem, stretch: float, per_iteration: FloatArray, reached: float) -> float:
+    """A Newton step from `reached` towards the fixed point, not beyond it.
+
+    Entries never fall below those found, nor below (1 + ε) a_j T: so T is at least the root of the convex function
+    max_i (c0_i + Σ_j max(q_j, (1 + ε) a_j T) w_ij) − T.
+    """
+    wanted = stretch * problem.rate * reached
+    behind = wanted > per_iteration
+    mean = problem.coefficients[:, 0] + problem.lumped_work @ np.where(behind, wanted, per_iteration)
+    piece = int(mean.argmax())
+    slope = stretch * float(problem.lumped_work[piece] @ (problem.rate * behind))
+    return reached + (float(mean[piece]) - reached) / (1.0 - slope) if slope < 1.0 else reached
+
+
 def _evaluate(
-    problem: Problem, spacing: _Spacing, token_budget: float, window: int, stretch: float
+    problem: Problem,
+    spacing: _Spacing,
+    token_budget: float,
+    window: int,
+    stretch: float,
+    reached: float = 0.0,
 ) -> GatedPlan | str:
-    """The plan for one window and margin, or what forbids it."""
+    """The plan for one window and margin, or what forbids it; `reached` is T(q) of a smaller margin, if known."""
     low, high = problem.equilibrium(stretch, work=problem.lumped_work)
     if low > high:
         return "time"
     rate = problem.rate
-    time = low / stretch
+    time = max(low / stretch, reached)
     slope = problem.lumped_work.min(axis=0)
     protected = problem.protected_rate(slope)
     if protected is not None and not np.all(np.isfinite(protected)):
         return "time"
     per_iteration = np.zeros_like(rate)
-    reached = _iteration_time(problem, per_iteration)
+    reached = _iteration_time(problem, per_iteration) if protected is not None else 0.0
     while True:
         if time > high / stretch * (1 + ROUNDING):
             return "rounding"
@@ -167,10 +191,14 @@ def _evaluate(
         n = np.maximum(np.ceil(wanted * window * (1 - ROUNDING)), 1.0)
         period = np.minimum(np.floor(n / wanted * (1 + ROUNDING)), LONGEST_PERIOD)
         kv_mean, kv_variance, number, number_variance = spacing.per_request(period.astype(np.int64))
-        kv = float(problem.quantile(n @ kv_mean, n @ kv_variance))
+        kv = float(n @ kv_mean)
+        if not spacing.is_fixed:
+            kv = float(problem.quantile(np.asarray(kv), n @ kv_variance))
         if kv > problem.capacity * (1 + ROUNDING):
             return "memory"
-        in_service = float(problem.quantile(n @ number, n @ number_variance))
+        in_service = float(n @ number)
+        if not spacing.is_fixed:
+            in_service = float(problem.quantile(np.asarray(in_service), n @ number_variance))
         if in_service > spacing.most_in_service * (1 + ROUNDING):
             return "batch"
         per_iteration = n / period
@@ -182,7 +210,7 @@ def _evaluate(
             needed = np.maximum(needed, protected * (reached - float(per_iteration @ slope)))
         if np.all(needed <= per_iteration * (1 + ROUNDING)):
             break
-        time = reached
+        time = max(reached, min(_ahead(problem, stretch, per_iteration, reached), high / stretch))
     queue = queue_estimate(n, rate * period * reached) * problem.queue_factor(per_iteration / reached)
     return GatedPlan(
         window,
@@ -199,8 +227,8 @@ def _evaluate(
 def _solve(
     problem: Problem, spacing: _Spacing, token_budget: float, window: int, slack: Slack
 ) -> GatedPlan | str:
-    def at(stretch: float) -> GatedPlan | str:
-        return _evaluate(problem, spacing, token_budget, window, stretch)
+    def at(stretch: float, reached: float = 0.0) -> GatedPlan | str:
+        return _evaluate(problem, spacing, token_budget, window, stretch, reached * (1.0 - SAFETY))
 
     if slack != "auto":
         return at(1.0 + slack)
@@ -208,11 +236,11 @@ def _solve(
     if isinstance(best, str):
         return best
     low, high = 1.0, 2.0
-    while not isinstance(found := at(high), str):
+    while not isinstance(found := at(high, best.iteration_time), str):
         best, low, high = found, high, 2.0 * high
     while high - low > SLACK_TOLERANCE * low:
         middle = (low + high) / 2.0
-        found = at(middle)
+        found = at(middle, best.iteration_time)
         if isinstance(found, str):
             high = middle
         else:
@@ -319,12 +347,7 @@ def gated_certificate(
     """What a compiled gated table guarantees; entries as in `fluidsched.policy.problem.entry`."""
     rate, n, period, time = problem.rate, plan.threshold, plan.period, plan.iteration_time
     arrivals = rate * period * time
-    queue = np.array(
-        [
-            embedded_queue_mean(size, m, wait=False) if m < size * (1 - ROUNDING) else math.inf
-            for size, m in zip(n.tolist(), arrivals.tolist(), strict=True)
-        ]
-    )
+    queue = embedded_queue_means(n, np.where(arrivals < n * (1 - ROUNDING), arrivals, math.inf), wait=False)
     factor = problem.queue_factor(n / (period * time))
     queue = queue * factor
     ttft = queue / rate + (2.0 + spacing.lag) * time

@@ -12,13 +12,11 @@ Types the fluid optimum refuses (a_j = 0) are left out here and get threshold 0:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +54,24 @@ __all__ = [
 ]
 
 Slack = float | Literal["auto"]
+_T = TypeVar("_T")
 SHARE_TOLERANCE = 1e-3  # of the largest load reported
+
+
+class _kept(Generic[_T]):
+    """A property that follows from lengths, server and δ: computed once for problems that share them."""
+
+    def __init__(self, compute: Callable[[Any], _T]) -> None:
+        self._compute, self._name = compute, compute.__name__
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, problem: Any, owner: type | None = None) -> _T:
+        if problem is None:
+            return self  # type: ignore[return-value]  # what describes the class asks for it
+        if self._name not in problem.shared:
+            problem.shared[self._name] = self._compute(problem)
+        kept: _T = problem.shared[self._name]
+        return kept
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,8 @@ class Problem:
         Γ, how many types may be off by as much; infinite: all.
     stricter : float, optional
         Probability below δ that the normal approximation is taken at; None: δ itself.
+    shared : dict
+        What follows from the lengths, the server and δ alone, kept for other rates.
     """
 
     workload: Workload
@@ -90,6 +107,7 @@ class Problem:
     rate_error: FloatArray | None = None
     error_budget: float = math.inf
     stricter: float | None = None
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -143,20 +161,12 @@ class Problem:
         return problem
 
     def at_rate(self, rate: FloatArray) -> Problem:
-        """The same at other admitted rates, (A,); what is cached is about lengths and kept."""
-        for name, attribute in vars(type(self)).items():
-            if isinstance(attribute, cached_property):
-                getattr(self, name)  # once for all rates
-        other = copy.copy(self)
-        object.__setattr__(other, "rate", rate)
-        return other
+        """The same at other admitted rates, (A,)."""
+        return dataclasses.replace(self, rate=rate)
 
     def without_errors(self) -> Problem:
         """The same with the rates taken as known."""
-        other = self.at_rate(self.rate)
-        object.__setattr__(other, "rate_error", None)
-        object.__setattr__(other, "error_budget", math.inf)
-        return other
+        return dataclasses.replace(self, rate_error=None, error_budget=math.inf)
 
     def protected_rate(self, slope: FloatArray) -> FloatArray | None:
         """Rates that thresholds keep up with against the slack time B (`fluidsched.policy.robust`), (A,).
@@ -174,12 +184,12 @@ class Problem:
         """Whether every type's lengths have a largest value."""
         return all(t.law.is_bounded for t in self.workload.types)
 
-    @cached_property
+    @_kept
     def is_fixed(self) -> bool:
         """Whether every type has one length, so that nothing about memory is random."""
         return all(t.law.is_fixed for t in self.workload.types)
 
-    @cached_property
+    @_kept
     def has_fixed_times(self) -> bool:
         """Whether nothing about the time of a batch is random either: cached prefixes are whole tokens."""
         return self.is_fixed and not any(t.cached_tokens()[1].any() for t in self.workload.types)
@@ -206,32 +216,27 @@ class Problem:
 
     def asked_for(self, normal_probability: float) -> Problem:
         """The same with more standard deviations added to the means."""
-        return dataclasses.replace(self.at_rate(self.rate), stricter=normal_probability)
+        return dataclasses.replace(self, stricter=normal_probability)
 
-    @cached_property
+    @_kept
     def padding(self) -> int:
         """Tokens per request that paging may waste."""
         return (self.server.block_size or 1) - 1
 
-    @cached_property
+    @_kept
     def mean_profile(self) -> StageProfile:
         """Stages in expectation over the length laws: what rates and times use."""
         return mean_profile(self.workload, self.padding)
 
-    @cached_property
+    @_kept
     def memory_profile(self) -> StageProfile:
         """Stages that memory bounds use: the longest requests if they are to be certain."""
         return self.worst_profile if self.overflow_probability == 0.0 else self.mean_profile
 
-    @cached_property
+    @_kept
     def worst_profile(self) -> StageProfile:
         """Stages of the longest requests."""
         return self.mean_profile if self.is_fixed else worst_profile(self.workload, self.padding)
-
-    @cached_property
-    def shared(self) -> dict[Any, Any]:
-        """What compilers derive from the lengths alone, kept for other rates."""
-        return {}
 
     @property
     def size(self) -> int:
@@ -245,14 +250,14 @@ class Problem:
         """(I, 5): base, per prefill token, per decode token, per KV token, per prefill attention."""
         return self.server.iteration_time.require_coefficients("compiling a policy")
 
-    @cached_property
+    @_kept
     def work(self) -> FloatArray:
         """Busy work w_j of every piece, (I, A), seconds beyond the base over a request's life."""
         from fluidsched.fluid import busy_work
 
         return np.asarray(busy_work(self.workload, self.server.iteration_time))
 
-    @cached_property
+    @_kept
     def lumped_work(self) -> FloatArray:
         """Busy work with prompts at the steepest price of any piece, (I, A), s: a bound however they are batched.
 
@@ -265,7 +270,7 @@ class Problem:
         own = np.outer(per_prefill, prompt) + np.outer(per_attention, attention)
         return np.asarray(self.work - own + per_prefill.max() * prompt + per_attention.max() * attention)
 
-    @cached_property
+    @_kept
     def life_work_variance(self) -> FloatArray:
         """Variance over a type's lengths of the busy work of a life, the largest of the pieces', (A,), s².
 
@@ -302,7 +307,7 @@ class Problem:
         """
         return np.asarray(1.0 + self.rate * float(entries_per_second @ self.life_work_variance))
 
-    @cached_property
+    @_kept
     def decode_spread(self) -> FloatArray:
         """Second moment of the difference of two pieces' decode work, summed over a life, (I, I, A), s².
 
@@ -317,7 +322,7 @@ class Problem:
         decode, kv = ((c[:, None, i] - c[None, :, i])[..., None] for i in (2, 3))
         return np.asarray(decode**2 * sums[0] + 2.0 * decode * kv * sums[1] + kv**2 * sums[2])
 
-    @cached_property
+    @_kept
     def work_variance(self) -> FloatArray | None:
         """Variance of the difference of two pieces' busy work at each stage, (I, I, A, L), s²; None if all 0.
 

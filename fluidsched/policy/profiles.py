@@ -136,20 +136,26 @@ class StageProfile:
         entering_kv, entering = kv[:, 0], self.present[:, 0]
         # Of stages ik, i ≥ 1, what is held before the stage's own token: p + ik − 1.
         paused = (mean[:, 0] - entering_kv) - (present[:, 0] - entering)
-        decodes, read = present.copy(order="K"), mean - self.padding * present
-        decodes[:, 0] -= entering
-        read[:, 0] -= entering_kv - self.padding * entering
-        none = np.zeros_like(present)
-        fixed = self.is_fixed
-        if not fixed:
+        if self.is_fixed:
+            none = np.zeros(1)
+            held_variance, number_variance = (
+                np.broadcast_to(none, mean.shape),
+                np.broadcast_to(none, len(mean)),
+            )
+        else:
             paused_variance = self.paused_kv[1][:, k::k].sum(axis=1)
+            held_variance = np.maximum(fold(variance, k), paused_variance[:, None])
+            number_variance = fold(self.present_variance, k).max(axis=1)
         return BlockProfile(
             mean=np.maximum(mean, paused[:, None]),
-            variance=none if fixed else np.maximum(fold(variance, k), paused_variance[:, None]),
+            variance=held_variance,
             in_service=present.max(axis=1),
-            in_service_variance=none[:, 0] if fixed else fold(self.present_variance, k).max(axis=1),
-            decodes=decodes,
-            decode_kv=read,
+            in_service_variance=number_variance,
+            present=present,
+            running_kv=mean,
+            entering=entering,
+            entering_kv=entering_kv,
+            padding=self.padding,
         )
 
     def spaced(self, lag: NDArray[np.int64]) -> SpacedProfile:
@@ -213,16 +219,44 @@ class BlockProfile:
         max(f_j(r), g_j) and max(φ_j(r), γ_j): running or paused, whichever is more. Tokens, tokens².
     in_service, in_service_variance : float64[J]
         Residents, at the iteration of the block where they are most.
-    decodes, decode_kv : float64[J, k]
-        Decodes in iteration r and the KV tokens they read, in the mean.
+    present, running_kv : float64[J, k]
+        Residents in iteration r of a running type and what they hold, f_j(r).
+    entering, entering_kv : float64[J]
+        Of these the share that enters, in iteration 0.
+    padding : int
+        Tokens added to every held amount.
     """
 
     mean: FloatArray
     variance: FloatArray
     in_service: FloatArray
     in_service_variance: FloatArray
-    decodes: FloatArray
-    decode_kv: FloatArray
+    present: FloatArray
+    running_kv: FloatArray
+    entering: FloatArray
+    entering_kv: FloatArray
+    padding: int
+
+    @cached_property
+    def decodes(self) -> FloatArray:
+        """Decodes in iteration r in the mean, (J, k)."""
+        decodes = self.present.copy(order="K")
+        decodes[:, 0] -= self.entering
+        return decodes
+
+    @cached_property
+    def decode_kv(self) -> FloatArray:
+        """KV tokens that these decodes read, (J, k)."""
+        read = self.running_kv - self.padding * self.present
+        read[:, 0] -= self.entering_kv - self.padding * self.entering
+        return np.asarray(read)
+
+    @property
+    def first_iteration(self) -> tuple[FloatArray, FloatArray]:
+        """Decodes and the KV they read in the first iteration alone, (J,) each."""
+        decodes = self.present[:, 0] - self.entering
+        held = self.running_kv[:, 0] - self.padding * self.present[:, 0]
+        return decodes, held - (self.entering_kv - self.padding * self.entering)
 
 
 def fold(values: FloatArray, k: int) -> FloatArray:
@@ -262,16 +296,20 @@ def mean_profile(workload: Workload, padding: int = 0) -> StageProfile:
     """
     if all(t.law.is_fixed for t in workload.types):
         return worst_profile(workload, padding)
-    laws = [t.law.output_profile() for t in workload.types]
-    types = np.repeat(np.arange(len(laws)), [len(law[0]) for law in laws])
-    outputs, weights, mean, square = (np.concatenate(parts) for parts in zip(*laws, strict=True))
+    points = workload.stacked_points
+    prompts = points.prompt_tokens.astype(np.float64)
+    parts = [(points.law_of_point, points.output_tokens, points.weights, prompts, prompts**2)]
+    for j in np.setdiff1d(np.arange(len(workload)), points.law).tolist():
+        profile = workload.types[j].law.output_profile()
+        parts.append((np.full(len(profile[0]), j), *profile))
+    types, outputs, weights, mean, square = (np.concatenate(part) for part in zip(*parts, strict=True))
     stages = int(outputs.max())
-    cells = types * stages + outputs - 1
+    cells = (outputs - 1) * len(workload) + types
 
     def beyond(mass: FloatArray) -> FloatArray:
         """Mass of the outputs above s, for s = 0..L − 1: reverse cumulative sums."""
-        table = np.bincount(cells, mass, minlength=len(laws) * stages).reshape(len(laws), stages)
-        return np.asfortranarray(np.cumsum(table[:, ::-1], axis=1)[:, ::-1])
+        table = np.bincount(cells, mass, minlength=len(workload) * stages).reshape(stages, len(workload))
+        return np.asarray(np.cumsum(table[::-1], axis=0, dtype=np.float64)[::-1].T)
 
     present = np.minimum(beyond(weights), 1.0)
     present[:, 0] = 1.0

@@ -29,14 +29,14 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluidsched.policy.problem import Problem, entry
 from fluidsched.policy.profiles import FloatArray
-from fluidsched.workload.lengths import IndependentLengths, JointLaw
+from fluidsched.workload.lengths import IndependentLengths, JointLaw, LengthLaw
 
 __all__ = ["Held", "Tail", "overflow_entry", "resident_transform", "sized", "tail_of"]
 
@@ -76,6 +76,70 @@ def _is_product(law: JointLaw) -> TypeGuard[IndependentLengths]:
     return len(law.prompt.values) * len(law.output.values) > WRITTEN_OUT
 
 
+class _Points(NamedTuple):
+    """Points of the types' laws, type after type, the longest output of each first; N points, A types, L stages.
+
+    Of a product law its outputs, with prompts of 0: E[e^{zp}] is a factor of all.
+    """
+
+    prompts: FloatArray  # (N,)
+    longest: FloatArray  # (N,), the type's longest prompt; 0 for a product law
+    weights: FloatArray
+    products: list[tuple[slice, LengthLaw]]  # where, and the law of the prompts
+    first: IntArray  # (A,), where a type's points begin
+    beyond: IntArray  # (L, A), how many of a type's points have o > s
+    gone: FloatArray  # (L, A), P(o ≤ s)
+
+
+def _points_of(problem: Problem) -> _Points:
+    if "points" not in problem.shared:
+        problem.shared["points"] = _stacked(problem)
+    points: _Points = problem.shared["points"]
+    return points
+
+
+def _stacked(problem: Problem) -> _Points:
+    workload = problem.workload
+    stack = workload.stacked_points
+    parts = [(stack.law_of_point, stack.prompt_tokens, stack.output_tokens, stack.weights)]
+    products: dict[int, LengthLaw] = {}
+    for j in np.setdiff1d(np.arange(len(workload)), stack.law).tolist():
+        law = workload.types[j].law
+        if _is_product(law):
+            products[j] = law.prompt
+            outputs, weights = law.output.values, law.output.weights
+            prompts = np.zeros_like(outputs)
+        else:
+            prompts, outputs, weights = law.atoms()
+        parts.append((np.full(len(outputs), j), prompts, outputs, weights))
+    all_kinds, all_prompts, all_outputs, all_weights = zip(*parts, strict=True)
+    kind, outputs = np.concatenate(all_kinds), np.concatenate(all_outputs)
+    order = np.lexsort((-outputs, kind))
+    kind, outputs = kind[order], outputs[order]
+    tokens = np.concatenate(all_prompts)[order].astype(np.float64)
+    weights = np.concatenate(all_weights)[order].astype(np.float64)
+    bounds = np.searchsorted(kind, np.arange(len(workload) + 1))
+    stages = problem.mean_profile.stages
+    cells = (outputs - 1) * len(workload) + kind
+    number, mass = (
+        np.bincount(cells, x, minlength=stages * len(workload)).reshape(stages, len(workload))
+        for x in (None, weights)
+    )
+    longest = problem.workload.max_prompt_tokens.astype(np.float64)
+    longest[list(products)] = 0.0
+    below = np.zeros(mass.shape)
+    np.cumsum(mass[:-1], axis=0, out=below[1:])
+    return _Points(
+        tokens,
+        longest[kind],
+        weights,
+        [(slice(bounds[j], bounds[j + 1]), law) for j, law in products.items()],
+        bounds[:-1],
+        np.cumsum(number[::-1], axis=0)[::-1].astype(np.int64),
+        below,
+    )
+
+
 class Held:
     """KV of independent residents: n_c of them at stage s_c of type j_c, M cells in all.
 
@@ -95,44 +159,20 @@ class Held:
     def __init__(
         self, problem: Problem, kind: IntArray, stage: IntArray, extra: int, count: FloatArray
     ) -> None:
+        points = _points_of(problem)
+        self._points = points
         self._tokens, self._count = (stage + extra).astype(np.float64), count
-        prompts, weights, gone = [], [], np.empty(len(kind))
-        position = 0
-        self._products: list[tuple[slice, Any]] = []
-        first = np.empty(len(kind), dtype=np.int64)
-        last = np.empty(len(kind), dtype=np.int64)
-        self.largest = 0.0
-        self._top = np.zeros(len(kind))  # most a resident of the cell holds, 0 if all are gone
-        longest = []  # prompt of the type, for each point
-        for j, request_type in enumerate(problem.workload.types):
-            mine = np.flatnonzero(kind == j)
-            law = request_type.law
-            if _is_product(law):  # E[e^{zp}] is a factor of all
-                p, o, w = np.zeros_like(law.output.values), law.output.values, law.output.weights
-                self._products.append((slice(position, position + len(o)), law.prompt))
-            else:
-                p, o, w = law.atoms()
-            order = np.argsort(-o, kind="stable")
-            prompts.append(p[order].astype(np.float64))
-            weights.append(w[order])
-            beyond = np.searchsorted(-o[order], -stage[mine])  # points with o > s
-            first[mine], last[mine] = position, position + beyond
-            gone[mine] = np.append(0.0, np.cumsum(w[order][::-1]))[len(o) - beyond]
-            position += len(o)
-            here = beyond > 0
-            held = law.maximum_prompt + self._tokens[mine]
-            self.largest += float((count[mine] * held)[here].sum())
-            self._top[mine] = np.where(here, held, 0.0)
-            longest.append(np.full(len(o), 0.0 if _is_product(law) else law.maximum_prompt))
-        self._prompts, self._weights = np.concatenate(prompts), np.concatenate(weights)
-        self._longest = np.concatenate(longest)
-        self._first, self._last, self._gone = first, last, gone
+        self._first, self._last = points.first[kind], points.first[kind] + points.beyond[stage, kind]
+        self._gone = points.gone[stage, kind]
+        held = problem.workload.max_prompt_tokens[kind] + self._tokens
+        self._top = np.where(self._last > self._first, held, 0.0)  # most a resident of the cell holds
+        self.largest = float(count @ self._top)
 
     def cells(self, z: Any) -> NDArray[Any]:
         """log E e^{zY_c} times n_c, (M,); z real or complex."""
         real = np.real(z)  # all over e^{Re z most}, which alone may overflow
-        points = self._weights * np.exp(z * self._prompts - real * self._longest)
-        for part, prompt in self._products:
+        points = self._points.weights * np.exp(z * self._points.prompts - real * self._points.longest)
+        for part, prompt in self._points.products:
             values = prompt.values.astype(np.float64)
             points[part] *= prompt.weights @ np.exp(z * values - real * values.max())
         sums = np.append(0.0, np.cumsum(points))
@@ -148,19 +188,17 @@ class Held:
 
 def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
     """log E e^{zX} of the KV of one resident at a random iteration, and the most it can hold, tokens."""
-    points, products = [], []
-    for rate, request_type in zip(problem.rate.tolist(), problem.workload.types, strict=True):
-        law = request_type.law
+    stack = problem.workload.stacked_points
+    points = [(stack.prompt_tokens, stack.output_tokens, problem.rate[stack.law_of_point] * stack.weights)]
+    products = []
+    for j in np.setdiff1d(np.arange(len(problem.workload)), stack.law).tolist():
+        rate, law = float(problem.rate[j]), problem.workload.types[j].law
         if _is_product(law):
             products.append((rate, law))
         else:
             p, o, w = law.atoms()
             points.append((p, o, rate * w))
-    prompt, output, weight = (
-        (np.concatenate([*map(np.asarray, x)]).astype(np.float64) for x in zip(*points, strict=True))
-        if points
-        else (np.zeros(0),) * 3
-    )
+    prompt, output, weight = (np.concatenate(part).astype(np.float64) for part in zip(*points, strict=True))
     total = float(problem.rate @ problem.workload.iterations)
 
     def transform(z: Any) -> Any:
@@ -175,7 +213,7 @@ def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
         above = np.exp(z - real) * -np.expm1(-z) * total  # (e^z − 1) S, over e^{Re z}
         return np.log(moment / above) + real * (most - 1.0) + z * problem.padding
 
-    most = float(max(t.law.maximum_prompt + t.law.maximum_output for t in problem.workload.types))
+    most = float((problem.workload.max_prompt_tokens + problem.workload.max_output_tokens).max())
     return transform, most - 1.0 + problem.padding
 
 

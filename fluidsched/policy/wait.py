@@ -51,8 +51,10 @@ table exists.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +74,7 @@ from fluidsched.policy.problem import (
 )
 from fluidsched.policy.profiles import BlockProfile, FloatArray, fold
 from fluidsched.policy.tails import Held, Tail, overflow_entry, tail_of
-from fluidsched.queues import embedded_queue_mean
+from fluidsched.queues import embedded_queue_means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,7 +134,61 @@ class WaitPlan:
     wait: float
 
 
-_Shared = tuple[BlockProfile, FloatArray, FloatArray, FloatArray | None, IntArray]
+class _Lengths:
+    """What the conditions for one block length k owe to lengths and server alone."""
+
+    def __init__(self, problem: Problem, k: int) -> None:
+        self._problem, self._k = problem, k
+        longest = problem.workload.max_output_tokens
+        self.cohort: IntArray = problem.workload.max_prefill_tokens + (-(-longest // k) - 1)
+
+    @cached_property
+    def memory(self) -> BlockProfile:
+        return self._problem.memory_profile.block(self._k)
+
+    @cached_property
+    def _times(self) -> BlockProfile:
+        problem = self._problem
+        if problem.memory_profile is problem.mean_profile:
+            return self.memory
+        return problem.mean_profile.block(self._k)
+
+    @cached_property
+    def _prefill(self) -> FloatArray:
+        """Work of the prompts under every piece, (I, A), s."""
+        _, per_prefill, _, _, per_attention = self._problem.coefficients.T
+        workload = self._problem.workload
+        own = np.outer(per_prefill, workload.mean_prefill_tokens)
+        return np.asarray(own + np.outer(per_attention, workload.prefill_attention))
+
+    @cached_property
+    def work(self) -> FloatArray:
+        """w_ij(r), (I, A, k), s."""
+        _, _, per_decode, per_kv, _ = self._problem.coefficients.T
+        times = self._times
+        work = per_decode[:, None, None] * times.decodes + per_kv[:, None, None] * times.decode_kv
+        work[:, :, 0] += self._prefill
+        return np.asarray(work)
+
+    @cached_property
+    def first_work(self) -> FloatArray:
+        """w_ij(0), (I, A), s."""
+        _, _, per_decode, per_kv, _ = self._problem.coefficients.T
+        decodes, read = self._times.first_iteration
+        return np.asarray(np.outer(per_decode, decodes) + np.outer(per_kv, read) + self._prefill)
+
+    @cached_property
+    def slope(self) -> FloatArray:
+        """What one more entry adds to T_k at least, (A,), s; with one piece, what it adds."""
+        if len(self._problem.coefficients) == 1:
+            return np.asarray(self._problem.work[0])
+        return np.asarray(self.work.min(axis=0).sum(axis=1))
+
+    @cached_property
+    def variance(self) -> FloatArray | None:
+        """Variance of the difference of two pieces in iteration r, (I, I, A, k), s²; None if all 0."""
+        spread = self._problem.work_variance
+        return None if spread is None else fold(spread, self._k)
 
 
 class _Block:
@@ -141,39 +197,40 @@ class _Block:
     def __init__(self, problem: Problem, k: int) -> None:
         self.k = k
         self.rate = problem.rate
-        self._quantile = problem.quantile
+        self._quantile, self._is_fixed = problem.quantile, problem.memory_profile.is_fixed
         self._limits = (problem.capacity, problem.slots, problem.server.token_budget)
-        shared: _Shared | None = problem.shared.get(("block", k))
-        if shared is None:
-            memory = times = problem.memory_profile.block(k)
-            if problem.memory_profile is not problem.mean_profile:
-                times = problem.mean_profile.block(k)
-            base, per_prefill, per_decode, per_kv, per_attention = problem.coefficients.T
-            work = per_decode[:, None, None] * times.decodes + per_kv[:, None, None] * times.decode_kv
-            prefill = np.outer(per_prefill, problem.workload.mean_prefill_tokens)
-            work[:, :, 0] += prefill + np.outer(per_attention, problem.workload.prefill_attention)
-            largest = problem.workload.max_prefill_tokens + (-(-problem.workload.max_output_tokens // k) - 1)
-            variance = None if problem.work_variance is None else fold(problem.work_variance, k)
-            shared = (memory, base, work, variance, largest)
+        lengths: _Lengths | None = problem.shared.get(("block", k))
+        if lengths is None:
+            lengths = _Lengths(problem, k)
             if problem.size <= KEPT:
-                problem.shared["block", k] = shared
-        self._memory, self._base, self._work, self._variance, self._cohort = shared
-        self._slope: FloatArray = self._work.min(axis=0).sum(axis=1)
+                problem.shared["block", k] = lengths
+        self._lengths = lengths
+        self._base: FloatArray = problem.coefficients[:, 0]
+        self._memory, self._slope = lengths.memory, lengths.slope
+        self._is_linear = len(self._base) == 1
         self.protected = problem.protected_rate(self._slope)
 
     def _under_pieces(self, n: FloatArray) -> FloatArray:
         """Mean durations of the iterations of a full block under every piece, (I, k), s."""
-        return np.asarray(self._base[:, None] + n @ self._work)
+        return np.asarray(self._base[:, None] + n @ self._lengths.work)
 
     def times(self, n: FloatArray) -> FloatArray:
         """Durations of the iterations of a full block, (k,), s."""
         mean = self._under_pieces(n)
-        if self._variance is None:
+        if self._lengths.variance is None:
             return np.asarray(mean.max(axis=0))
-        return expected_largest(mean, n @ self._variance)
+        return expected_largest(mean, n @ self._lengths.variance)
 
     def cycle_time(self, n: FloatArray) -> float:
+        if self._is_linear:
+            return float(self.k * self._base[0] + n @ self._slope)
         return float(self.times(n).sum())
+
+    def first_iteration(self, n: FloatArray) -> float:
+        """Mean duration of the first iteration of a full block, s."""
+        if self._is_linear:
+            return float(self._base[0] + n @ self._lengths.first_work[0])
+        return float(self.times(n)[0])
 
     def robust_thresholds(self, n: FloatArray, cycle_time: float) -> FloatArray:
         """What thresholds must be, given T_k(n), to keep up with rates that are off (`policy.robust`)."""
@@ -183,17 +240,23 @@ class _Block:
 
     def mean_batch_cycle(self, n: FloatArray, direction: FloatArray) -> tuple[float, float]:
         """Cycle of mean batches, a convex bound of T_k from below, and a subgradient along `direction`."""
+        if self._is_linear:
+            return self.cycle_time(n), float(direction @ self._slope)
         times = self._under_pieces(n)
         piece = times.argmax(axis=0)
         iterations = np.arange(self.k)
-        slopes = direction @ self._work
+        slopes = direction @ self._lengths.work
         return float(times[piece, iterations].sum()), float(slopes[piece, iterations].sum())
 
     def kv(self, n: FloatArray) -> float:
+        if self._is_fixed:
+            return float((n @ self._memory.mean).max())
         return float(self._quantile(n @ self._memory.mean, n @ self._memory.variance).max())
 
     def in_service(self, n: FloatArray) -> float:
         memory = self._memory
+        if self._is_fixed:
+            return float(n @ memory.in_service)
         return float(self._quantile(n @ memory.in_service, n @ memory.in_service_variance))
 
     def exceeded(self, n: FloatArray) -> str | None:
@@ -203,7 +266,7 @@ class _Block:
             return "memory"
         if self.in_service(n) > slots * (1 + ROUNDING):
             return "batch"
-        if budget is not None and np.ceil(n) @ self._cohort > budget:
+        if budget is not None and np.ceil(n) @ self._lengths.cohort > budget:
             return "tokens"
         return None
 
@@ -272,20 +335,27 @@ def block_lengths(longest: int, block_iterations: int | None = None, size: int =
     return [k for k in sorted({*range(1, dense + 1), *lengths.tolist(), longest}) if k <= longest]
 
 
+def _mean_wait(problem: Problem, n: FloatArray, cycle: float) -> float:
+    """Estimate of the mean wait until admission, s."""
+    queue = (n - 1.0) / 2.0 + queue_estimate(n, problem.rate * cycle) * problem.queue_factor(n / cycle)
+    return float(queue.sum() / problem.rate.sum()) + cycle / 2.0
+
+
+def _slack_of(problem: Problem, n: FloatArray, cycle: float) -> float:
+    return float((n / (problem.rate * cycle)).min()) - 1.0
+
+
 def _plan(problem: Problem, block: _Block, n: FloatArray) -> WaitPlan:
-    times = block.times(n)
-    cycle = float(times.sum())
-    arrivals = problem.rate * cycle
-    queue = (n - 1.0) / 2.0 + queue_estimate(n, arrivals) * problem.queue_factor(n / cycle)
+    cycle = block.cycle_time(n)
     return WaitPlan(
         block.k,
         n.astype(np.int64),
         cycle,
-        float(times[0]),
-        float((n / arrivals).min()) - 1.0,
+        block.first_iteration(n),
+        _slack_of(problem, n, cycle),
         block.kv(n),
         block.in_service(n),
-        float(queue.sum() / problem.rate.sum()) + cycle / 2.0,
+        _mean_wait(problem, n, cycle),
     )
 
 
@@ -303,13 +373,27 @@ def _least_wait(problem: Problem, n: FloatArray, cycle: float) -> float:
     return wait * (1.0 - SAFETY)
 
 
-def _least_wait_in_blocks(problem: Problem, k: int, margin: float) -> float:
-    """The same for every table in blocks of k iterations or more, before looking at a block."""
-    low, high = problem.equilibrium(1.0 + margin, k)
-    if low > high:
-        return 0.0
-    n = _whole(problem.rate * low * (1.0 - SAFETY))
-    return _least_wait(problem, n, float((k * problem.coefficients[:, 0] + problem.work @ n).max()))
+def _least_wait_in_blocks(problem: Problem, k: int, slack: Slack) -> float:
+    """The same for tables in blocks of k iterations, before looking at a block; infinite where there is none.
+
+    From the climb for mean batches, which last less. With one piece they last as long: what is returned then is
+    the wait of the table with the slack given, if its residents fit.
+    """
+    stretch = 1.0 + (0.0 if slack == "auto" else slack)
+    low, high = problem.equilibrium(stretch, k)
+    base, beta = k * problem.coefficients[:, 0], low
+    while beta <= high * (1 + ROUNDING):
+        n = _whole(problem.rate * beta)
+        cycle = float((base + problem.work @ n).max())
+        reached = stretch * cycle
+        if np.all(problem.rate * reached <= n * (1 + ROUNDING)):
+            if slack == "auto" or len(base) > 1 or problem.rate_error is not None:
+                return _least_wait(problem, n, cycle)
+            return min(
+                _mean_wait(problem, n, cycle) * (1.0 - SAFETY), sys.float_info.max
+            )  # critical: no mean
+        beta = reached
+    return math.inf
 
 
 def _solve(
@@ -318,10 +402,12 @@ def _solve(
     slack: Slack,
     tolerance: float = SLACK_TOLERANCE,
     longest_wait: float = math.inf,
+    tried: list[float] | None = None,
 ) -> WaitPlan | str:
     """The plan for block length k, or why there is none; `tolerance` of the largest 1 + ε, relative.
 
-    "wait": it is given up, because its mean wait is longer than `longest_wait`.
+    "wait": it is given up, because its mean wait is longer than `longest_wait`. Of the 1 + ε in `tried`, at which
+    other block lengths were given up, the last is looked at first.
     """
     if _memory_over_a_block(problem, k) > problem.capacity * (1 + ROUNDING):
         return "memory"
@@ -337,19 +423,28 @@ def _solve(
         start = max(low, stretch * reached * (1.0 - SAFETY))
         return least_thresholds(block, stretch, (start, high))
 
+    def is_long(stretch: float, n: FloatArray) -> bool:
+        if _least_wait(problem, n, block.cycle_time(n)) <= longest_wait:
+            return False
+        if tried is not None:
+            tried.append(stretch)
+        return True
+
     if slack != "auto":
         n = at(1.0 + slack)
         return n if isinstance(n, str) else _plan(problem, block, n)
+    if tried and not isinstance(found := at(tried[-1]), str) and is_long(tried[-1], found):
+        return "wait"
     best = at(1.0)
     if isinstance(best, str):
         return best
     reached = block.cycle_time(best)
-    low = 1.0 + _plan(problem, block, best).slack
+    low = 1.0 + _slack_of(problem, best, reached)
     high = 2.0 * low
     while not isinstance(found := at(high), str):
         best, low, high = found, high, 2.0 * high
         reached = block.cycle_time(best)
-        if _least_wait(problem, best, reached) > longest_wait:
+        if is_long(low, best):
             return "wait"
     while high - low > tolerance * low:
         middle = (low + high) / 2.0
@@ -359,9 +454,9 @@ def _solve(
         else:
             best = found
             reached = block.cycle_time(best)
-            if _least_wait(problem, best, reached) > longest_wait:
+            if is_long(middle, best):
                 return "wait"
-            low = max(middle, 1.0 + _plan(problem, block, best).slack)
+            low = max(middle, 1.0 + _slack_of(problem, best, reached))
     return _plan(problem, block, best)
 
 
@@ -392,11 +487,12 @@ def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterat
     _check_limited(problem, slack)
     margin = 0.0 if slack == "auto" else slack
     best: WaitPlan | None = None
-    for k in lengths:
+    tried: list[float] = []
+    for least, k in sorted((_least_wait_in_blocks(problem, k, slack), k) for k in lengths):
         longest = math.inf if best is None else best.wait
-        if _least_wait_in_blocks(problem, k, margin) > longest:
-            break  # and longer blocks wait longer
-        plan = _solve(problem, k, slack, SEARCH_TOLERANCE, longest)
+        if least > longest or math.isinf(least):
+            break
+        plan = _solve(problem, k, slack, SEARCH_TOLERANCE, longest, tried)
         if not isinstance(plan, str) and (best is None or plan.wait < best.wait):
             best = plan
     if best is not None:
@@ -463,12 +559,7 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
     k, n, cycle, rate = plan.block_iterations, plan.threshold, plan.cycle_time, problem.rate
     workload = problem.workload
     arrivals = rate * cycle
-    plain = np.array(
-        [
-            embedded_queue_mean(size, m, wait=False) if m < size * (1 - ROUNDING) else math.inf
-            for size, m in zip(n.tolist(), arrivals.tolist(), strict=True)
-        ]
-    )
+    plain = embedded_queue_means(n, np.where(arrivals < n * (1 - ROUNDING), arrivals, math.inf), wait=False)
     factor = problem.queue_factor(n / cycle)
     queue = (n - 1) / 2.0 + factor * plain
     ttft = queue / rate + cycle / 2.0 + plan.first_iteration

@@ -8,6 +8,7 @@ delays.
 from fluidsched.queues.embedded import (
     QueueMoments,
     embedded_queue_mean,
+    embedded_queue_means,
     embedded_queue_pmf,
     embedded_queue_tail,
     embedded_queue_transient,
@@ -26,6 +27,7 @@ __all__ = [
     "QueueMoments",
     "critical_queue_bound",
     "embedded_queue_mean",
+    "embedded_queue_means",
     "embedded_queue_pmf",
     "embedded_queue_tail",
     "embedded_queue_transient",

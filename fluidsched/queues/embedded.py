@@ -57,6 +57,7 @@ uniform is derived here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,7 @@ from fluidsched.queues.lundberg import lundberg_exponent
 
 __all__ = [
     "embedded_queue_mean",
+    "embedded_queue_means",
     "embedded_queue_pmf",
     "embedded_queue_tail",
     "embedded_queue_transient",
@@ -77,6 +79,7 @@ __all__ = [
 _Real = npt.NDArray[np.float64]
 _Complex = npt.NDArray[np.complex128]
 
+_ROOTS_AT_A_TIME = 1 << 18
 _NEWTON_STEPS = 200  # 5 to 20 are used
 _LARGEST_PMF = 50_000_000  # entries returned before the caller must say how many it wants
 _SERIES_TOLERANCE = 1e-13  # size of the last Fourier coefficients against the largest
@@ -137,6 +140,32 @@ def embedded_queue_mean(
     # At light load terms of size n cancel; a result below zero is their rounding.
     plain = max(plain, 0.0)
     return plain + (n - 1) / 2.0 if wait else plain
+
+
+def embedded_queue_means(threshold: npt.NDArray[np.int64], mean_arrivals: _Real, wait: bool = True) -> _Real:
+    """Means of many queues with Poisson arrivals at once; infinite where m ≥ n. Lengths J.
+
+    Examples
+    --------
+    >>> embedded_queue_means(np.array([4, 20, 1]), np.array([3.6, 19.0, 2.0])).round(5)
+    array([ 5.09988, 16.82888,      inf])
+    """
+    n, m = np.asarray(threshold, dtype=np.int64), np.asarray(mean_arrivals, dtype=np.float64)
+    means = np.full(len(n), math.inf)
+    stable = np.flatnonzero(m < n)
+    roots = n[stable] // 2 * (n[stable] > 1)
+    for part in np.split(stable, np.flatnonzero(np.diff(np.cumsum(roots) // _ROOTS_AT_A_TIME)) + 1):
+        size, arrivals = n[part], m[part]
+        half = size // 2 * (size > 1)
+        first = np.cumsum(half) - half
+        order = np.arange(half.sum()) - np.repeat(first, half) + 1.0  # k of ω_k
+        u = _poisson_gaps(2.0 * np.pi * order / np.repeat(size, half), np.repeat(arrivals / size, half))
+        # ω_{n/2} = −1 is its own conjugate, all others stand for two.
+        twice = np.where(2.0 * order == np.repeat(size, half), 1.0, 2.0) * (1.0 / u).real
+        sums = np.bincount(np.repeat(np.arange(len(part)), half), twice, minlength=len(part))
+        plain = arrivals / (2.0 * (size - arrivals)) - (size + arrivals - 1.0) / 2.0 + sums
+        means[part] = np.maximum(plain, 0.0) + ((size - 1) / 2.0 if wait else 0.0)
+    return means
 
 
 def embedded_queue_variance(
@@ -368,29 +397,35 @@ def _root_gaps(n: int, m: float, trials: int | None) -> _Complex:
     if n == 1:
         return np.zeros(0, dtype=np.complex128)
     angle = 2.0 * np.pi * np.arange(1, n // 2 + 1) / n  # the other half are their conjugates
-    u: _Complex
-    log_omega = 1j * angle
     if trials is None:
-        from scipy.special import lambertw
-
-        load = m / n
-        argument: Any = -load * math.exp(-load) * np.exp(log_omega)
-        u = np.asarray(1.0 + lambertw(argument) / load)
+        u = _poisson_gaps(angle, np.full(len(angle), m / n))
     else:
-        p = m / trials
-        power = trials / n  # above 1: `_can_queue`
-        u = 1.0 - np.exp(log_omega) * (1.0 - p) ** power
+        p, power = m / trials, trials / n  # power above 1: `_can_queue`
+        start = 1.0 - np.exp(1j * angle) * (1.0 - p) ** power
+        u = _settled(1j * angle, start, lambda u: (power * _log1p(-p * u), -power * p / (1.0 - p * u)))
+    return np.concatenate([u, u[: (n - 1) // 2][::-1].conj()])
+
+
+def _poisson_gaps(angle: _Real, load: _Real) -> _Complex:
+    """The gaps of the roots with these angles of ω, each for its own load m/n."""
+    from scipy.special import lambertw
+
+    start = 1.0 + lambertw(-load * np.exp(-load) * np.exp(1j * angle)) / load
+    return _settled(1j * angle, start, lambda u: (-load * u, -load))
+
+
+def _settled(
+    log_omega: Any, u: Any, log_root_and_slope: Callable[[_Complex], tuple[_Complex, Any]]
+) -> _Complex:
+    """Newton's method for u = −expm1(log ω + log A(1 − u)/n)."""
     for _ in range(_NEWTON_STEPS):
-        if trials is None:
-            log_root, slope = -load * u, np.full(1, -load, dtype=np.complex128)
-        else:
-            log_root, slope = power * _log1p(-p * u), -power * p / (1.0 - p * u)
+        log_root, slope = log_root_and_slope(u)
         image = -np.expm1(log_omega + log_root)
         if (np.abs(u - image) <= _ROOT_TOLERANCE * np.abs(u)).all():
-            return np.concatenate([u, u[: (n - 1) // 2][::-1].conj()])
+            return np.asarray(u)
         newton = u - (u - image) / (1.0 + slope * (1.0 - image))
         u = np.where(np.abs(1.0 - newton) < 1.0, newton, image)
-    raise SolverError(f"the roots of z^{n} = A(z) did not settle in {_NEWTON_STEPS} Newton steps")
+    raise SolverError(f"roots of z^n = A(z) did not settle in {_NEWTON_STEPS} Newton steps")
 
 
 def _log1p(w: _Complex) -> _Complex:

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,6 +54,9 @@ TAIL_MASS = 1e-12
 
 MAX_ATOMS = 2**20
 """Largest number of atoms a law may have, and of points a product law is expanded to."""
+
+FEW_POINTS = 64
+"""Points of a joint law up to which many laws are treated together."""
 
 MAX_TOKENS = 2**31 - 1
 """Largest length accepted: products of two lengths then fit a 64-bit integer."""
@@ -545,9 +548,39 @@ class JointAtoms(JointLaw):
         return empirical(self.output_tokens, self.given_weights)
 
     @property
+    def minimum_prompt(self) -> int:
+        """Smallest prompt length, tokens."""
+        return int(self.prompt_tokens.min())
+
+    @property
+    def maximum_prompt(self) -> int:
+        """Largest prompt length, tokens."""
+        return int(self.prompt_tokens.max())
+
+    @property
+    def minimum_output(self) -> int:
+        """Smallest output length, tokens."""
+        return int(self.output_tokens.min())
+
+    @property
+    def maximum_output(self) -> int:
+        """Largest output length, tokens."""
+        return int(self.output_tokens.max())
+
+    @property
     def maximum_total(self) -> int:
         """Largest p + o, tokens."""
         return int((self.prompt_tokens + self.output_tokens).max())
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all requests have the same (p, o)."""
+        return len(self.weights) == 1
+
+    @property
+    def is_bounded(self) -> bool:
+        """True: the points are all there is."""
+        return True
 
     def moment(self, i: int, j: int) -> float:
         """E[p^i o^j], tokens^(i + j)."""
@@ -677,6 +710,52 @@ def joint(prompt_tokens: ArrayLike, output_tokens: ArrayLike, weights: ArrayLike
     keys, total = keys[total > 0], total[total > 0]
     arrays = keys >> 32, keys & 0xFFFFFFFF, _normalised(total), total
     return JointAtoms(*(read_only(array) for array in arrays))
+
+
+class StackedPoints(NamedTuple):
+    """Points of many joint laws of few points each, law after law; L laws, N points."""
+
+    law: IntArray  # (L,), which laws: positions in what was given
+    first: IntArray  # (L,), where their points begin
+    prompt_tokens: IntArray  # (N,)
+    output_tokens: IntArray
+    weights: FloatArray
+
+    @property
+    def law_of_point(self) -> IntArray:
+        """The law that each point is of, (N,)."""
+        return np.repeat(self.law, np.diff(self.first, append=len(self.weights)))
+
+    def sums(self, values: FloatArray) -> FloatArray:
+        """Sums over each law's points, (N,) → (L,)."""
+        return np.asarray(np.add.reduceat(values, self.first)) if len(self.law) else np.zeros(0)
+
+
+def stacked_points(laws: Sequence[JointLaw]) -> StackedPoints:
+    """Points of those of the laws that are given by at most 64: so many laws cost a few array operations.
+
+    Examples
+    --------
+    >>> stack = stacked_points([joint([1, 2], [3, 4]), IndependentLengths(fixed(5), fixed(6)), joint([7], [8])])
+    >>> stack.law, stack.first, stack.prompt_tokens
+    (array([0, 2]), array([0, 2]), array([1, 2, 7]))
+    """
+    few = [
+        (i, law)
+        for i, law in enumerate(laws)
+        if isinstance(law, JointAtoms) and len(law.weights) <= FEW_POINTS
+    ]
+    if not few:
+        none = np.zeros(0, dtype=np.int64)
+        return StackedPoints(none, none, none, none, np.zeros(0))
+    counts = [len(law.weights) for _, law in few]
+    return StackedPoints(
+        np.array([i for i, _ in few], dtype=np.int64),
+        np.append(0, np.cumsum(counts[:-1])).astype(np.int64),
+        np.concatenate([law.prompt_tokens for _, law in few]),
+        np.concatenate([law.output_tokens for _, law in few]),
+        np.concatenate([law.weights for _, law in few]),
+    )
 
 
 _MAKERS: Makers[LengthLaw] = {

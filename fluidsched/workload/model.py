@@ -55,10 +55,12 @@ from fluidsched.workload.lengths import (
     IntArray,
     JointLaw,
     LengthLaw,
+    StackedPoints,
     fixed,
     from_dict,
     joint,
     read_only,
+    stacked_points,
     token_array,
 )
 from fluidsched.workload.path import ArrivalPath, Seed, seed_sequence
@@ -442,7 +444,26 @@ class Workload(Tabular):
 
     def moment(self, i: int, j: int) -> FloatArray:
         """E[p^i o^j] of each type, float64[J], tokens^(i + j)."""
-        return read_only(np.array([t.law.moment(i, j) for t in self.types]))
+        if (i, j) not in self._moments:
+            points = self.stacked_points
+            powers = (
+                points.prompt_tokens.astype(np.float64) ** i * points.output_tokens.astype(np.float64) ** j
+            )
+            moments = np.empty(len(self))
+            moments[points.law] = points.sums(points.weights * powers)
+            for k in np.setdiff1d(np.arange(len(self)), points.law).tolist():
+                moments[k] = self.types[k].law.moment(i, j)
+            self._moments[i, j] = read_only(moments)
+        return self._moments[i, j]
+
+    @cached_property
+    def _moments(self) -> dict[tuple[int, int], FloatArray]:
+        return {}
+
+    @cached_property
+    def stacked_points(self) -> StackedPoints:
+        """Points of the types whose lengths have few, one type after the other."""
+        return stacked_points([t.law for t in self.types])
 
     @cached_property
     def mean_prompt_tokens(self) -> FloatArray:
