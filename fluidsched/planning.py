@@ -1,12 +1,17 @@
 """The main job: from a workload and a server to a compared set of policies, in one call.
 
 `plan` runs the whole chain: fluid solution, policy tables, simulation under common arrival paths, comparison with
-the fluid bound, and (unless a recorded path is replayed) the same tables across offered loads, as they would be
-deployed; then it recommends one (`fluidsched.recommendation`). What it returns is a frozen `Plan`; `Plan.write` puts
-it into a directory, whole files only, with a manifest.
+the fluid bound, and the same tables across offered loads, as they would be deployed; then it recommends one
+(`fluidsched.recommendation`). What it returns is a frozen `Plan`; `Plan.write` puts it into a directory, whole files
+only, with a manifest.
+
+A recorded path is replayed once, whole, which shows what would have happened and gives no interval. The loads around it
+and all intervals come from paths made of random pieces of it, a tenth of its length in the mean, so that its bursts are
+kept (`ArrivalPath.bootstrapped`); for another load the recorded requests come faster or slower before they are cut.
 
 An overloaded workload is an answer, not an error: the plan then says by how much the demand exceeds the server,
-whom the fluid optimum refuses, and shows how each policy fares under the offered rates.
+whom the fluid optimum refuses, shows how each policy fares under the offered rates, and which table keeps up behind a
+door that turns away whom the optimum does (`fluidsched.overload`).
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from fluidsched._checks import check_count, check_real
 from fluidsched._display import Tabular
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid import FluidSolution, solve_fluid
+from fluidsched.overload import Admission, offer
 from fluidsched.policy import PolicyTable, baselines, compile_policy
 from fluidsched.recommendation import (
     PRACTICAL,
@@ -106,9 +112,12 @@ class Plan(Tabular):
     curve : pandas.DataFrame or None
         Load curve, the same tables at other loads: the columns of `SimulationResult.summary` and load (share of the
         fluid boundary), arrival_rate (req/s), behind (whether more than one request in a hundred had no first
-        token when a run ended). None for replays and when switched off.
+        token when a run ended). None when switched off.
     recommendation : Recommendation
         What to run, what it gains over vLLM and Sarathi as they come, when one more server is needed.
+    admission : Admission or None
+        In overload: whom to turn away, and how the recommended table serves the others; None where everything fits,
+        or where no table keeps up with what the optimum admits.
     remarks : tuple of str
         What a reader should know beside the numbers.
     settings : dict
@@ -124,6 +133,7 @@ class Plan(Tabular):
     comparison: Comparison
     curve: pd.DataFrame | None
     recommendation: Recommendation
+    admission: Admission | None
     remarks: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -207,13 +217,14 @@ def plan(
         Scale the workload to this share of the fluid boundary; default: keep its own rates (0.8 when `workload` is
         not given). Not together with `replay`.
     replay : bool, optional
-        Simulate the given `ArrivalPath` itself, once, instead of Poisson arrivals of its types. Requests longer
-        than the KV cache are rejected then, and counted; they are left out of the types. Without `replay` they
-        are an error.
+        Simulate the given `ArrivalPath` itself, once, instead of Poisson arrivals of its types, and pieces of it
+        where replications or other loads are asked for. Requests longer than the KV cache are rejected then, and
+        counted; they are left out of the types. Without `replay` they are an error.
     objective : {"requests", "output_tokens"}, optional
         Reward of the fluid program.
     horizon, warmup : float, optional
-        Simulated seconds per replication, and how many of them are left out of the measures (default: a sixth).
+        Simulated seconds per replication, and how many of them are left out of the measures (default: a sixth). Of
+        a replay: of the paths made of its pieces.
     replications : int, optional
         Independent arrival paths, common to all policies.
     seed : int, optional
@@ -225,7 +236,7 @@ def plan(
         the load at which one more server is needed.
     curve : bool, optional
         Whether to simulate the same tables at other loads too, and the load up to which the recommended one keeps
-        up (not for replays).
+        up.
     progress : callable, optional
         Called as ``progress(stage, done, total)``.
 
@@ -254,6 +265,7 @@ def plan(
         raise InputError("warmup", warmup, f"be below the horizon, {horizon:g} s")
     server = catalog.server("a100-80gb", "llama-2-7b") if server is None else server
     path: ArrivalPath | None = None
+    recorded: ArrivalPath | None = None
     own_rate: float | None = None
     if workload is None:
         workload = workloads.azure_conv()
@@ -262,6 +274,7 @@ def plan(
         path = workload
         served = _servable(path, server, rejecting=replay)
         workload = served.to_workload(types=types_for(served))
+        recorded = served.labelled(workload) if replay else None
     elif replay:
         raise InputError(
             "replay",
@@ -281,19 +294,24 @@ def plan(
     from fluidsched.comparison import compare
     from fluidsched.simulation import simulate
 
-    trial = _Trial(workload, server, horizon, warmup, replications, seed)
+    load_now = float(fluid.load.max())
+    trial = _Trial(workload, recorded, load_now, server, horizon, warmup, replications, seed)
     if replay:
         assert path is not None
         runs = simulate(path, server, tables, replications=1, oversize="reject", progress=progress)
     else:
         runs = trial.at(None, tables, progress)
-    recommended = next(table for table in tables if table.name == choose(runs, asked))
-    load_now = float(fluid.load.max())
+    admission = None if fluid.is_stable else _admission(trial, fluid, tables, asked)
+    chosen = choose(runs, asked) if admission is None else admission.table.name
+    recommended = next(table for table in tables if table.name == chosen)
     gains = gains_over(runs, recommended.name, load_now, workload.total_arrival_rate)
+    paired = runs.replications
     holds, fails, overload_rate = math.nan, math.inf, math.nan
     frame = None
-    if curve and not replay:
-        by_load = {load_now: runs} | _runs_by_load(trial, tables, load_now, progress)
+    if curve:
+        now = trial.at(None, tables, progress) if replay else runs
+        paired = now.replications
+        by_load = {load_now: now} | _runs_by_load(trial, tables, load_now, progress)
         frame = _load_curve(by_load, fluid.critical_rate)
         gains = [
             gain
@@ -318,17 +336,18 @@ def plan(
         curve=frame,
         recommendation=Recommendation(
             recommended,
-            _reason(runs, recommended.name, fluid, asked),
+            _reason(runs, recommended.name, fluid, asked, admission),
             tuple(gains),
             Reach(fluid.critical_rate, load_now, holds, fails, overload_rate, asked),
-            runs.replications,
+            paired,
         ),
+        admission=admission,
         remarks=(*_remarks(fluid, own_rate), *_rejections(runs), *_stuck(runs)),
         settings={
-            "seed": None if replay else seed,
-            "replications": runs.replications,
-            "horizon_s": None if replay else horizon,
-            "warmup_s": None if replay else warmup,
+            "seed": seed if curve or not replay else None,
+            "replications": paired,
+            "horizon_s": horizon if curve or not replay else None,
+            "warmup_s": warmup if curve or not replay else None,
             "objective": objective,
             "overflow_probability": overflow_probability,
             "targets_s": asked,
@@ -371,7 +390,8 @@ def policy_tables(
     """Compile wait, gated and capped from a solution and put vLLM and Sarathi beside them.
 
     Of the tables that look at types the one with the lowest certified TTFT is kept, over 1, 3, 12 and the workload's
-    own number of types.
+    own number of types. In overload all are compiled for the workload's own types, a little inside the admitted rates
+    (`compile_policy`'s `admitted_share` "auto"): the optimum refuses whole types, which merged ones cannot say.
 
     Parameters
     ----------
@@ -390,7 +410,13 @@ def policy_tables(
     missing: dict[str, str] = {}
     for kind in (*TYPED_KINDS, "capped"):
         try:
-            if kind in TYPED_KINDS:
+            if not fluid.is_stable:
+                tables.append(
+                    compile_policy(
+                        fluid, kind, overflow_probability=overflow_probability, admitted_share="auto"
+                    )
+                )
+            elif kind in TYPED_KINDS:
                 tables.append(_compile_typed(fluid, kind, overflow_probability))
             else:
                 tables.append(compile_policy(fluid, kind, overflow_probability=overflow_probability))
@@ -434,14 +460,28 @@ def _compile_typed(fluid: FluidSolution, kind: str, overflow_probability: float)
 
 @dataclass(frozen=True)
 class _Trial:
-    """How every load of a plan is simulated: one mix, one seed, so that the same requests come faster or slower."""
+    """How every load of a plan is simulated: one mix, one seed, so that the same requests come faster or slower.
+
+    Of a recorded path, at load `load_now`, the replications are made of random pieces.
+    """
 
     workload: Workload
+    recorded: ArrivalPath | None
+    load_now: float
     server: Server
     horizon: float
     warmup: float
     replications: int
     seed: int
+
+    def paths(self, load: float | None) -> list[ArrivalPath]:
+        """The requests that come at a share of the fluid boundary; None: at the workload's own rates."""
+        seeds = np.random.SeedSequence(self.seed).spawn(self.replications)
+        if self.recorded is None:
+            workload = self.workload if load is None else self.workload.at_load(load, self.server)
+            return [workload.sample(self.horizon, seed) for seed in seeds]
+        recorded = self.recorded if load is None else self.recorded.accelerated(load / self.load_now)
+        return [recorded.bootstrapped(self.horizon, seed) for seed in seeds]
 
     def at(
         self, load: float | None, tables: Sequence[PolicyTable], progress: Progress | None = None
@@ -450,15 +490,30 @@ class _Trial:
         from fluidsched.simulation import simulate
 
         return simulate(
-            self.workload if load is None else self.workload.at_load(load, self.server),
+            self.paths(load),
             self.server,
             tables,
             horizon=self.horizon,
             warmup=self.warmup,
-            replications=self.replications,
-            seed=self.seed,
             progress=progress,
         )
+
+
+def _admission(
+    trial: _Trial, fluid: FluidSolution, tables: Sequence[PolicyTable], targets: Mapping[str, float]
+) -> Admission | None:
+    """Whom to turn away and what to run for the others; a recorded path is replayed behind the door, once, whole."""
+    if trial.recorded is not None:
+        return offer(fluid, tables, [trial.recorded], seed=trial.seed, targets=targets)
+    return offer(
+        fluid,
+        tables,
+        trial.paths(None),
+        seed=trial.seed,
+        horizon=trial.horizon,
+        warmup=trial.warmup,
+        targets=targets,
+    )
 
 
 def _runs_by_load(
@@ -603,8 +658,19 @@ def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value < 100.0 else f"{value:,.0f} s"
 
 
-def _reason(runs: SimulationResult, name: str, fluid: FluidSolution, targets: Mapping[str, float]) -> str:
+def _reason(
+    runs: SimulationResult,
+    name: str,
+    fluid: FluidSolution,
+    targets: Mapping[str, float],
+    admission: Admission | None,
+) -> str:
     """Why this policy, in sentences."""
+    if admission is not None:
+        return (
+            "Shed load or add servers: under these rates every policy builds a backlog. "
+            f"{admission.sentence()}"
+        )
     ttft, e2e = (float(np.mean(runs.measures(name)[measure])) for measure in ("mean_ttft", "mean_e2e"))
     if np.isnan(e2e):
         return (
@@ -620,8 +686,9 @@ def _reason(runs: SimulationResult, name: str, fluid: FluidSolution, targets: Ma
     ]
     if not fluid.is_stable:
         return (
-            f"Shed load or add servers: under these rates every policy builds a backlog. Least bad: {name} "
-            f"({latency}, growing for as long as the load lasts), {choice}."
+            "Shed load or add servers: under these rates every policy builds a backlog, and no table keeps up with "
+            f"what the optimum admits{' and meets the targets' if targets else ''}. Least bad: {name} ({latency}, "
+            f"growing for as long as the load lasts), {choice}."
         )
     if not keeps_up(runs, name):
         return f"No policy keeps up, though the mean load fits. Least bad: {name} ({latency}), {choice}."

@@ -257,6 +257,25 @@ class Recommendation(Tabular):
         arguments = self.table.to_vllm_args()
         return f"vllm serve MODEL {arguments.command_line()}" if arguments.arguments else None
 
+    def engine_commands(self) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """Engine → its start with the table's numbers, where the names are from, what of the table is lost.
+
+        An engine is left out where the table sets nothing that it knows.
+        """
+        commands = {}
+        if self.engine_command is not None:
+            commands["vLLM"] = (
+                self.engine_command,
+                "Names of version 0.33, not tried on an engine",
+                self.lost,
+            )
+        arguments = self.table.to_sglang_args()
+        if arguments.arguments.keys() - {"schedule_policy"}:
+            command = f"python -m sglang.launch_server --model-path MODEL {arguments.command_line()}"
+            names = "Names of its server arguments of 2026, not tried on an engine"
+            commands["SGLang"] = (command, names, arguments.lost)
+        return commands
+
     @property
     def lost(self) -> tuple[str, ...]:
         """What a stock vLLM does differently from the table; the library's scheduler inside vLLM follows it."""
@@ -279,6 +298,10 @@ class Recommendation(Tabular):
                 "reason": self.reason,
                 "stock_within_noise": self.stock_within_noise,
                 "engine_command": self.engine_command,
+                "engine_commands": {
+                    engine: {"command": command, "lost": lost}
+                    for engine, (command, _, lost) in self.engine_commands().items()
+                },
                 "lost": self.lost,
                 "reach": self.reach,
                 "next_rate": self.reach.next_rate,
@@ -380,11 +403,9 @@ class Recommendation(Tabular):
     def engine_lines(self) -> list[str]:
         """How to run the table: on a stock engine, and in vLLM with the library's scheduler."""
         lines = []
-        if self.engine_command is not None:
-            lines.append(
-                f"As arguments of vLLM (names of version 0.33, not tried on an engine): {self.engine_command}"
-            )
-            lines += [f"  but not: {sentence}" for sentence in self.lost]
+        for engine, (command, names, lost) in self.engine_commands().items():
+            lines.append(f"As arguments of {engine} ({names[0].lower()}{names[1:]}): {command}")
+            lines += [f"  but not: {sentence}" for sentence in lost]
         if self.lost:
             lines.append(f"Exactly, with the library's scheduler inside vLLM: {PLUGIN_COMMAND}")
         return lines

@@ -33,6 +33,7 @@ ORDER = (
     "sweeps",
     "tuning",
     "recommendation",
+    "overload",
     "reporting",
     "fleets",
     "planning",

@@ -163,7 +163,10 @@ def sampling_options(replay: bool, **options: float | str | None) -> dict[str, A
     if replay and given:
         name, value = next(iter(given.items()))
         raise InputError(
-            f"--{name}", value, "be left out with --replay", "A replay runs the trace once, whole."
+            f"--{name}",
+            value,
+            "be left out where only the trace itself is replayed",
+            "That run is one, whole.",
         )
     return given
 

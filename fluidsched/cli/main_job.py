@@ -63,7 +63,7 @@ def plan(
     from fluidsched import planning, reporting
     from fluidsched.workload import ArrivalPath, workloads
 
-    sampled = sampling.given(replay=replay, warmup=warmup)
+    sampled = sampling.given(replay=replay and not curve, warmup=warmup)
     the_server = on.load()
     name = "azure_conv" if demand.workload is None else demand.workload
     asked = load_workload(name)

@@ -41,23 +41,27 @@ def compile_(
     ] = None,
     buffer: Annotated[str | None, typer.Option(help="nested-wait: exact (default) or lundberg.")] = None,
     mode: Annotated[str | None, typer.Option(help="lookahead: law (default), known or reserve.")] = None,
+    admitted_share: Annotated[
+        str | None,
+        typer.Option(
+            help="Compile for this share of the admitted rates: a number up to 1, or auto, as little inside the "
+            "boundary as a table needs (in overload the optimum leaves no slack)."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the table (default: its kind).")] = None,
 ) -> None:
     """Compile a solution into a policy table an online scheduler can follow, with its certificate.
 
-    Example:
+    Examples:
 
     fluidsched compile solution.json --kind wait --types 1 --out wait.json
+
+    fluidsched compile overloaded.json --kind capped --admitted-share auto --out capped.json
     """
     from fluidsched.fluid import solve_fluid
     from fluidsched.policy import compile_policy
 
-    margin: float | str = slack
-    if slack != "auto":
-        try:
-            margin = float(slack)
-        except ValueError:
-            raise InputError("--slack", slack, 'be "auto" or a number') from None
+    margin = _auto_or_number("--slack", slack)
     fluid = load_solution(solution)
     if types is not None:
         fluid = solve_fluid(fluid.workload.merged(types), fluid.server, objective=fluid.objective)
@@ -72,6 +76,7 @@ def compile_(
         segment_count=segment_count,
         buffer=buffer,
         mode=mode,
+        admitted_share=1.0 if admitted_share is None else _auto_or_number("--admitted-share", admitted_share),
     )
     if name is not None:
         table = table.renamed(name)
@@ -80,6 +85,15 @@ def compile_(
     if out is not None:
         write_new(out, table.to_csv() if out.suffix.lower() == ".csv" else text, answer.force)
     emit(text if answer.as_json else repr(table))
+
+
+def _auto_or_number(option: str, text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(option, text, 'be "auto" or a number') from None
 
 
 def _boundaries(text: str | None) -> list[int] | str | None:

@@ -40,12 +40,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched.errors import InputError
 from fluidsched.integrations.holding import HeldQueue, Resident, match_row, rule_of
-from fluidsched.policy.forecast import Forecast, Served, Witness
+from fluidsched.policy.forecast import Forecast, Served
 from fluidsched.policy.table import PolicyTable
 
 try:
@@ -104,15 +106,6 @@ def read_settings(additional_config: Any) -> dict[str, Any]:
     if not isinstance(settings["any_version"], bool):
         raise InputError(f"{where}.any_version", settings["any_version"], "be true or false")
     return settings
-
-
-class _Refusal(NamedTuple):
-    """The last refusal by look-ahead: in which iteration, of whom, beside whom, and its witness."""
-
-    step: int
-    request: str
-    running: list[str]
-    witness: Witness
 
 
 class _Queue(RequestQueue):  # type: ignore[misc]
@@ -203,14 +196,16 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         self.waiting = _Queue(self._held, self._row_of, lambda: self.clock())
         self._rows: dict[str, int] = {}
         self._believed: dict[str, int] = {}
-        self._forecast = Forecast(self.table.lookahead, self.block_size, self._forecast_limit, ())
-        self._step, self._forecast_step, self._forecast_of = 0, 0, 0
+        self._forecast = Forecast(self.table.lookahead, self.block_size, self._forecast_limit)
+        self._step, self._forecast_step, self._forecast_of, self._served_tokens = 0, 0, 0, 0
         self._judged, self._verdict = (0, "", 0), True
-        self._refusal: _Refusal | None = None
         self._scheduled: dict[str, int] = {}
+        self._allocate = self.kv_cache_manager.allocate_slots
+        self._watched = False
+        self._names: list[str] = []
+        self._fixed = np.empty((3, 0), dtype=np.int64)  # prompt, limit and believed length of those named
         if self.table.lookahead.mode != "none":
             self._held.may_admit = self._fits_ahead
-            self._watch_allocations()
         self.clock: Callable[[], float] = time.monotonic
         self._next_log_s = self.clock() + self._log_interval_s
         self.counters = dict.fromkeys(
@@ -229,7 +224,9 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
             request.next_decode_eligible_step = PAUSED
         self._held.open(decision.allowances)
         self._step += 1
-        self._scheduled.clear()
+        if self._held.may_admit is not None:
+            self._scheduled.clear()
+            self._watch(self.num_spec_tokens > 0 or any(request.is_prefill_chunk for request in running))
         try:
             output = super().schedule(*args, **kwargs)
         finally:  # a mark that outlived its iteration would strand the request
@@ -255,65 +252,73 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ looking ahead
 
-    def _watch_allocations(self) -> None:
-        """Note what vLLM gives whom in the iteration it plans: whose prompt it completes, what the budget has left."""
-        manager = self.kv_cache_manager
-        allocate = manager.allocate_slots
-
-        def watched(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            blocks = allocate(request, num_new_tokens, *args, **kwargs)
-            if blocks is not None:
-                self._scheduled[request.request_id] = num_new_tokens
-            return blocks
-
-        manager.allocate_slots = watched
-
     def _fits_ahead(self, request: Any) -> bool:
         """Rule 32, asked when those in service and earlier newcomers have their tokens."""
         running, scheduled = self.running, self._scheduled
-        if not running:
-            return True
-        if self._judged == (
-            self._step,
-            request.request_id,
-            len(running),
-        ):  # vLLM looks at the front more than once
+        asked = self._step, request.request_id, len(running)
+        if self._judged == asked:  # vLLM looks at the front more than once
             return self._verdict
-        self._judged = self._step, request.request_id, len(running)
-        total = sum(scheduled.values())
-        chunk = self.max_num_scheduled_tokens - total
+        if self._forecast_step != self._step:
+            self._forecast_step, self._served_tokens = self._step, self._start_forecast()
+            self._watch(True)
+            scheduled.clear()
+        else:
+            for newcomer in running[self._forecast_of :]:
+                self._forecast.add(self._served(newcomer, scheduled[newcomer.request_id]))
+        self._forecast_of = len(running)
+        chunk = self.max_num_scheduled_tokens - self._served_tokens - sum(scheduled.values())
         if self.scheduler_config.long_prefill_token_threshold > 0:
             chunk = min(chunk, self.scheduler_config.long_prefill_token_threshold)
-        newcomer = self._served(request, min(request.num_tokens, chunk))
-        whole = newcomer.after >= newcomer.prompt + newcomer.produced
-        # All in service decoded in this iteration: one token each, nobody passed over.
-        steady = whole and total == len(scheduled) == len(running)
-        before = self._refusal
-        if (
-            before is not None
-            and steady
-            and (before.step, before.request) == (self._step - 1, request.request_id)
-        ):
-            same = [resident.request_id for resident in running] == before.running
-            if same and self._forecast.refuses_still(newcomer, before.witness):
-                assert self._forecast.witness is not None
-                self._refusal = before._replace(step=self._step, witness=self._forecast.witness)
-                self._verdict = False
-                return False
-        if self._forecast_step != self._step:
-            self._forecast = Forecast(self.table.lookahead, self.block_size, self._forecast_limit, ())
-            self._forecast_step, self._forecast_of = self._step, 0
-        while self._forecast_of < len(running):
-            resident = running[self._forecast_of]
-            if not _has_all_tokens(resident):
-                self._forecast.add(self._served(resident, scheduled.get(resident.request_id, 0)))
-            self._forecast_of += 1
-        self._verdict = self._forecast.fits(newcomer)
-        self._refusal = None
-        if self._forecast.witness is not None and steady:
-            ids = [resident.request_id for resident in running]
-            self._refusal = _Refusal(self._step, request.request_id, ids, self._forecast.witness)
+        fits = self._forecast.fits(self._served(request, min(request.num_tokens, chunk)))
+        self._judged, self._verdict = asked, fits or not running
         return self._verdict
+
+    def _start_forecast(self) -> int:
+        """Forecast for those in service who are not yet at their end; return the tokens they get in this iteration."""
+        running = self.running
+        names = [request.request_id for request in running]
+        if names != self._names:
+            self._names = names
+            believed = self._believed
+            self._fixed = np.array(
+                [
+                    [request.num_prompt_tokens for request in running],
+                    [request.max_tokens for request in running],
+                    [believed[name] for name in names],
+                ]
+            )
+        prompt, limit, believes = self._fixed
+        produced = np.array(
+            [request.num_output_tokens + request.num_output_placeholders for request in running]
+        )
+        if self._watched:
+            tokens = np.array([self._scheduled.get(name, 0) for name in names])
+            after = np.array([request.num_computed_tokens for request in running]) + tokens
+        else:
+            after, tokens = prompt + produced, np.ones_like(produced)
+        served = np.array([prompt, produced, after, believes])
+        ended = produced >= limit
+        if ended.any():
+            for i in np.flatnonzero(ended):
+                ended[i] = _has_all_tokens(running[i])
+            served, tokens = served[:, ~ended], tokens[~ended]
+        self._forecast.start(served)
+        return int(tokens.sum())
+
+    def _watch(self, watched: bool) -> None:
+        """Whether to note what vLLM gives whom in the iteration it plans.
+
+        Newcomers are always watched. Of those in service it would cost as much as all else here, and it is needed only
+        while a prompt is computed: who decodes gets one token, or vLLM admits nobody in this iteration.
+        """
+        self._watched = watched
+        self.kv_cache_manager.allocate_slots = self._allocate_and_note if watched else self._allocate
+
+    def _allocate_and_note(self, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        blocks = self._allocate(request, num_new_tokens, *args, **kwargs)
+        if blocks is not None:
+            self._scheduled[request.request_id] = num_new_tokens
+        return blocks
 
     def _served(self, request: Any, tokens: int) -> Served:
         """A request that gets so many tokens in this iteration."""

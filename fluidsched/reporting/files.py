@@ -35,6 +35,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "binding_constraints": list(plan.fluid.binding_constraints),
         "recommended": plan.recommended,
         "recommendation": plan.recommendation.to_dict(),
+        "admission": None if plan.admission is None else plan.admission.to_dict(),
         "remarks": list(plan.remarks),
         "missing": plan.missing,
         "settings": plan.settings,

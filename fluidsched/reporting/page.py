@@ -18,6 +18,7 @@ from fluidsched import __version__
 from fluidsched._files import write_whole
 from fluidsched.comparison import bounds_text
 from fluidsched.errors import InputError
+from fluidsched.overload import NOTE
 from fluidsched.recommendation import ENGINE_NAMES, PLUGIN_COMMAND
 from fluidsched.reporting.files import pictures
 from fluidsched.reporting.installation import show_versions
@@ -142,6 +143,7 @@ def page(plan: Plan, images: Mapping[str, bytes]) -> str:
         *_question(plan, title),
         *_answer(plan),
         *_recommendation(plan),
+        *_admission(plan),
         *_figures(images),
         *_numbers(plan),
         *_basis(plan),
@@ -203,11 +205,11 @@ def _recommendation(plan: Plan) -> list[str]:
     parts = ["<section>", "<h2>Recommendation</h2>", f"<p>{escape(found.reason)}</p>"]
     if found.stock_sentence():
         parts.append(f"<p>{escape(found.stock_sentence())}</p>")
-    if found.engine_command is not None:
-        parts.append("<h3>On stock vLLM</h3>")
-        parts.append(f'<pre class="command">{escape(found.engine_command)}</pre>')
-        parts.append('<p class="soft">Names of version 0.33, not tried on an engine.</p>')
-        parts += _list(f"But not: {sentence}" for sentence in found.lost)
+    for engine, (command, names, lost) in found.engine_commands().items():
+        parts.append(f"<h3>On stock {engine}</h3>")
+        parts.append(f'<pre class="command">{escape(command)}</pre>')
+        parts.append(f'<p class="soft">{escape(names)}.</p>')
+        parts += _list(f"But not: {sentence}" for sentence in lost)
     if found.lost:
         parts.append("<h3>Exactly, with the library\u2019s scheduler inside vLLM</h3>")
         parts.append(f'<pre class="command">{escape(PLUGIN_COMMAND)}</pre>')
@@ -219,6 +221,20 @@ def _recommendation(plan: Plan) -> list[str]:
     if found.gains:
         parts.append(f'<p class="soft">{escape(found.notes())}.</p>')
     return [*parts, "</section>"]
+
+
+def _admission(plan: Plan) -> list[str]:
+    found = plan.admission
+    if found is None:
+        return []
+    return [
+        "<section>",
+        "<h2>Whom to turn away</h2>",
+        _table(found.type_rows()),
+        _table(found.policy_rows(), text=(0, 5)),
+        f'<p class="soft">{escape(NOTE)}</p>',
+        "</section>",
+    ]
 
 
 def _gain_table(found: Recommendation, engine: str) -> str:
@@ -277,11 +293,12 @@ def _numbers(plan: Plan) -> list[str]:
 
 def _basis(plan: Plan) -> list[str]:
     asked = plan.settings
-    if asked["replay"]:
-        how = "The recorded requests, replayed once, whole."
-    else:
-        how = (
-            f"{asked['replications']} independent arrival paths, common to all policies and loads; "
+    how = "The recorded requests, replayed once, whole." if asked["replay"] else ""
+    if asked["horizon_s"] is not None:
+        kind = "paths made of pieces of the recorded one" if asked["replay"] else "independent arrival paths"
+        where = " Gains and other loads: " if asked["replay"] else ""
+        how += (
+            f"{where}{asked['replications']} {kind}, common to all policies and loads; "
             f"{asked['horizon_s']:,g} s each, the first {asked['warmup_s']:,g} s left out of the measures; "
             f"seed {asked['seed']}."
         )

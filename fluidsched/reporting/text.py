@@ -32,6 +32,8 @@ def plan_text(plan: Plan) -> str:
     lines += _certificate(plan.recommended_table)
     lines += [_heading("Comparison"), repr(plan.comparison)]
     lines += [_heading("Answer"), *(fill(remark, WIDTH) for remark in plan.remarks)]
+    if plan.admission is not None:
+        lines += [_heading("Whom to turn away"), repr(plan.admission)]
     lines += [_heading("Recommendation"), repr(plan.recommendation)]
     return "\n".join(lines) + "\n"
 

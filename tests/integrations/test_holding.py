@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from random import Random
 
 import pytest
 from hypothesis import event, given, settings
@@ -302,28 +303,38 @@ def test_nested_wait_lets_a_held_survivor_go() -> None:
 
 @settings(max_examples=150)
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 14)), min_size=1, max_size=6),
-    st.tuples(st.integers(1, 9), st.integers(1, 12)),
-    st.sampled_from([1, 4]),
-    st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    lookahead=st.sampled_from(
+        [Lookahead("known"), Lookahead("law", 0.0, (2, 5, 9)), Lookahead("reserve", 6.0)]
+    ),
+    block=st.sampled_from([1, 4]),
+    limit=st.integers(4, 60),
 )
-def test_a_witness_repeats_refusals_only(
-    residents: list[tuple[int, int, int]], newcomer: tuple[int, int], block: int, limit: int
+def test_one_forecast_kept_answers_as_a_new_one_each_time(
+    seed: int, lookahead: Lookahead, block: int, limit: int
 ) -> None:
-    """While all in service decode on, what the witness refuses a fresh forecast refuses too, until it has passed."""
-    prompt, output = newcomer
-    waiting = Served(prompt, 0, prompt, output)
-    witness, refused = None, 0
-    for step in range(16):
-        served = [Served(p, k + step, p + k + step, k + left) for p, k, left in residents if left > step]
-        if len(served) < len(residents):  # somebody has left: nothing is said of what comes after
-            break
-        fresh = Forecast(Lookahead("known"), block, limit, served)
-        if witness is not None:
-            again = Forecast(Lookahead("known"), block, limit, [])
-            if again.refuses_still(waiting, witness):
-                assert not fresh.fits(waiting)
-                witness, refused = again.witness, refused + 1
-                continue
-        witness = None if fresh.fits(waiting) else fresh.witness
-    event(f"refused by witness: {refused > 0}")
+    """Law: whatever entered, left, was passed over or computed part of its prompt since the last refusal."""
+    random, kept = Random(seed), Forecast(lookahead, block, limit)
+    served: list[Served] = []
+    refused = again = 0
+    for _ in range(12):
+        served = [
+            Served(r.prompt, r.produced + 1, r.prompt + r.produced + 1, r.believed)
+            if random.random() < 0.9
+            else Served(r.prompt, r.produced, max(1, r.after - random.randint(0, 2)), r.believed)
+            for r in served
+            if r.produced + 1 < r.believed or random.random() < 0.2
+        ]
+        kept.start(list(zip(*served, strict=True)) or [[]] * 4)
+        while True:
+            prompt, believed = random.randint(1, 12), random.randint(1, 12)
+            newcomer = Served(prompt, 0, prompt, believed)
+            fits = kept.fits(newcomer)
+            assert fits == Forecast(lookahead, block, limit, served).fits(newcomer)
+            if not fits:
+                again += refused > 0
+                refused += 1
+                break
+            kept.add(newcomer)
+            served.append(newcomer)
+    event(f"refused more than once: {again > 0}")

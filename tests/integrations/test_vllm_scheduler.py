@@ -191,6 +191,18 @@ def test_gated_tables_look_ahead(tmp_path: Path) -> None:
     assert len(summaries) >= 1500
 
 
+@pytest.mark.parametrize("table", [VLLM, GATED], ids=["vllm", "gated"])
+def test_look_ahead_with_an_iteration_in_flight(tmp_path: Path, table: PolicyTable) -> None:
+    """Requests that have all their tokens coming are in no forecast. Their KV is free one iteration later than in the
+    reference, so all are believed longer than they are: the forecast binds and memory does not."""
+    table = dataclasses.replace(table, lookahead=Lookahead("law", 0.0, (60, 120)))
+    summaries, _ = compare(tmp_path, table, blocks=400, budget=40, slots=40, depth=2, horizon=600.0)
+    assert len(summaries) >= 1500
+    plain = dataclasses.replace(table, lookahead=Lookahead("none"))
+    more, _ = compare(tmp_path, plain, blocks=400, budget=40, slots=40, horizon=600.0)
+    assert [summary.admitted for summary in more] != [summary.admitted for summary in summaries]
+
+
 @pytest.mark.parametrize(("stated", "believed"), [(7, 7), (400, 40), (None, 40), ("many", 40)])
 def test_a_request_that_states_nothing_is_believed_to_use_up_its_limit(
     tmp_path: Path, stated: Any, believed: int
