@@ -91,6 +91,9 @@ RESOURCES = {
 
 _DEFAULT_LOAD = 0.8
 
+#: Simulated seconds per replication.
+HORIZON = 3600.0
+
 
 @dataclass(frozen=True, repr=False)
 class Plan(Tabular):
@@ -195,7 +198,7 @@ def plan(
     load: float | None = None,
     replay: bool = False,
     objective: str = "requests",
-    horizon: float = 3600.0,
+    horizon: float | None = None,
     warmup: float | None = None,
     replications: int = 16,
     seed: int = 7,
@@ -223,8 +226,9 @@ def plan(
     objective : {"requests", "output_tokens"}, optional
         Reward of the fluid program.
     horizon, warmup : float, optional
-        Simulated seconds per replication, and how many of them are left out of the measures (default: a sixth). Of
-        a replay: of the paths made of its pieces.
+        Simulated seconds per replication (default 3600), and how many of them are left out of the measures (default:
+        a sixth). Of a replay: of the paths made of its pieces, at its own load (default: as long as it is); at another
+        load they are as much shorter or longer as the requests come faster or slower.
     replications : int, optional
         Independent arrival paths, common to all policies.
     seed : int, optional
@@ -259,6 +263,9 @@ def plan(
     (True, True)
     """
     check_count("replications", replications, minimum=1)
+    if horizon is None:
+        length = workload.duration if replay and isinstance(workload, ArrivalPath) else 0.0
+        horizon = length if length > 0.0 else HORIZON
     check_real("horizon", horizon, above=0.0)
     warmup = horizon / 6 if warmup is None else check_real("warmup", warmup, minimum=0.0)
     if warmup >= horizon:
@@ -358,9 +365,14 @@ def plan(
 
 
 def types_for(path: ArrivalPath) -> int:
-    """Twelve types, or fewer where the path has too few distinct lengths."""
-    distinct = len(np.unique(np.stack([path.prompt_tokens, path.output_tokens]), axis=1).T)
-    return max(k for k in (1, 3, 12) if k <= distinct)
+    """Twelve types, or fewer where the path has too few distinct lengths for as many ranges."""
+    for types in (12, 3):
+        try:
+            path.to_workload(types=types)
+        except InputError:
+            continue
+        return types
+    return 1
 
 
 def _servable(path: ArrivalPath, server: Server, *, rejecting: bool) -> ArrivalPath:
@@ -480,8 +492,8 @@ class _Trial:
         if self.recorded is None:
             workload = self.workload if load is None else self.workload.at_load(load, self.server)
             return [workload.sample(self.horizon, seed) for seed in seeds]
-        recorded = self.recorded if load is None else self.recorded.accelerated(load / self.load_now)
-        return [recorded.bootstrapped(self.horizon, seed) for seed in seeds]
+        speed = self._speed(load)
+        return [self.recorded.accelerated(speed).bootstrapped(self.horizon / speed, seed) for seed in seeds]
 
     def at(
         self, load: float | None, tables: Sequence[PolicyTable], progress: Progress | None = None
@@ -489,14 +501,19 @@ class _Trial:
         """The tables at a share of the fluid boundary; None: at the workload's own rates."""
         from fluidsched.simulation import simulate
 
+        speed = self._speed(load)
         return simulate(
             self.paths(load),
             self.server,
             tables,
-            horizon=self.horizon,
-            warmup=self.warmup,
+            horizon=self.horizon / speed,
+            warmup=self.warmup / speed,
             progress=progress,
         )
+
+    def _speed(self, load: float | None) -> float:
+        """How much faster a recorded path is gone through, and ends."""
+        return 1.0 if self.recorded is None or load is None else load / self.load_now
 
 
 def _admission(

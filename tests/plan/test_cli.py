@@ -115,7 +115,10 @@ class TestPlan:
 
     def test_replay_serves_every_request_of_the_trace(self, tmp_path: Path, trace: Path) -> None:
         """A replay runs until empty: vLLM's rule finishes all 200 requests."""
-        done = fluidsched("plan", "--workload", str(trace), "--replay", "--json", "--out", "r", cwd=tmp_path)
+        done = fluidsched(
+            *("plan", "--workload", str(trace), "--replay", "--no-curve", "--json", "--out", "r"),
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         rows = {row["policy"]: row for row in json.loads(done.stdout)["policies"]}
         assert rows["vllm"]["completed"] == 200
@@ -130,6 +133,7 @@ class TestPlan:
         answer = " ".join(summary["remarks"])
         assert "1.3" in answer
         assert "refuse" in answer
+        assert summary["recommended"] == (summary["admission"] or {"table": summary["recommended"]})["table"]
 
 
 class TestFailsWell:
@@ -268,7 +272,7 @@ class TestFailsWell:
         done = fluidsched("simulate", "vllm", "-w", str(trace), "--prefix-cache-tokens", *given, cwd=tmp_path)
         self.check(done, *named)
 
-    @pytest.mark.parametrize("command", [("plan",), ("simulate", "vllm")])
+    @pytest.mark.parametrize("command", [("plan", "--no-curve"), ("simulate", "vllm")])
     def test_sampling_options_with_replay(
         self, tmp_path: Path, trace: Path, command: tuple[str, ...]
     ) -> None:
@@ -466,6 +470,10 @@ class TestChain:
         done = fluidsched("compile", "s.json", "--kind", "wait", cwd=tmp_path)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
+        inside = ("compile", "s.json", "--kind", "wait", "--json", "--admitted-share")
+        done = fluidsched(*inside, "auto", cwd=tmp_path)
+        assert 0.8 < json.loads(done.stdout)["certificate"]["admitted_share"]["value"] < 1.0
+        assert fluidsched(*inside, "most", cwd=tmp_path).returncode == 2
 
     def test_catalog_lists_and_filters(self, tmp_path: Path) -> None:
         everything = json.loads(fluidsched("catalog", "--json", cwd=tmp_path).stdout)

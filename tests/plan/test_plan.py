@@ -60,7 +60,9 @@ def test_the_same_seed_gives_the_same_plan(result: planning.Plan) -> None:
 def test_a_missing_table_has_its_reason_and_reach() -> None:
     """Just below the boundary no compiled table exists; the plan says why, how far one reaches, and goes on."""
     server = fs.catalog.server("a100-80gb", "llama-2-7b")
-    tables, missing = planning.policy_tables(fs.solve_fluid(fs.workloads.azure_conv().at_load(0.999, server), server))
+    tables, missing = planning.policy_tables(
+        fs.solve_fluid(fs.workloads.azure_conv().at_load(0.999, server), server)
+    )
     assert [table.name for table in tables] == ["vllm", "sarathi"]
     assert set(missing) == {"wait", "gated", "capped"}
     assert all("One exists up to" in reason or "carries" in reason for reason in missing.values())
@@ -163,3 +165,5 @@ def test_a_tiny_path_gets_as_many_types_as_it_can_carry() -> None:
     assert planning.types_for(path) == 1
     path = fs.ArrivalPath.from_arrays(np.arange(40.0), np.arange(1, 41), np.arange(1, 41) % 9 + 1)
     assert planning.types_for(path) == 12
+    alike = fs.ArrivalPath.from_arrays(np.arange(40.0), np.full(40, 100), np.arange(40) % 9 + 1)
+    assert planning.types_for(alike) == 3  # one length of prompts has no three ranges of them

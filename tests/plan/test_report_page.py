@@ -143,7 +143,7 @@ def test_a_replay_without_curve_has_its_page(tmp_path: Path) -> None:
     path = fs.ArrivalPath.from_arrays(
         [0.5 * k for k in range(30)], [64] * 30, [10 + k % 3 for k in range(30)]
     )
-    text = fs.report(fs.plan(path, replay=True), tmp_path / "page.html")
+    text = fs.report(fs.plan(path, replay=True, curve=False), tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == text
     page = Page(text)
     assert page.count("img") == 2
