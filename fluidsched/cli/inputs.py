@@ -165,7 +165,7 @@ def sampling_options(replay: bool, **options: float | str | None) -> dict[str, A
         raise InputError(
             f"--{name}",
             value,
-            "be left out where only the trace itself is replayed",
+            "be left out where --replay runs the trace alone",
             "That run is one, whole.",
         )
     return given
