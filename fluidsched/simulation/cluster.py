@@ -15,6 +15,11 @@ Prefill and decode apart
      after the prefill. Routing rules 1 to 9 hold for either stage by itself, "arrival" being the arrival there and
      the order that of these instants, equal ones by index; u and v of the second stage come from child (r, 2).
      Prefills do not wait for decodes, so the decode stage is run when the prefill stage is over.
+ 0a. Patience is over with the admission by the prefill replica. Who hangs up (`abort_after_s`) leaves the replica it is
+     at as rules 35 to 37 of the reference say; or, if its KV reaches the decode replicas at that instant or later, it
+     leaves on the way, at the instant itself (but not before the end of its prefill), and is never routed there:
+     status `aborted`, its prompt's KV dropped. A server's timeouts count from the arrival at that server, the waiting
+     timeout until the admission there.
 
 Routing
   1. Requests are routed at their arrival, those of one instant in the order of the path. At an instant
@@ -69,7 +74,6 @@ from fluidsched.simulation.limits import (
     UNLIMITED,
     check_handed_over,
     check_run,
-    deadlines,
     effective_limits,
     never_fits,
 )
@@ -112,6 +116,10 @@ class Handover:
         What the decode stage saw; `arrival_s` is when the KV had come over.
     first_token_s, admitted_s : (M,) float arrays
         End of the prefill, and admission by the decode replica (NaN: not by the end), s.
+    lost : (H,) int64 array
+        Indices of those who hung up while their KV was on its way, and so are none of the M.
+    lost_s : (H,) float array
+        When they did, s.
     """
 
     request: Integers
@@ -119,6 +127,8 @@ class Handover:
     path: ArrivalPath
     first_token_s: NDArray[np.float64]
     admitted_s: NDArray[np.float64]
+    lost: Integers
+    lost_s: NDArray[np.float64]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -301,9 +311,7 @@ def simulate_cluster(
     InputError
         As `simulate`; also for fractional replicas, stages that do not serve requests to their end, a split of
         other pools or types than these, transfers without anything to transfer; behind a router that looks and
-        on the kernel, pools of one stage with different tables and requests that may leave unfinished
-        (patience, aborts, timeouts); such requests where pools prefill and decode apart; and what would not
-        fit into memory.
+        on the kernel, pools of one stage with different tables; and what would not fit into memory.
 
     Examples
     --------
@@ -346,21 +354,6 @@ def simulate_cluster(
             )
     paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
     draws = [_chances(paths, seed, stage) for stage in (1, 2)]
-    leaving = any(deadlines(path, pool.server) for path in paths for pool in pools)
-    if leaving and any(pool.stage != "whole" for pool in pools):
-        raise InputError(
-            "pools",
-            "machines that prefill and decode apart",
-            "serve requests whole where these may leave unfinished (patience, aborts, timeouts)",
-            "Leave these out, or use pools of whole servers.",
-        )
-    if engine == "kernel" and leaving and any(router.looks for router in ways):
-        raise InputError(
-            "engine",
-            engine,
-            "be 'reference' for requests that may leave unfinished behind a router that looks at the replicas",
-            "Routers that do not look (round_robin, random, split) run them on the kernel.",
-        )
     systems = [
         _System(_stages(pools, pool_of, tables, apart), transfer, horizon, warmup, engine, check)
         for _, tables in assigned
@@ -384,7 +377,7 @@ def simulate_cluster(
             chosen.append(tuple(run.chosen for run in runs))
             replica_runs.append(tuple(tuple(run.runs) for run in runs))
             handed_over.append(tuple(run.handover for run in runs if run.handover is not None))
-            whole_runs.append([_together(len(path), run) for path, run in zip(paths, runs, strict=True)])
+            whole_runs.append([_together(path, run) for path, run in zip(paths, runs, strict=True)])
     whole = SimulationResult.collect(
         named,
         paths,
@@ -708,9 +701,9 @@ def _prefills(path: ArrivalPath) -> ArrivalPath:
 
 
 def _decodes(path: ArrivalPath, index: NDArray[Any]) -> ArrivalPath:
-    """What decode replicas see of the requests at `index`, but for the time: they have no prefix cache."""
+    """What decode replicas see of the requests at `index`, but for the times: they have no prefix cache."""
     return dataclasses.replace(
-        path.selected(index), cached_prompt_tokens=None, prompt_blocks=None, horizon=None
+        path.selected(index), cached_prompt_tokens=None, prompt_blocks=None, patience_s=None, horizon=None
     )
 
 
@@ -732,11 +725,19 @@ def _run(path: ArrivalPath, system: _System, router: Router, uniform: Sequence[N
         ended[local == p] = run.finish_s
     latency, per_token = system.transfer
     ready = ended + (latency + per_token * path.prompt_tokens)
-    over = np.flatnonzero(~np.isnan(ready) & (path.output_tokens > 1))
+    hang_up = np.full(len(path), np.inf)
+    if path.abort_after_s is not None:
+        hang_up = path.arrival_s + path.abort_after_s
+    coming = ~np.isnan(ready) & (path.output_tokens > 1)
+    end = math.inf if system.horizon is None else system.horizon
+    lost = np.flatnonzero(coming & (hang_up <= ready) & (hang_up <= end))
+    coming[lost] = False
+    over = np.flatnonzero(coming)
     over = over[np.argsort(ready[over], kind="stable")]
     # ascending indices are what `selected` asks for; here it is the order of arrival at the decode stage
     decodes = dataclasses.replace(_decodes(path, np.arange(len(path))), arrival_s=np.zeros(len(path)))
-    decodes = dataclasses.replace(decodes.selected(over), arrival_s=ready[over])
+    left_s = None if path.abort_after_s is None else np.maximum(hang_up - ready, 0.0)[over]
+    decodes = dataclasses.replace(decodes.selected(over), arrival_s=ready[over], abort_after_s=left_s)
     second = system.stages[1]
     place, more = _run_stage(
         decodes, system, 1, router, _fits(decodes, second), uniform[1][over], first_token_s=ended[over]
@@ -744,9 +745,13 @@ def _run(path: ArrivalPath, system: _System, router: Router, uniform: Sequence[N
     admitted = np.full(len(over), np.nan)
     for p, run in enumerate(more):
         admitted[place == p] = run.admitted_s
-    handover = Handover(over, second.member[place], decodes, ended[over], admitted)
-    for array in (handover.request, handover.replica, handover.first_token_s, handover.admitted_s):
-        array.flags.writeable = False
+    handover = Handover(
+        over, second.member[place], decodes, ended[over], admitted, lost, np.maximum(hang_up, ended)[lost]
+    )
+    for field in dataclasses.fields(handover):
+        array = getattr(handover, field.name)
+        if isinstance(array, np.ndarray):
+            array.flags.writeable = False
     every: list[Any] = [None] * (len(runs) + len(more))
     for stage, part in ((first, runs), (second, more)):
         for p, run in zip(stage.member.tolist(), part, strict=True):
@@ -932,9 +937,11 @@ _SUMS = tuple(
 )
 
 
-def _together(count: int, cluster: _Run) -> EngineRun:
+def _together(path: ArrivalPath, cluster: _Run) -> EngineRun:
     """Rule 10."""
+    count = len(path)
     chosen, runs, handover = cluster
+    dropped = 0
     records: dict[str, NDArray[Any]] = {}
     for name in _PER_REQUEST:
         example = getattr(runs[0], name)
@@ -948,15 +955,22 @@ def _together(count: int, cluster: _Run) -> EngineRun:
                 records[name][mine] = getattr(run, name)
     if handover is not None:
         _hand_over(records, runs, handover)
+        held = path.prompt_tokens[handover.lost]
+        if path.cached_prompt_tokens is not None:
+            held = held - path.cached_prompt_tokens[handover.lost]
+        dropped = int(held.sum())
     verdicts = {run.verdict for run in runs}
     verdict: Verdict = "finished"
     if verdicts - {"finished"}:
         verdict = "stuck" if "stuck" in verdicts else "horizon"
     starved = dict.fromkeys(name for run in runs for name in run.starved_types)
+    sums: dict[str, Any] = {name: sum(getattr(run, name) for run in runs) for name in _SUMS}
+    sums["dropped_tokens"] += dropped
+    ends = [run.end_s for run in runs] + ([] if handover is None else handover.lost_s.tolist())
     return EngineRun(
         **records,  # type: ignore[arg-type]
-        **{name: sum(getattr(run, name) for run in runs) for name in _SUMS},
-        end_s=max(run.end_s for run in runs),
+        **sums,
+        end_s=max(ends),
         verdict=verdict,
         starved_types=tuple(starved),
         busy_s=math.fsum(run.busy_s for run in runs) / len(runs),
@@ -973,6 +987,9 @@ def _hand_over(records: dict[str, NDArray[Any]], runs: Sequence[EngineRun], hand
         records["preemptions"][there] += runs[p].preemptions
         for name in ("first_token_s", "finish_s", "left_s", "status"):
             records[name][there] = getattr(runs[p], name)
+    records["finish_s"][handover.lost] = math.nan
+    records["left_s"][handover.lost] = handover.lost_s
+    records["status"][handover.lost] = STATUSES.index("aborted")
 
 
 def _occupancy(series: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

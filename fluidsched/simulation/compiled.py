@@ -287,10 +287,11 @@ def _record_type(integers: str, reals: str = "") -> np.dtype[np.void]:
     return np.dtype(fields + [(name, np.float64) for name in reals.split()])
 
 
-#: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, and the measured window.
+#: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, the measured window, and which
+#: replica of a cluster it is.
 RULES = _record_type(
     "capacity admission block slots budget chunk reserve interval block_iterations whole_prompt decodes_first"
-    " whole_prompts prompts_alone static swap gated restart handed gap_shift gap_first gap_last",
+    " whole_prompts prompts_alone static swap gated restart handed gap_shift gap_first gap_last by_length replica",
     "horizon warmup swap_bandwidth",
 )
 
@@ -368,6 +369,8 @@ FINISHED, AT_HORIZON, STUCK = range(3)
 AT_ONCE = -1.0
 
 GAVE_UP, HUNG_UP = 1, 2
+_MARKED = -1
+UNROUTED = -2
 
 
 class Calendars(NamedTuple):
@@ -389,7 +392,8 @@ class Run(NamedTuple):
     `first_token`, `finish` (NaN where it did not happen), `preemptions` (N,), `gaps` (B,) and `occupancy`
     (2·points, 4) are what becomes of it. `deadline` (E,) are the deadlines of rule 35 in order, `leaver` (E,) twice
     the request's index, and one more where it is the second; `left` (NaN) and `fate` (0; `GAVE_UP`, `HUNG_UP`)
-    (N,) when and how requests left unfinished. All four are empty where nobody has a deadline.
+    (N,) when and how requests left unfinished. All four are empty where nobody has a deadline. `owner` (N,) is the
+    replica that each request was routed to, `UNROUTED` before it arrives; (0,) where there is only one.
     """
 
     rules: Records
@@ -418,6 +422,7 @@ class Run(NamedTuple):
     leaver: Ints
     left: Floats
     fate: Ints
+    owner: Ints
 
 
 class Ahead(NamedTuple):
@@ -725,8 +730,10 @@ def _newcomers(rows: Records, row: int) -> int:
 
 @_part
 def _pass_over_gone(run: Run, row: int) -> None:
-    """Let the row's queue begin with one that is there."""
+    """Let the row's queue begin with one that is there; one by length is left to `_pass_over_shortest`."""
     rows = run.rows
+    if run.rules[0].by_length:
+        return
     while rows[row].head < rows[row].tail and run.fate[run.order[rows[row].head]] != 0:
         rows[row].head += 1
         rows[row].gone -= 1
@@ -858,45 +865,23 @@ def _next_hold(run: Run, row: int, now: float) -> float:
 
 @_part
 def _next_deadline(run: Run) -> float:
-    """Rule 35: the first deadline to come that still holds, s; infinite if there is none."""
+    """Rule 35: the first deadline to come that still holds, s; infinite if there is none.
+
+    One of a request that has not been routed yet may hold: it is not before that request's arrival.
+    """
     s = run.state[0]
     while s.leaving < run.deadline.size:
         request = run.leaver[s.leaving] >> 1
         always = run.leaver[s.leaving] & 1
         here = run.fate[request] == 0 and math.isnan(run.finish[request])
+        if run.owner.size > 0:
+            if run.owner[request] == UNROUTED:
+                return run.deadline[s.leaving]
+            here = here and run.owner[request] == run.rules[0].replica
         if here and (always == 1 or math.isnan(run.admitted[request])):
             return run.deadline[s.leaving]
         s.leaving += 1
     return math.inf
-
-
-@_part
-def _depart(run: Run, now: float) -> None:
-    """Rule 36: keep every deadline up to and at the instant."""
-    s, rules, rows, slots = run.state[0], run.rules[0], run.rows, run.slots
-    while _next_deadline(run) <= now:
-        instant = run.deadline[s.leaving]
-        request = run.leaver[s.leaving] >> 1
-        run.fate[request] = GAVE_UP + (run.leaver[s.leaving] & 1)
-        run.left[request] = instant
-        s.leaving += 1
-        since = run.arrival[request]
-        if math.isnan(run.admitted[request]):
-            row = run.row[request]
-            rows[row].gone += 1
-            _pass_over_gone(run, row)
-            s.waiting -= 1
-        else:
-            slot = s.oldest
-            while slot != NOBODY and slots[slot].request != request:
-                slot = slots[slot].newer
-            if slot != NOBODY:
-                run.left[request] = now
-                _drop(run, slot)
-                continue
-            since = run.returned[request].since
-            _leave_stack(run, request)
-        s.waiting_area += max(0.0, instant - max(since, rules.warmup))
 
 
 @_part
@@ -1362,6 +1347,7 @@ def _enter_ahead(run: Run, ahead: Ahead, slot: int, row: int, produced: int, tar
     a, slots = ahead.state[0], run.slots
     if a.shortest == 1 and row != NOBODY:
         _take_shortest(run, ahead, row)
+        _pass_over_shortest(run, ahead, row)
     if a.shares == 0:
         return
     clock = run.groups[0].clock
@@ -1450,6 +1436,55 @@ def _take_shortest(run: Run, ahead: Ahead, row: int) -> None:
         i = child
     heap[start + i] = place
     run.order[run.rows[row].head] = ahead.requests[heap[start]]
+
+
+@_part
+def _pass_over_shortest(run: Run, ahead: Ahead, row: int) -> None:
+    """Let the row's queue by length begin with one that is there."""
+    heaps, heap, rows = ahead.heaps, ahead.heap, run.rows
+    if ahead.state[0].shortest == 0:
+        return
+    while rows[row].gone > 0 and run.fate[ahead.requests[heap[heaps[row].start]]] != 0:
+        rows[row].head += 1
+        rows[row].gone -= 1
+        _take_shortest(run, ahead, row)
+
+
+@_part
+def _depart(run: Run, ahead: Ahead | None, now: float) -> None:
+    """Rule 36: keep every deadline up to and at the instant."""
+    s, rules, rows, slots = run.state[0], run.rules[0], run.rows, run.slots
+    while _next_deadline(run) <= now:
+        instant = run.deadline[s.leaving]
+        request = run.leaver[s.leaving] >> 1
+        if run.owner.size > 0 and run.owner[request] == UNROUTED:
+            break
+        run.fate[request] = GAVE_UP + (run.leaver[s.leaving] & 1)
+        run.left[request] = instant
+        s.leaving += 1
+        since = run.arrival[request]
+        if math.isnan(run.admitted[request]):
+            row = run.row[request]
+            rows[row].gone += 1
+            _pass_over_gone(run, row)
+            if ahead is not None:
+                _pass_over_shortest(run, ahead, row)
+            s.waiting -= 1
+            s.queued -= run.prompt[request] + rules.handed
+        else:
+            slot = s.oldest
+            while slot != NOBODY and slots[slot].request != request:
+                slot = slots[slot].newer
+            if slot != NOBODY:
+                run.left[request] = now
+                _drop(run, slot)
+                if ahead is not None:
+                    _forget(run, ahead, slot)
+                continue
+            since = run.returned[request].since
+            s.queued -= run.prompt[request] + run.returned[request].produced
+            _leave_stack(run, request)
+        s.waiting_area += max(0.0, instant - max(since, rules.warmup))
 
 
 # --------------------------------------------------------------------------- everybody in service runs
@@ -1778,7 +1813,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 for i in range(arrived, s.arrived):
                     _queue_by_length(run, ahead, i)
             if rare and (now < s.until or now >= rules.horizon):
-                _depart(run, now)
+                _depart(run, ahead, now)
             held = groups[0].held
             for i in range(s.partials):
                 held += slots[slots[i].partial].done
@@ -2329,7 +2364,7 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
         while True:
             _join(run, now)
             if rare and (now < s.until or now >= rules.horizon):
-                _depart(run, now)
+                _depart(run, None, now)
             held = 0
             for j in range(groups.size):
                 held += groups[j].held
@@ -2480,9 +2515,11 @@ nested_rare = _blocks(segmented=True, rare=True)
 
 SHORTEST_QUEUE, LEAST_KV, TWO_CHOICES = range(3)
 
-#: Where the slots of a replica lie, its calendars' `phase`, which is as wide as its blocks, and the calendar and
-#: the trees of its forecasts.
-REPLICA = _record_type("first_slot last_slot first_phase block first_day last_day first_node last_node")
+#: Where the slots of a replica lie, its calendars' `phase`, which is as wide as its blocks, the calendar and the
+#: trees of its forecasts, and the deadlines under its timeouts.
+REPLICA = _record_type(
+    "first_slot last_slot first_phase block first_day last_day first_node last_node first_deadline last_deadline"
+)
 
 
 @_inline
@@ -2527,10 +2564,11 @@ def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
         preemptions=runs.preemptions,
         gaps=runs.gaps,
         occupancy=runs.occupancy,
-        deadline=runs.deadline,
-        leaver=runs.leaver,
+        deadline=runs.deadline[at.first_deadline : at.last_deadline],
+        leaver=runs.leaver[at.first_deadline : at.last_deadline],
         left=runs.left,
         fate=runs.fate,
+        owner=runs.owner,
     )
 
 
@@ -2556,27 +2594,70 @@ def _replica_ahead(ahead: Ahead, layout: Records, p: int) -> Ahead:
     )
 
 
+@_part
+def _overdue(run: Run, instant: float, tokens: bool) -> int:
+    """How many wait whose deadline has come by the instant, or the KV tokens that they need at admission."""
+    s, returned = run.state[0], run.returned
+    seen = 0
+    for turn in range(
+        2
+    ):  # a request with both deadlines counts once: it is marked, and the marks are taken back
+        i = s.leaving
+        while i < run.deadline.size and run.deadline[i] <= instant:
+            request, always = run.leaver[i] >> 1, run.leaver[i] & 1
+            i += 1
+            if run.owner[request] != run.rules[0].replica:
+                continue
+            if turn == 1:
+                if run.fate[request] == _MARKED:
+                    run.fate[request] = 0
+                continue
+            if run.fate[request] != 0 or not math.isnan(run.finish[request]):
+                continue
+            newcomer = math.isnan(run.admitted[request])
+            if newcomer or (always == 1 and _on_stack(run, request)):
+                run.fate[request] = _MARKED
+                seen += 1
+                if tokens:
+                    produced = run.rules[0].handed if newcomer else returned[request].produced
+                    seen += run.prompt[request] + produced - 1
+    return seen
+
+
+@_part
+def _on_stack(run: Run, request: int) -> bool:
+    """Whether the request waits after a preemption."""
+    other = run.groups[_stack(run, request)].top
+    while other != NOBODY:
+        if other == request:
+            return True
+        other = run.returned[other].below
+    return False
+
+
 @_inline
-def _seen(runs: Run, count: int, p: int, instant: float, rule: int) -> int:
-    """What the router sees of replica p at an instant: requests in the system, or KV held and asked for."""
-    s = runs.state[p]
+def _seen(replica: Run, instant: float, rule: int) -> int:
+    """What the router sees of a replica at an instant: requests in the system, or KV held and asked for."""
+    s, groups = replica.state[0], replica.groups
     running = s.now > instant
+    gone = _overdue(replica, instant, rule == LEAST_KV) if replica.deadline.size > 0 else 0
     if rule != LEAST_KV:
-        return s.waiting + s.returned + (s.residents_before if running else s.residents)
+        return s.waiting + s.returned + (s.residents_before if running else s.residents) - gone
     held = s.held_before
     if not running:
         held = 0
-        groups = runs.groups.size // count
-        for j in range(p * groups, (p + 1) * groups):
-            held += runs.groups[j].held
-            if runs.segments.size > 0:
-                held += runs.segments[j].held
-    return held + s.queued
+        for j in range(groups.size):
+            held += groups[j].held
+            if replica.segments.size > 0:
+                held += replica.segments[j].held
+        for k in range(s.partials):
+            held += replica.slots[replica.slots[k].partial].done
+    return held + s.queued - gone
 
 
 CONTINUOUS, CONTINUOUS_RARE, WAIT, WAIT_RARE, NESTED, NESTED_RARE = range(6)
 
-_Route = Callable[[Run, "Ahead | None", Ints, Records, int, Ints, Floats, Ints], None]
+_Route = Callable[[Run, "Ahead | None", Ints, Records, int, Ints, Floats], None]
 
 
 def _routing(loop: int) -> _Route:
@@ -2591,12 +2672,11 @@ def _routing(loop: int) -> _Route:
         rule: int,
         fits: Ints,
         draws: Floats,
-        chosen: Ints,
     ) -> None:
         """Choose a replica for every request, in order of arrival; rules of `fluidsched.simulation.cluster`.
 
         `fits` (N, P): whether the replica's server can hold the request at all; `draws` (N, 2): uniform numbers.
-        Fills `chosen` (N,), `NOBODY` where the request fits nowhere.
+        Fills `runs.owner`, `NOBODY` where the request fits nowhere.
         """
         count = layout.size
         rows = runs.rows.size // count
@@ -2618,9 +2698,9 @@ def _routing(loop: int) -> _Route:
                     rule == TWO_CHOICES and able > 1 and place != first and place != second
                 ):
                     continue
+                replica = _replica(runs, phase, layout, p)
                 if runs.state[p].now < now:
                     runs.state[p].until = min(now, runs.rules[p].horizon)
-                    replica = _replica(runs, phase, layout, p)
                     if loop == WAIT:
                         wait(replica)
                     elif loop == WAIT_RARE:
@@ -2638,14 +2718,10 @@ def _routing(loop: int) -> _Route:
                         continuous_rare(replica, None)
                     else:
                         continuous(replica, None)
-                seen = _seen(runs, count, p, now, rule)
-                if rule == LEAST_KV and runs.state[p].now <= now:
-                    slots = runs.slots[layout[p].first_slot : layout[p].last_slot]
-                    for k in range(runs.state[p].partials):
-                        seen += slots[slots[k].partial].done
+                seen = _seen(replica, now, rule)
                 if best == NOBODY or seen < least:
                     best, least = p, seen
-            chosen[i] = best
+            runs.owner[i] = best
             if best != NOBODY:
                 row = best * rows + runs.row[i]
                 runs.order[best * places + runs.rows[row].tail] = i

@@ -81,8 +81,8 @@ def run_kernel(
     Raises
     ------
     InputError
-        See `limits.check_run`; also for an iteration time without affine pieces, and for requests that may leave
-        unfinished under look-ahead or an order by length.
+        See `limits.check_run`; also for an iteration time without affine pieces, and for a path that names the blocks
+        of its prompts.
 
     Examples
     --------
@@ -107,14 +107,6 @@ def run_kernel(
         first_token_s = first_token_s[joins]
     run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points, first_token_s)
     ahead = _ahead(path, joins, server, table, run)
-    if ahead is not None and run.deadline.size > 0:
-        raise InputError(
-            "engine",
-            "kernel",
-            f"be 'reference' for table {table.name!r} and requests that may leave unfinished: the kernel's forecasts "
-            "and orders by length know no deadlines",
-            "Leave out patience, aborts and timeouts, or use the reference engine.",
-        )
     _follow(table, run, ahead, handed=first_token_s is not None)
     return _engine_run(run, table, rejected, joins, points, _abandons(path, server))
 
@@ -224,7 +216,9 @@ def choose_replicas(
         heads=np.concatenate([run.calendars.heads for run in runs]),
         bits=np.concatenate([run.calendars.bits for run in runs]),
     )
-    names = ("rules", "state", "order", "rows", "recent", "slots", "groups", "segments")
+    names = ("rules", "state", "order", "rows", "recent", "slots", "groups", "segments", "deadline", "leaver")
+    chosen = np.full(len(path), compiled.UNROUTED)
+    leaving = any(run.deadline.size for run in runs)
     stacked = runs[
         0
     ]._replace(
@@ -235,8 +229,12 @@ def choose_replicas(
                 for run in runs
             ]
         ),
+        owner=chosen,
+        left=np.full(len(path) if leaving else 0, np.nan),
+        fate=np.zeros(len(path) if leaving else 0, dtype=np.int64),
         **{name: joined(name) for name in names},
     )
+    stacked.rules["replica"] = np.arange(len(runs))
     stacked.coefficients.flags.writeable = False  # as a server's own: see `column` in `_prepare`
     stacked.state["arrived"] = len(path)  # nobody comes by itself
     slots = np.cumsum([0] + [len(run.slots) for run in runs])
@@ -244,11 +242,12 @@ def choose_replicas(
     layout = np.zeros(len(runs), dtype=compiled.REPLICA)
     layout["first_slot"], layout["last_slot"], layout["first_phase"] = slots[:-1], slots[1:], phases[:-1]
     layout["block"] = [run.calendars.phase.shape[1] for run in runs]
+    dates = np.cumsum([0] + [run.deadline.size for run in runs])
+    layout["first_deadline"], layout["last_deadline"] = dates[:-1], dates[1:]
     phase = np.concatenate([run.calendars.phase.ravel() for run in runs])
     ahead = _stacked_ahead(forecasts, layout)
-    chosen = np.empty(len(path), dtype=np.int64)
-    route = compiled.ROUTES[loop_of(table, rare=first_token_s is not None)]
-    route(stacked, ahead, phase, layout, rule, fits.astype(np.int64), draws, chosen)
+    route = compiled.ROUTES[loop_of(table, rare=leaving or first_token_s is not None)]
+    route(stacked, ahead, phase, layout, rule, fits.astype(np.int64), draws)
     return chosen
 
 
@@ -370,6 +369,7 @@ def _prepare(
         leaver=leaver,
         left=np.full(count if deadline.size else 0, np.nan),
         fate=np.zeros(count if deadline.size else 0, dtype=np.int64),
+        owner=np.zeros(0, dtype=np.int64),
     )
 
 
@@ -455,6 +455,7 @@ def _rules(server: Server, table: PolicyTable) -> NDArray[np.void]:
     rules["whole_prompt"] = table.whole_prompt_admission
     rules["decodes_first"] = table.kind in ("sarathi", "orca", "faster_transformer")
     rules["prompts_alone"] = table.kind == "vllm_v0"
+    rules["by_length"] = table.order == "shortest_first"
     rules["swap"] = table.preemption == "swap"
     rules["swap_bandwidth"] = server.swap_bandwidth or np.inf
     rules["static"] = table.kind == "faster_transformer"

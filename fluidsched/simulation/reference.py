@@ -36,7 +36,7 @@ Requests
   6a. Requests that are *handed over* (`first_token_s` given, as decode machines of a cluster get them) come with
      the KV of their prompt, computed elsewhere, and with token 1, emitted there: they wait with produced = 1, enter
      as rule 9a says of their prompt's tokens, but without any time for moving, and decode at once. Once preempted
-     they are like all others, and recompute.
+     they are like all others, and recompute. Who leaves before it enters has held no KV here.
 
 Memory
   7. Memory is counted in units (`limits`). Scheduling a request in an iteration allocates units(computed + n)
@@ -515,7 +515,7 @@ class _System:
                 self.preempted.remove(request)
             else:
                 self.queues[request.row].remove(request)
-            if request.stored:
+            if request.stored and not request.handed:
                 self.stored -= request.stored
                 self._drop(request, request.stored)
         self.departed.append(request)

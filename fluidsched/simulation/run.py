@@ -98,7 +98,7 @@ def simulate(
     engine : {"kernel", "reference"}
         "kernel" is compiled, and runs replications in parallel threads. "reference" is the definition in
         plain Python, some hundred times slower; it alone follows an iteration time that is any function, and
-        look-ahead or an order by length where requests may leave unfinished.
+        fills a prefix cache with the run (`ArrivalPath.prompt_blocks`).
     check : bool
         Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel the first replication
         of every policy also runs on the reference engine, which must agree and whose every batch is

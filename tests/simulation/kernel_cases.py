@@ -7,7 +7,6 @@ irrational factors, so that they do not.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, Segment, TableType
 from fluidsched.server import IterationTime, Server
-from fluidsched.simulation.limits import SWAPPING, deadlines, forecasts
+from fluidsched.simulation.limits import SWAPPING, deadlines
 from fluidsched.simulation.records import EngineRun, IterationSummary
 from fluidsched.simulation.reference import run_reference
 from fluidsched.workload import ArrivalPath
@@ -94,9 +93,6 @@ def cases(draw: st.DrawFn, kind: str, dyadic: bool) -> Case:
     )
     server = draw(servers(kind, dyadic, longest_prompt + longest_output))
     table = draw(tables(kind, dyadic, types, longest_output))
-    if forecasts(table):  # on the reference engine only
-        path = dataclasses.replace(path, patience_s=None, abort_after_s=None)
-        server = dataclasses.replace(server, waiting_timeout=None, total_timeout=None)
     horizon = _maybe(draw, st.just(_number(draw, dyadic, 1, 400, 0.25, "window")))
     if table.preemption == "restart" and horizon is None:
         horizon = 25.0  # requests that lose their tokens can displace each other for ever

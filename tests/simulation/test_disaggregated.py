@@ -20,6 +20,7 @@ from fluidsched.simulation.cluster import ClusterResult, simulate_cluster
 from fluidsched.simulation.kernel import run_kernel
 from fluidsched.simulation.laws import Audit
 from fluidsched.simulation.limits import SCANNING_KINDS
+from fluidsched.simulation.records import STATUSES
 from fluidsched.simulation.reference import run_reference
 
 ROUTERS = (
@@ -101,6 +102,35 @@ def test_what_never_fits_a_decode_machine_is_not_prefilled(engine: str) -> None:
     assert runs.requests(runs.policies[0])["status"].tolist() == ["rejected", "finished"]
 
 
+@ENGINES
+def test_who_hangs_up_leaves_where_it_is(engine: str) -> None:
+    """Four prompts are computed by 4 s and their KV is there at 5 s; then a decode of one lasts 1.5 s.
+
+    Who hangs up at 3 s is served to 4 s, has its first token, and leaves on the way, as those do who hang up at 4.5 s
+    and when the KV arrives; at 6 s the last one decodes, and leaves at the end of that iteration.
+    """
+    path = dataclasses.replace(path_of(*[(0.0, 3, 4)] * 4), abort_after_s=np.array([3.0, 4.5, 5.0, 6.0]))
+    runs = run_apart(path, server_of(100, MIXED), engine, transfer_latency=1.0)
+    run = runs.whole.run(runs.policies[0], 0)
+    assert [STATUSES[code] for code in run.status] == ["aborted"] * 4
+    assert_array_equal(run.first_token_s, [4.0] * 4)
+    assert_array_equal(run.left_s, [4.0, 4.5, 5.0, 6.5])
+    (handover,) = runs.handed_over[0]
+    assert (handover.request.tolist(), handover.lost.tolist()) == ([3], [0, 1, 2])
+    assert run.dropped_tokens == 3 + 3 + 3 + 4
+
+
+@ENGINES
+def test_patience_is_for_the_prefill_and_timeouts_for_their_server(engine: str) -> None:
+    """One decode slot and a waiting timeout of 2 s there: the second, ready at 2.5 s, is gone at 4.5 s."""
+    path = dataclasses.replace(path_of((0.0, 3, 4), (0.0, 3, 4)), patience_s=np.array([1.0, 1.0]))
+    decode = server_of(100, MIXED, max_batch_size=1, waiting_timeout=2.0)
+    runs = run_apart(path, decode, engine)
+    run = runs.whole.run(runs.policies[0], 0)
+    assert run.left_s.tolist() == [7.0, 4.5]
+    assert run.status.tolist() == [0, STATUSES.index("aborted")]
+
+
 @pytest.mark.parametrize("kind", SCANNING_KINDS)
 def test_kernel_equals_reference(kind: str) -> None:
     """Random fleets of 2 + 2 machines of three kinds, every router, a table per pool: all records and all choices."""
@@ -110,18 +140,16 @@ def test_kernel_equals_reference(kind: str) -> None:
     def compare(data: st.DataObject) -> None:
         case = data.draw(cases(kind, dyadic=True))
         first = data.draw(tables(data.draw(st.sampled_from(["vllm", "sarathi", "vllm_v0"])), True, 1, 100))
-        limits = dict.fromkeys(("max_model_len", "waiting_timeout", "total_timeout"))
         prefill, decode = (
-            dataclasses.replace(server, **limits)
+            dataclasses.replace(server, max_model_len=None)
             for server in (data.draw(servers("vllm", True, 130)), case.server)
         )
         pools = [Pool(prefill, 2, "prefill", name="P"), Pool(decode, 2, "decode", name="D")]
-        path = dataclasses.replace(case.path, patience_s=None, abort_after_s=None)
-        if len(path) == 0 and any(math.isinf(pool.server.kv_capacity) for pool in pools):
+        if len(case.path) == 0 and any(math.isinf(pool.server.kv_capacity) for pool in pools):
             return
         results = [
             simulate_cluster(
-                path,
+                case.path,
                 pools,
                 {"P": first.renamed("first"), "D": case.table},
                 ROUTERS,
@@ -140,6 +168,7 @@ def test_kernel_equals_reference(kind: str) -> None:
             assert_same_run(ours, theirs, exact=True)
             assert_array_equal(*(result.chosen[k][0] for result in results))
             assert_array_equal(*(result.handed_over[k][0].replica for result in results))
+            assert_array_equal(*(result.handed_over[k][0].lost_s for result in results))
             for part, same in zip(*(result.replica_runs[k][0] for result in results), strict=True):
                 assert_same_run(part, same, exact=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -281,16 +281,12 @@ def test_runs_without_records_refuse_leavers() -> None:
     ],
     ids=["order by length", "look-ahead"],
 )
-def test_the_kernel_refuses_leavers_where_lengths_decide(table: PolicyTable) -> None:
-    """Its forecasts and orders by length know no deadlines: the error names the engine that does, which runs them.
-
-    One at a time, 2 s each, and the second is gone after 1 s, so the third begins when the first ends.
-    """
+@pytest.mark.parametrize("engine", ["kernel", "reference"])
+def test_leavers_are_passed_over_where_lengths_decide(
+    engine: Literal["kernel", "reference"], table: PolicyTable
+) -> None:
+    """One at a time, 2 s each, and the second is gone after 1 s, so the third begins when the first ends."""
     path = ArrivalPath.from_arrays([0.0] * 3, [1] * 3, [2] * 3, patience_s=[INF, 1.0, INF])
-    with pytest.raises(InputError, match=r"engine must be 'reference' for table .* may leave unfinished"):
-        simulate(path, server_of(), table)
-    run = simulate(path, server_of(), table, engine="reference").run(table.name)
+    run = simulate(path, server_of(), table, engine=engine).run(table.name)
     assert words(run) == ["finished", "abandoned", "finished"]
     assert run.left_s.tolist() == [2.0, 1.0, 4.0]
-    forever = ArrivalPath.from_arrays([0.0] * 3, [1] * 3, [2] * 3, patience_s=[INF] * 3)
-    assert words(simulate(forever, server_of(), table).run(table.name)) == ["finished"] * 3
