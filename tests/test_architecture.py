@@ -17,6 +17,7 @@ ORDER = (
     "_checks",
     "_display",
     "_files",
+    "_processors",
     "_toml",
     "workload",
     "server",

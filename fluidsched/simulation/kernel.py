@@ -140,7 +140,8 @@ def run_many(
     server, table, horizon, warmup, occupancy_points
         See `run_kernel`.
     threads : int, optional
-        Threads to use; None: one per processor this process may use. The results do not depend on it.
+        Threads to use; None: one per processor this process may use, at most `FLUIDSCHED_THREADS` of the
+        environment. The results do not depend on it.
 
     Returns
     -------

@@ -96,7 +96,8 @@ def simulate(
     seed : int, SeedSequence or Generator
         Source of the R paths.
     engine : {"kernel", "reference"}
-        "kernel" is compiled, and runs replications in parallel threads. "reference" is the definition in
+        "kernel" is compiled, and runs replications in parallel threads, one per processor or as many as the
+        environment variable ``FLUIDSCHED_THREADS`` allows. "reference" is the definition in
         plain Python, some hundred times slower; it alone follows an iteration time that is any function, and
         fills a prefix cache with the run (`ArrivalPath.prompt_blocks`).
     check : bool

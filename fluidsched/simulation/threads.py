@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["available_memory", "in_threads", "processors"]
+from fluidsched._processors import usable_threads
+
+__all__ = ["available_memory", "in_threads"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
 ) -> Iterator[Result]:
-    """Yield `function(item)` in the order of the items, computed in parallel threads (None: one per processor)."""
+    """Yield `function(item)` in the order of the items, computed in parallel threads (None: `usable_threads`)."""
     items = list(items)
-    threads = min(processors() if threads is None else threads, max(len(items), 1))
+    threads = min(usable_threads() if threads is None else threads, max(len(items), 1))
     if threads == 1:
         yield from map(function, items)
         return

@@ -38,6 +38,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fluidsched._processors import THREADS, processors
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.sweeps.journal import Journal, are_plain, is_plain, record
 from fluidsched.sweeps.spec import OWN_COLUMNS, Parameters, SweepSpec, resolve_function
@@ -116,8 +117,9 @@ def _failure(cell: int, diagnosis: str) -> bytes:
     return record("failed", cell, json.dumps({"diagnosis": writable}, ensure_ascii=False))
 
 
-def _begin_worker(lifeline: Connection) -> None:
-    """End with the main process, however it ends; leave Ctrl-C to it."""
+def _begin_worker(lifeline: Connection, threads: int) -> None:
+    """End with the main process, however it ends; leave Ctrl-C to it; take its share of the processors."""
+    os.environ.setdefault(THREADS, str(threads))
 
     def end_with_main() -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -151,7 +153,10 @@ class WorkerPool:
         context = get_context("spawn")
         self._far_end, self._lifeline = context.Pipe(duplex=False)
         self.executor = ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=_begin_worker, initargs=(self._far_end,)
+            self.workers,
+            mp_context=context,
+            initializer=_begin_worker,
+            initargs=(self._far_end, max(1, processors() // self.workers)),
         )
 
     def restart(self) -> None:

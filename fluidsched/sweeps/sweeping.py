@@ -14,6 +14,7 @@ import numpy as np
 import fluidsched
 from fluidsched._checks import check_count
 from fluidsched._files import fingerprint
+from fluidsched._processors import processors
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.sweeps.journal import Journal
 from fluidsched.sweeps.results import Format, SweepResult, choose_format, write_result
@@ -53,8 +54,9 @@ def sweep(
         ``Client(address).get_executor(pure=False)``. None: `workers` processes, or in this one.
     workers : int, optional
         Without `executor`: processes to start (the caller's main module is imported in each, so a script
-        needs its ``if __name__ == "__main__":``); they are replaced when they die. With `executor`: tasks
-        it runs at once; default what it says, or the number of CPUs.
+        needs its ``if __name__ == "__main__":``); they are replaced when they die. They share the processors:
+        with at least as many workers as processors, each runs a cell's replications one after the other. With
+        `executor`: tasks it runs at once; default what it says, or the number of processors.
     join : bool
         If another process is at work in the directory: share the cells with it, instead of an error. Works on
         file systems with `flock`, network file systems included where they support it.
@@ -131,7 +133,7 @@ def sweep(
 def _concurrency(executor: Executor | None) -> int:
     """How many tasks an executor runs at once, as far as it tells."""
     told = getattr(executor, "_max_workers", None)
-    return told if isinstance(told, int) else os.cpu_count() or 1
+    return told if isinstance(told, int) else processors()
 
 
 def example_cell(parameters: Parameters, seed: np.random.SeedSequence) -> dict[str, Any]:

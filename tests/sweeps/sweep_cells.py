@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fluidsched._processors import usable_threads
+
 
 def draw(parameters: dict[str, Any], seed: np.random.SeedSequence) -> dict[str, Any]:
     """A random number that depends on the cell's seed, after `seconds` of sleep."""
@@ -57,3 +59,8 @@ def one_mapping(parameters: dict[str, Any], seed: np.random.SeedSequence) -> dic
     """Returns the same mapping every time, with other values."""
     _kept["value"] = parameters["x"]
     return _kept
+
+
+def threads(parameters: dict[str, Any], seed: np.random.SeedSequence) -> dict[str, int]:
+    """How many threads a simulation in this cell would start."""
+    return {"threads": usable_threads()}

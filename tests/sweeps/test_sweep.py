@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from sweep_driver import the_spec
 
+from fluidsched._processors import processors, usable_threads
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.sweeps import SweepSpec, sweep
 from fluidsched.sweeps.running import MOST_BATCH, _Costs
@@ -148,6 +149,23 @@ def test_a_mapping_that_a_cell_function_uses_again_is_read_when_it_is_returned(t
     """Records are written batch by batch."""
     spec = SweepSpec(grid={"x": range(300)}, function="sweep_cells:one_mapping")
     assert sweep(spec, tmp_path, format="csv").to_frame().value.tolist() == list(range(300))
+
+
+def test_workers_share_the_processors_unless_the_environment_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of cells side by side would only wait for each other."""
+    spec = SweepSpec(grid={"x": range(2)}, function="sweep_cells:threads")
+    monkeypatch.delenv("FLUIDSCHED_THREADS", raising=False)
+    monkeypatch.setattr("fluidsched.sweeps.running.processors", lambda: 2 * processors())
+    shared = sweep(spec, tmp_path / "shared", workers=2, format="csv").to_frame()
+    assert shared.threads.tolist() == [processors()] * 2, "of twice as many processors two workers have half"
+    monkeypatch.setenv("FLUIDSCHED_THREADS", "1")
+    assert sweep(spec, tmp_path / "told", workers=1, format="csv").to_frame().threads.tolist() == [1, 1]
+    for wrong in ("0", "many", ""):
+        monkeypatch.setenv("FLUIDSCHED_THREADS", wrong)
+        with pytest.raises(InputError, match="FLUIDSCHED_THREADS must be a whole number of at least 1"):
+            usable_threads()
 
 
 def test_a_cell_that_kills_its_worker_is_a_failed_row_and_the_others_are_not(tmp_path: Path) -> None:
