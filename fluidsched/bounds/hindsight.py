@@ -19,8 +19,8 @@ memory, which can only lower the value.
 
     L(π) = Σ_i ( o_i + min( H − a_i, min_{a_i≤t<H} { t − a_i + Σ_k π_{t+k−1} (p_i + k − 1) } ) ) − C Σ_t π_t
 
-is a lower bound, equal to the LP's value at its duals. The bound returned is L at the solver's duals,
-evaluated here: the solver's tolerance cannot overstate it.
+is a lower bound, equal to the LP's value at its duals. The bound returned is L at the duals that an interior-point
+method finds (`_prices`), evaluated afresh: its tolerance cannot overstate it.
 
 **How the optimum is found and proved.** L(π) splits over requests and rounds, so what a decision costs beyond it
 is known at once: a start at t costs its excess over the request's best start, a token left unused in round t costs
@@ -48,18 +48,16 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched.bounds.bound import Bound
-from fluidsched.errors import InputError, SolverError
+from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
-    import scipy.sparse as sp
-
     from fluidsched.server import Server
     from fluidsched.workload import ArrivalPath
 
@@ -244,7 +242,7 @@ def hindsight_bound(
     method : {"lp", "combinatorial"}
         Relaxation of the integer program, or the mean-busy-time bound, which holds for preemption too.
     time_limit : float
-        Seconds given to the LP solver; its duals at that time still give a bound.
+        Seconds given to the search for prices; those at that time still give a bound.
 
     Returns
     -------
@@ -385,52 +383,24 @@ def _beam(
 
 
 class _Program:
-    """The start-time program of an instance over a window of H rounds; columns x (K, H), then y (K, H)."""
+    """The start-time program of an instance over a window of H rounds; `arrivals` (K, H) of each class."""
 
     def __init__(self, case: _Instance, window: int) -> None:
-        from scipy import sparse
-
         self.case, self.window = case, window
-        classes, rounds = len(case.length), np.arange(window)
-        self.cells = cells = classes * window
-        rows, columns, values = [], [], []
-        for c in range(classes):
-            for k in range(int(case.length[c])):
-                inside = rounds[: window - k]
-                rows.append(inside + k)
-                columns.append(c * window + inside)
-                values.append(np.full(len(inside), case.held[c, k]))
-        index = np.arange(cells)
-        later = index[index % window > 0]
-        for column, row, value in (
-            (index, index, 1.0),
-            (cells + index, index, 1.0),
-            (cells + later - 1, later, -1.0),
-        ):
-            rows.append(window + row)
-            columns.append(column)
-            values.append(np.full(len(row), value))
-        triplets = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-        self.matrix: sp.csc_matrix = sparse.csc_matrix(triplets, shape=(window + cells, 2 * cells))
-        arrivals = np.zeros((classes, window))
-        np.add.at(arrivals, (case.kind, case.arrival), 1.0)
-        self.arrivals = arrivals
+        self.arrivals = np.zeros((len(case.length), window))
+        np.add.at(self.arrivals, (case.kind, case.arrival), 1.0)
 
     def relaxed(self, time_limit: float) -> tuple[_Real, float]:
         """Memory prices (H,), the duals of the LP relaxation, and L at them, in rounds."""
-        from fluidsched.fluid._highs import new_highs, run
+        from fluidsched.bounds._prices import memory_prices
 
-        # a basis is not needed, and takes longest
-        solver = new_highs(solver="ipm", run_crossover="off", presolve="choose", time_limit=float(time_limit))
-        solver.passModel(self._program())
-        run(solver)
-        duals = np.asarray(solver.getSolution().row_dual, dtype=np.float64)
-        if len(duals) == 0:
-            raise SolverError(
-                f"HiGHS returned no duals: {solver.modelStatusToString(solver.getModelStatus())}"
-            )
-        price = np.maximum(-duals[: self.window], 0.0)
-        return price, self.lagrangian(price)
+        case = self.case
+        price = memory_prices(self.arrivals, case.held, case.length, case.capacity, time_limit)
+        value = self.lagrangian(price)
+        if value < float(case.output.sum()):  # cut short: no prices at all are better
+            price = np.zeros(self.window)
+            value = self.lagrangian(price)
+        return price, value
 
     def lagrangian(self, price: _Real) -> float:
         """L(π) of the module's text for prices (H,), in rounds."""
@@ -470,24 +440,6 @@ class _Program:
             found - 1,
             time_limit,
         )
-
-    def _program(self) -> Any:
-        """The LP relaxation over rounds."""
-        import highspy
-
-        cells, window = self.cells, self.window
-        model = highspy.HighsLp()
-        model.num_col_, model.num_row_ = 2 * cells, window + cells
-        model.col_cost_ = np.append(np.zeros(cells), np.ones(cells))
-        model.col_lower_, model.col_upper_ = np.zeros(2 * cells), np.full(2 * cells, np.inf)
-        demand = self.arrivals.ravel()
-        model.row_lower_ = np.append(np.full(window, -np.inf), demand)
-        model.row_upper_ = np.append(np.full(window, self.case.capacity), demand)
-        model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-        model.a_matrix_.start_ = self.matrix.indptr
-        model.a_matrix_.index_ = self.matrix.indices
-        model.a_matrix_.value_ = self.matrix.data
-        return model
 
 
 def _mean_busy_bound(case: _Instance) -> float:

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,52 @@ def test_every_price_gives_a_bound_and_the_duals_the_best() -> None:
     for _ in range(20):
         assert program.lagrangian(rng.exponential(0.02, 60)) <= value + 1e-6
     assert program.lagrangian(np.zeros(60)) == float(path.output_tokens.sum())
+
+
+def value_by_highs(path: fs.ArrivalPath, capacity: float, window: int) -> float:
+    """The relaxation request by request, rounds: starts at each round of the window, or never."""
+    columns, cost, rows = [], [], len(path) + window
+    for i, (a, p, o) in enumerate(zip(path.arrival_s, path.prompt_tokens, path.output_tokens, strict=True)):
+        for t in range(int(a), window + 1):
+            column = np.zeros(rows)
+            column[i] = 1.0
+            used = p + np.arange(o)[: window - t]
+            column[len(path) + t : len(path) + t + len(used)] = used
+            columns.append(column)
+            cost.append(t - a + o)
+    matrix = np.array(columns).T
+    found = scipy.optimize.linprog(
+        cost,
+        A_ub=matrix[len(path) :],
+        b_ub=np.full(window, capacity),
+        A_eq=matrix[: len(path)],
+        b_eq=np.ones(len(path)),
+        method="highs",
+    )
+    return float(found.fun)
+
+
+@pytest.mark.parametrize(
+    ("requests", "spread", "capacity"), [(1, 0, 30), (20, 0, 40), (25, 60, 30), (30, 25, 100)]
+)
+def test_prices_reach_the_value_of_the_relaxation(requests: int, spread: int, capacity: int) -> None:
+    """HiGHS on the program of single requests is the witness: equal to 1e-7, never below."""
+    path = family(5, requests, spread)
+    path = fs.ArrivalPath.from_arrays(
+        path.arrival_s - path.arrival_s[0], path.prompt_tokens, path.output_tokens
+    )
+    case = _instance(path, fs.Server(capacity, UNIT))
+    window = int((_first_fit(case) + case.output).max()) + 1
+    value = _Program(case, window).relaxed(60.0)[1]
+    assert value == pytest.approx(value_by_highs(path, capacity, window), rel=1e-7)
+
+
+def test_prices_cut_short_still_give_a_bound() -> None:
+    """Without time the bound is that of no prices, or better."""
+    path = family(2, requests=30, spread=15)
+    program = _Program(_instance(path, SERVER), 60)
+    hurried, value = program.relaxed(1e-9)[1], program.relaxed(60.0)[1]
+    assert path.output_tokens.sum() <= hurried <= value + 1e-6
 
 
 def test_policies_lie_above_the_bounds() -> None:
