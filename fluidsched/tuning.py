@@ -20,6 +20,11 @@ something is worth more than one that was lucky. If start and winner do not diff
 share 1 - confidence of searches wrongly, whatever the search did. A winner that gets stuck on a fresh path is
 not confirmed; a start that does, where the winner does not, is given up for it without an interval.
 
+A share of requests that must meet the SLOs is a target, and the search picks those that met it, lucky ones too. So it
+is tested again on the fresh paths: by the interval of the share there it *holds* (all of it at or above the target), is
+*missed* (all below) or *cannot be told*. A winner that misses it where the start does not is not taken, and a start
+that misses it is given up for a winner that does not.
+
 Aims: ``"goodput"`` (requests per second, of those that arrive, that meet every SLO), a latency such as
 ``"mean_ttft"`` or ``"p99_e2e"`` at the workload's own rate, and ``"stable_rate"``, the largest rate of the same
 mix at which the backlog does not grow. For the first two every path starts from an empty server and is served
@@ -391,6 +396,10 @@ class Tuning(Tabular):
     seed : int
     stuck : tuple of two int
         Fresh paths on which start and winner got stuck; there is no interval then.
+    attainment : float
+        Share of requests that was to meet every SLO; 0: none was asked for.
+    attained_start, attained_winner : tuple of three float
+        That share on the fresh paths, mean and interval; NaN without SLOs, or where nothing was run on fresh paths.
     """
 
     best: PolicyTable
@@ -408,11 +417,24 @@ class Tuning(Tabular):
     candidates: tuple[Candidate, ...]
     seed: int
     stuck: tuple[int, int] = (0, 0)
+    attainment: float = 0.0
+    attained_start: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    attained_winner: tuple[float, float, float] = (math.nan, math.nan, math.nan)
 
     @property
     def is_better(self) -> bool:
-        """Whether the confirmation shows the winner to be better than the start."""
-        return self.low > 0.0 or self.stuck[0] > 0
+        """Whether the confirmation shows the winner to be better than the start, in the aim or the share attained."""
+        return self.best != self.start
+
+    @property
+    def attained(self) -> tuple[float, float, float]:
+        """Share of requests that met every SLO with the best table on the fresh paths, mean and interval."""
+        return self.attained_winner if self.is_better else self.attained_start
+
+    @property
+    def attainment_verdict(self) -> str | None:
+        """Whether the best table attains the share asked for: "holds", "missed", "cannot be told"; None: not asked."""
+        return _attains(self.attained, self.attainment) if self.attainment else None
 
     @property
     def unit(self) -> str:
@@ -443,7 +465,16 @@ class Tuning(Tabular):
         return {"schema": "fluidsched.tuning/1", "is_better": self.is_better, **plain}
 
     def summary(self) -> str:
-        """The answer in a sentence."""
+        """The answer in a sentence, and in another whether the share asked for is attained."""
+        if self.attainment_verdict is None:
+            return self._difference()
+        share, low, high = self.attained
+        return (
+            f"{self._difference()} Of the requests on fresh paths {share:.1%} [{low:.1%}, {high:.1%}] meet every SLO "
+            f"with the table kept; whether {self.attainment:.4g} of them do: {self.attainment_verdict}."
+        )
+
+    def _difference(self) -> str:
         if self.winner == self.start:
             return f"No candidate beat the start in {self.aim}; it is kept."
         interval_text = f"{self.margin:.4g} {self.unit} [{self.low:.4g}, {self.high:.4g}]"
@@ -458,8 +489,18 @@ class Tuning(Tabular):
                 f"The winner of the search gets stuck on {self.stuck[1]} of {self.replications} fresh paths; the "
                 "start is kept."
             )
+        if self.low > 0.0:
+            kept = (
+                ""
+                if self.is_better
+                else "; but it misses the share of requests asked for, and the start is kept"
+            )
+            return f"Better in {self.aim} by {interval_text} {tail}{kept}."
         if self.is_better:
-            return f"Better in {self.aim} by {interval_text} {tail}."
+            return (
+                f"The start misses the share of requests asked for and the winner does not: it is kept. Difference in "
+                f"{self.aim}: {interval_text} {tail}."
+            )
         return f"No significant difference in {self.aim}: {interval_text} {tail}; the start is kept."
 
     def __repr__(self) -> str:
@@ -590,9 +631,13 @@ def tune(
         found = run.halve(tried, first, attainment)
         winner = found[0]
         if winner.table == table:
+            attained = _NOTHING
+            if attainment:
+                run.score("confirmation", [table], range(fresh), "held_out")
+                attained = run.attained(table, fresh, confidence)
             return Tuning(
-                table, table, table, aim, limits, 0.0, math.nan, math.nan, math.nan, math.nan,
-                confidence, 0, tuple(found), seed,
+                table, table, table, aim, limits, 0.0, math.nan, math.nan, math.nan, math.nan, confidence,
+                fresh if attainment else 0, tuple(found), seed, (0, 0), attainment, attained, attained,
             )  # fmt: skip
         scores = run.score("confirmation", [table, winner.table], range(fresh), "held_out")
         stuck = (int(np.isnan(scores[0]).sum()), int(np.isnan(scores[1]).sum()))
@@ -605,11 +650,27 @@ def tune(
         margin, low, high = math.nan, math.nan, math.nan
         if not any(stuck):
             margin, low, high = interval(run.sign * (scores[1] - scores[0]), confidence)
-        best = winner.table if low > 0.0 or stuck[0] else table
+        shares = [run.attained(tried, fresh, confidence) for tried in (table, winner.table)]
+        misses = [bool(attainment) and _attains(share, attainment) == "missed" for share in shares]
+        better = low > 0.0 or stuck[0] > 0
+        if misses[0] != misses[1]:
+            better = misses[0] and not stuck[1]
         return Tuning(
-            best, table, winner.table, aim, limits, margin, low, high,
+            winner.table if better else table, table, winner.table, aim, limits, margin, low, high,
             float(scores[0].mean()), float(scores[1].mean()), confidence, fresh, tuple(found), seed, stuck,
+            attainment, *shares,
         )  # fmt: skip
+
+
+_NOTHING = (math.nan, math.nan, math.nan)
+
+
+def _attains(share: tuple[float, float, float], target: float) -> str:
+    """What an interval of the share attained says of the target; a table that gets stuck has none and misses it."""
+    _, low, high = share
+    if math.isnan(low):
+        return "missed"
+    return "holds" if low >= target else "missed" if high < target else "cannot be told"
 
 
 def _check_ranges(
@@ -734,6 +795,11 @@ class _Search:
             Candidate(tried[i][0], tried[i][1], scores[i], rungs[i], self._met(tried[i][1]))
             for i in [*left, *rest]
         ]
+
+    def attained(self, table: PolicyTable, paths: int, confidence: float) -> tuple[float, float, float]:
+        """Share of requests that met every SLO on the last so many paths scored, mean and interval."""
+        shares = self.met.get(table.fingerprint, [])[-paths:]
+        return interval(np.array(shares), confidence) if shares else _NOTHING
 
     def _met(self, table: PolicyTable) -> float:
         shares = self.met.get(table.fingerprint, [])

@@ -14,7 +14,7 @@ import fluidsched as fs
 from fluidsched.cli import app
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy.table import PolicyTable, Segment, TableType
-from fluidsched.tuning import KNOBS, Tuning, knobs_of, tune, tuning_cell
+from fluidsched.tuning import KNOBS, Tuning, _attains, knobs_of, tune, tuning_cell
 
 WORKLOAD = fs.Workload([fs.RequestType("a", arrival_rate=4.0, prompt_tokens=64, output_tokens=16)])
 SERVER = fs.Server(2_000, fs.IterationTime.affine(0.05, 1e-4, 1e-4, 0.0), max_batch_size=64)
@@ -23,6 +23,42 @@ SHORT = {"horizon": 60.0, "candidates": 6, "confirmations": 6}
 
 def search(table: PolicyTable, **changes: object) -> Tuning:
     return tune(WORKLOAD, SERVER, table, **{"aim": "mean_e2e", **SHORT, **changes})  # type: ignore[arg-type]
+
+
+def test_the_share_attained_is_tested_again_on_fresh_paths() -> None:
+    """A limit that all meet holds, one at their very share cannot be told, and the start is tested as well."""
+    table = fs.baselines.vllm(max_in_service=2)
+    options = {"horizon": 30.0, "aim": "mean_e2e", "knobs": {"max_in_service": (8, 32)}, "candidates": 2}
+    easy = search(table, slo={"e2e": 60.0}, attainment=0.9, **options)
+    assert easy.is_better
+    assert easy.attained == easy.attained_winner
+    assert easy.attainment_verdict == "holds"
+    assert "whether 0.9 of them do: holds" in easy.summary()
+    one, low, high = easy.attained
+    assert one == low == high == 1.0
+    kept = search(
+        easy.best, slo={"ttft": 0.08}, attainment=0.2, aim="mean_e2e", knobs={"max_in_service": (2, 3)}
+    )
+    assert kept.best == kept.start
+    assert kept.replications == SHORT["confirmations"]
+    share, low, high = kept.attained
+    assert 0.0 < low < share < high <= 1.0
+    assert kept.to_dict()["attained_start"] == pytest.approx(kept.attained)
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [
+        ((0.96, 0.95, 0.97), "holds"),
+        ((0.96, 0.94, 0.98), "cannot be told"),
+        ((0.93, 0.92, 0.94), "missed"),
+        ((float("nan"),) * 3, "missed"),
+    ],
+)
+def test_what_an_interval_says_of_the_share_asked_for(
+    share: tuple[float, float, float], verdict: str
+) -> None:
+    assert _attains(share, 0.95) == verdict
 
 
 def test_finds_that_a_cap_of_two_starves_the_server() -> None:
