@@ -66,6 +66,7 @@ def fluid(lengths: str) -> fs.FluidSolution:
         ("gated", {"slack": "auto"}),
         ("nested-wait", {"slack": 0.05, "block_iterations": 8}),
         ("nested-wait", {"slack": 0.05}),
+        ("nested-wait", {"slack": "auto"}),
         ("lookahead", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain",

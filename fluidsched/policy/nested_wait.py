@@ -864,6 +864,14 @@ def check_bounded(problem: Problem) -> None:
         )
 
 
+def _least_wait(problem: Problem, options: NestedOptions, block: int) -> float:
+    """What the mean wait in blocks of ℓ iterations is at least: for n_1, and half a cycle; grows with ℓ."""
+    stretch = 1.0 + (0.0 if options.slack == "auto" else options.slack)
+    low, _ = problem.equilibrium(stretch, block)
+    rate = float(problem.rate.sum())
+    return (max(rate * low, 1.0) - 1.0) / (2.0 * rate) + low / (2.0 * stretch)
+
+
 def plan_nested(problem: Problem, fluid: FluidSolution, options: NestedOptions) -> NestedPlan:
     """The best plan over the block lengths, or `InfeasibleError` with the reason and the largest load."""
     check_bounded(problem)
@@ -880,6 +888,8 @@ def plan_nested(problem: Problem, fluid: FluidSolution, options: NestedOptions) 
     best: tuple[_Planner, NestedPlan] | None = None
     reasons = []
     for block in lengths:
+        if best is not None and _least_wait(problem, options, block) > best[1].wait:
+            break  # and longer blocks wait longer
         planner = _Planner(problem, options, block)
         found = planner.solve()
         if isinstance(found, str):
