@@ -367,7 +367,7 @@ class Runner:
 
     def pytest_runtestloop(self, session: Any) -> bool:
         items = {item.nodeid: item for item in session.items}
-        _never_shrink(session.items)
+        _never_shrink(session.items, self.options.examples)
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         terminal._tw._file = self.nowhere  # what the forks would print
         live: dict[str, list[FunctionType]] = {}
@@ -462,7 +462,7 @@ class Runner:
 
         def attempt(item: Any) -> Callable[[Any], None]:
             def child(send: Callable[[object], None]) -> None:
-                _limit(3 * self.options.longest)
+                _limit(2 * self.options.longest)
                 tracer.start()
                 begun = time.process_time()
                 good = self.passes(item, None)
@@ -497,16 +497,20 @@ def _limit(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
 
 
-def _never_shrink(items: list[Any]) -> None:
-    """A failure is enough: hypothesis neither shrinks it nor looks for others."""
+def _never_shrink(items: list[Any], examples: int) -> None:
+    """A failure is enough: hypothesis neither shrinks it nor looks for others. And so many examples are."""
     from hypothesis import Phase, settings
 
     field = "_hypothesis_internal_use_settings"
     for item in items:
         function = getattr(item.obj, "__func__", item.obj)
         if hasattr(function, field):
+            asked = getattr(function, field)
             chosen = settings(
-                getattr(function, field), phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False
+                asked,
+                phases=(Phase.explicit, Phase.generate),
+                report_multiple_bugs=False,
+                max_examples=min(examples, asked.max_examples),
             )
             setattr(function, field, chosen)
 
@@ -569,12 +573,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--longest", type=float, default=2.0, help="processor time of a test, s")
     parser.add_argument("--budget", type=float, default=60.0, help="processor time of a survivor's tests, s")
+    parser.add_argument("--examples", type=int, default=100, help="most examples of a random test")
+    parser.add_argument("--modules", nargs="*", help="only these of the room's modules, by name")
+    parser.add_argument("--tests", nargs="*", help="only these of the room's test files, by name")
     parser.add_argument("--out", help="JSON file of all mutants and what became of them")
     parser.add_argument("--again", help="such a file: run its survivors only")
     options = parser.parse_args()
 
     packages, folders = ROOMS[options.room]
     files = [path for name in packages for path in sorted((ROOT / "fluidsched" / name).glob("*.py"))]
+    if options.modules:
+        files = [path for path in files if path.stem in options.modules]
     stream = os.fdopen(os.dup(1), "w", buffering=1)
 
     import highspy  # noqa: F401

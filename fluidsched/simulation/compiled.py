@@ -84,7 +84,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 from numpy.typing import NDArray
 
 from fluidsched.simulation.code_cache import cached
@@ -112,6 +112,10 @@ def _compile(**options: Any) -> Callable[[_Function], _Function]:
 
 def _loop(function: _Function) -> _Function:
     """Only the loops are called from Python and cached; their parts are compiled into them."""
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        # Interpreted: products that find a bit wrap around as compiled integers do, without NumPy's warning.
+        wrapped: _Function = np.errstate(over="ignore")(function)
+        return wrapped
     return cached(function, _SHARED)
 
 
@@ -284,7 +288,9 @@ def calendar_next(bits: Ints, first: int, days: int, clock: int) -> int:
 
 def _record_type(integers: str, reals: str = "") -> np.dtype[np.void]:
     fields: list[tuple[str, type]] = [(name, np.int64) for name in integers.split()]
-    return np.dtype(fields + [(name, np.float64) for name in reals.split()])
+    fields += [(name, np.float64) for name in reals.split()]
+    # Of this class fields are attributes in plain Python, too: loops that are interpreted need that.
+    return np.dtype((np.record, fields))
 
 
 #: The limits of `fluidsched.simulation.limits`, the rule's other numbers and flags, the measured window, and which
@@ -306,16 +312,16 @@ ROW = _record_type(
 )
 
 #: A resident. Slots are linked in the order of admission; `newer` also links the vacant ones. Prefilling:
-#: `done` of `target` tokens are computed, `chunk` more in this iteration. Decoding: base and key; earlier,
+#: `done` of `target` tokens are computed, `chunk` more in this iteration. Decoding: origin and key; earlier,
 #: later: its day. resumed: output tokens it had when admitted. partial: at place i the slot of the i-th that
 #: prefills, in the order of admission. stalled: when a decode that was passed over emitted its last token, else
 #: `AT_ONCE`; under `wait` of those whose KV comes back
 #: in this decision. `nested-wait`: its segment; where `earlier` and `later` link the queue of a segment, `decodes` is
-#: 2, `base` the KV tokens held and `resumed` the output tokens produced. In a segment's group `resumed` is
+#: 2, `origin` the KV tokens held and `resumed` the output tokens produced. In a segment's group `resumed` is
 #: those less the reading of the clock, `chunk` the reading when it entered. entered: at place i the slot of the
 #: i-th that left a queue in this decision.
 SLOT = _record_type(
-    "request decodes base key resumed target done chunk older newer earlier later partial segment entered",
+    "request decodes origin key resumed target done chunk older newer earlier later partial segment entered",
     "stalled",
 )
 
@@ -351,12 +357,12 @@ STATE = _record_type(
 #: prompt stays incomplete; blocked: iterations for which who was refused is certain to be; witness: see above.
 AHEAD = _record_type("shares limit shortest longest origin leaves counted incomplete blocked witness")
 
-#: What is forecast of the resident in a slot: base and reading at which it had no token, the first of the lengths
+#: What is forecast of the resident in a slot: origin and reading at which it had no token, the first of the lengths
 #: still possible, when that ends; earlier, later: its day.
-FORECAST = _record_type("counted base birth first date earlier later")
+FORECAST = _record_type("counted origin birth first date earlier later")
 
 #: A node of a tree: shares of requests that end in it, shares of their bases in units, bound on their memory.
-NODE = _record_type("count base peak")
+NODE = _record_type("count origin peak")
 
 #: The waiting of a row, a heap of places: where it begins, how many there are.
 HEAP = _record_type("start waiting")
@@ -609,7 +615,7 @@ def _start_decode(
     base = held - clock
     key = clock + to_go
     slots[slot].decodes = 1
-    slots[slot].base = base
+    slots[slot].origin = base
     slots[slot].key = key
     block = calendars.phase.shape[1]
     groups[group].decodes += 1
@@ -624,7 +630,7 @@ def _start_decode(
 @_inline
 def _stop_decode(slots: Records, groups: Records, calendars: Calendars, group: int, slot: int) -> int:
     """Take the resident out of its group's decodes; return the KV tokens it holds."""
-    base = slots[slot].base
+    base = slots[slot].origin
     held = base + groups[group].clock
     block = calendars.phase.shape[1]
     slots[slot].decodes = 0
@@ -1054,8 +1060,8 @@ def _plant(tree: Records, at: int, leaves: int, leaf: int, count: int, base: int
     i = leaves + leaf
     node = at + i
     tree[node].count += count
-    tree[node].base += base
-    tree[node].peak = tree[node].base + tree[node].count * leaf
+    tree[node].origin += base
+    tree[node].peak = tree[node].origin + tree[node].count * leaf
     width = 1
     level = 1
     while i > 1:
@@ -1064,7 +1070,7 @@ def _plant(tree: Records, at: int, leaves: int, leaf: int, count: int, base: int
         i >>= 1
         left = at + 2 * i
         last = 2 * i * width + width - 1 - leaves
-        right_count, right_base = tree[left + 1].count, tree[left + 1].base
+        right_count, right_base = tree[left + 1].count, tree[left + 1].origin
         peak = tree[left].peak
         if right_count > 0:
             peak += right_count * last + right_base
@@ -1072,7 +1078,7 @@ def _plant(tree: Records, at: int, leaves: int, leaf: int, count: int, base: int
                 peak = tree[left + 1].peak
         node = at + i
         tree[node].count = tree[left].count + right_count
-        tree[node].base = tree[left].base + right_base
+        tree[node].origin = tree[left].origin + right_base
         tree[node].peak = peak
         width *= 2
         level += 1
@@ -1102,7 +1108,7 @@ def _first_excess(ahead: Ahead, block: int, clock: int, limit: int) -> tuple[int
                     i = 2 * i + 1
                     continue
                 count += tree[node].count
-                base += tree[node].base
+                base += tree[node].origin
             while i & 1 == 0:
                 i >>= 1
                 width <<= 1
@@ -1119,11 +1125,11 @@ def _forecast_at(ahead: Ahead, block: int, reading: int) -> int:
     leaf, rest = (reading - a.origin) // block, (reading - a.origin) % block
     at = rest * 2 * a.leaves
     i = a.leaves + leaf
-    count, base = tree[at + i].count, tree[at + i].base
+    count, base = tree[at + i].count, tree[at + i].origin
     while i > 1:
         if i & 1 == 0:
             count += tree[at + i + 1].count
-            base += tree[at + i + 1].base
+            base += tree[at + i + 1].origin
         i >>= 1
     return base + count * leaf
 
@@ -1271,7 +1277,7 @@ def _note(run: Run, ahead: Ahead, slot: int, base: int, birth: int, first: int) 
         return
     date = _forecast_end(run, ahead, run.slots[slot].request, base, birth, first)
     forecasts[slot].counted = 1
-    forecasts[slot].base = base
+    forecasts[slot].origin = base
     forecasts[slot].birth = birth
     forecasts[slot].first = first
     forecasts[slot].date = date
@@ -1297,7 +1303,7 @@ def _forget(run: Run, ahead: Ahead, slot: int) -> None:
         ahead.state[0].counted -= 1
         calendar_remove(ahead.days, ahead.bits, forecasts, forecasts[slot].date & (ahead.days.size - 1), slot)
         request = run.slots[slot].request
-        base, birth, first = forecasts[slot].base, forecasts[slot].birth, forecasts[slot].first
+        base, birth, first = forecasts[slot].origin, forecasts[slot].birth, forecasts[slot].first
         _spread(run, ahead, request, base, birth, first, -_weight(ahead, first))
 
 
@@ -1306,7 +1312,7 @@ def _outlive(run: Run, ahead: Ahead, slot: int) -> None:
     """The resident in `slot` has as many tokens as the length believed, or the first of them: more weighs the rest."""
     forecasts = ahead.forecasts
     request = run.slots[slot].request
-    base, birth, before = forecasts[slot].base, forecasts[slot].birth, forecasts[slot].first
+    base, birth, before = forecasts[slot].origin, forecasts[slot].birth, forecasts[slot].first
     calendar_remove(ahead.days, ahead.bits, forecasts, forecasts[slot].date & (ahead.days.size - 1), slot)
     ahead.state[0].counted -= 1
     first = _first_length(run, ahead, request, base, birth)
@@ -1369,8 +1375,8 @@ def _pass_ahead(run: Run, ahead: Ahead, gone: int, ticks: int, walked: bool) -> 
     if walked:  # those who stood still end later
         slot = s.oldest
         while slot != NOBODY:
-            base = slots[slot].base
-            if forecasts[slot].counted == 1 and forecasts[slot].base != base:
+            base = slots[slot].origin
+            if forecasts[slot].counted == 1 and forecasts[slot].origin != base:
                 _forget(run, ahead, slot)
                 _forecast(run, ahead, slot, base, slots[slot].key - run.output[slots[slot].request])
             slot = slots[slot].newer
@@ -1389,12 +1395,12 @@ def _pass_ahead(run: Run, ahead: Ahead, gone: int, ticks: int, walked: bool) -> 
             slot = following
     if clock + a.longest >= a.origin + a.leaves * run.rules[0].block:
         for i in range(ahead.tree.size):
-            ahead.tree[i].count = ahead.tree[i].base = ahead.tree[i].peak = 0
+            ahead.tree[i].count = ahead.tree[i].origin = ahead.tree[i].peak = 0
         a.origin = clock
         slot = s.oldest
         while slot != NOBODY:
             if forecasts[slot].counted == 1:
-                base, birth, first = forecasts[slot].base, forecasts[slot].birth, forecasts[slot].first
+                base, birth, first = forecasts[slot].origin, forecasts[slot].birth, forecasts[slot].first
                 _spread(run, ahead, slots[slot].request, base, birth, first, _weight(ahead, first))
             slot = slots[slot].newer
 
@@ -1511,7 +1517,7 @@ def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
                 slot = slots[slot].newer
                 continue
             if decodes:
-                computed = slots[slot].base + groups[0].clock
+                computed = slots[slot].origin + groups[0].clock
                 tokens = 1
             elif held_back:
                 slot = slots[slot].newer
@@ -1526,7 +1532,7 @@ def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
                 gone = victim == slot
                 held = slots[victim].done
                 if slots[victim].decodes == 1:
-                    held = slots[victim].base + groups[0].clock
+                    held = slots[victim].origin + groups[0].clock
                 used -= _units(rules, held + slots[victim].chunk)
                 budget += slots[victim].chunk
                 groups[0].last = now
@@ -2088,7 +2094,7 @@ def _queue_up(run: Run, segment: int, slot: int, behind: int, held: int, now: fl
     ahead = segments[segment].head if behind == NOBODY else slots[behind].later
     slots[slot].decodes = _QUEUED
     slots[slot].segment = segment
-    slots[slot].base = held
+    slots[slot].origin = held
     slots[slot].earlier = behind
     slots[slot].later = ahead
     if behind == NOBODY:
@@ -2109,7 +2115,7 @@ def _queue_up(run: Run, segment: int, slot: int, behind: int, held: int, now: fl
 def _dequeue(run: Run, slot: int) -> int:
     """Take a resident out of the queue of its segment; return the KV tokens it holds."""
     slots, segments, rules = run.slots, run.segments, run.rules[0]
-    segment, held = slots[slot].segment, slots[slot].base
+    segment, held = slots[slot].segment, slots[slot].origin
     before, after = slots[slot].earlier, slots[slot].later
     if before == NOBODY:
         segments[segment].head = after

@@ -1,0 +1,104 @@
+"""Numbers inside compiled tables by hand or by enumeration: where a small error in a compiler would go unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fluidsched as fs
+from fluidsched.errors import InputError
+from fluidsched.policy.gated import _longest_held
+from fluidsched.policy.problem import Problem, boundary_problem
+
+SERVER = fs.Server(8000, fs.IterationTime.affine(0.25, 2**-14, 2**-14, 2**-18))
+
+
+def workload(*rates: float) -> fs.Workload:
+    return fs.Workload([fs.RequestType("chat", rates[0], 24, 15), fs.RequestType("code", rates[1], 200, 4)])
+
+
+def test_spaced_requests_hold_what_their_ages_add_up_to() -> None:
+    """One request every k iterations, the last to stay a lag longer: KV tokens added up age by age."""
+    problem = Problem.of(fs.solve_fluid(workload(1.0, 0.5), SERVER), 0.01)
+    last = np.array([14, 3])
+    for k in ([1, 1], [2, 3], [5, 2], [40, 40]):
+        for lag in ([0, 0], [1, 4], [7, 2]):
+            held = _longest_held(problem, np.array(lag), np.array(k))
+            for j, prompt in enumerate((24, 200)):
+                ages = range(int(last[j]) + lag[j], -1, -k[j])
+                expected = sum(prompt + problem.padding + min(age, int(last[j])) for age in ages)
+                assert held[j] == expected
+
+
+def test_the_refused_are_as_uncertain_as_the_worst_of_the_admitted() -> None:
+    """Along the offered mix types refused at the optimum come back, with the largest error stated for the others."""
+    crowded = workload(60.0, 5.0)
+    fluid = fs.solve_fluid(crowded, SERVER)
+    refused = fluid.admitted_rate == 0.0
+    assert refused.tolist() == [False, True]
+    problem = Problem.of(fluid, 0.01, rate_error=[0.2, 0.1])
+    boundary = boundary_problem(fluid, problem)
+    assert boundary.rate_error is not None
+    assert boundary.rate_error.tolist() == [0.2, 0.2]
+    np.testing.assert_allclose(boundary.rate, crowded.at_load(1.0, SERVER).arrival_rate, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["wait", "nested-wait", "gated", "capped", "lookahead"])
+def test_every_line_of_a_certificate_is_a_number_with_a_unit(kind: str) -> None:
+    """Values are numbers, units and formulas texts; the throughput certified is what is admitted."""
+    fluid = fs.solve_fluid(workload(1.0, 0.5), SERVER)
+    asked: dict[str, Any] = {"horizon": 3600.0} if kind == "nested-wait" else {}
+    certificate = fs.compile_policy(fluid, kind, **asked).certificate  # type: ignore[arg-type]
+    assert certificate
+    for name, line in certificate.items():
+        values = np.atleast_1d(np.asarray(line["value"], dtype=np.float64))
+        assert not np.isnan(values).any(), name
+        assert isinstance(line["unit"], str)
+        assert len(line["formula"]) > 3
+    if "throughput" in certificate:
+        assert certificate["throughput"]["value"] == pytest.approx(1.5, rel=1e-9)
+
+
+def test_every_boundary_queue_is_certified_by_its_own_law() -> None:
+    """E[V_k] of a Nested WAIT table is that of n_k, n_(k−1) trials and the share that goes on, for every segment."""
+    lengths = fs.lengths.geometric(mean=40, maximum=160)
+    fluid = fs.solve_fluid(
+        fs.Workload([fs.RequestType("chat", 20.0, 24, lengths)]), fs.Server(60_000, SERVER.iteration_time)
+    )
+    table = fs.compile_policy(fluid, "nested-wait", horizon=3600.0, segment_count=3)
+    n = [segment.threshold for segment in table.segments]
+    line = table.certificate["boundary_queue"]
+    assert len(line["value"]) == len(n) == 3
+    assert line["value"][0] == 0.0
+    for k in (1, 2):
+        share = line["share"][k]
+        assert 0.0 < share < 1.0
+        mean = fs.bounds.embedded_queue_mean(n[k], n[k - 1] * share, n[k - 1])
+        assert line["value"][k] == pytest.approx(mean, rel=1e-9)
+        assert line["slack"][k] == pytest.approx(n[k] / (share * n[k - 1]) - 1, rel=1e-9)
+
+
+def test_unlimited_memory_needs_no_headroom() -> None:
+    """Look-ahead by the law of the lengths keeps nothing free where memory never ends, and takes prompts whole."""
+    free = dataclasses.replace(SERVER, kv_capacity=math.inf)
+    table = fs.compile_policy(fs.solve_fluid(workload(1.0, 0.5), free), "lookahead")
+    assert table.lookahead.mode == "law"
+    assert table.lookahead.headroom_tokens == 0.0
+
+
+def test_a_bound_is_from_above_or_from_below() -> None:
+    """Any other direction is refused by name."""
+    with pytest.raises(InputError, match="direction"):
+        fs.bounds.Bound("mean_ttft", 1.0, "s", "sideways", "1", "none", "always")  # type: ignore[arg-type]
+
+
+def test_a_gate_where_rows_have_none_is_named() -> None:
+    """Engine-like tables have gate 0; another is refused with the place it stands at."""
+    data = fs.baselines.vllm().to_dict()
+    data["types"][0]["gate"] = 2
+    with pytest.raises(InputError, match=r"types\[0\]\.gate must be 0"):
+        fs.PolicyTable.from_dict(data)
