@@ -57,6 +57,15 @@ def test_cycle_queue_and_delays_by_hand() -> None:
     assert bounds["output_throughput_gap"].value == pytest.approx(lost / 100.0)
 
 
+def test_a_block_lasts_as_long_as_its_iterations_by_hand() -> None:
+    """Blocks of two: first tokens and even stages, then odd stages; the entry queue is that of their sum."""
+    bounds = by_name(wait_bounds(wait_table(TWO, [4, 3], 2), TWO, fs.Server(1000, TIME), horizon=100.0))
+    even = 0.5 + 0.01 * (4 * 5 + 3 * 2 + 4 + 3 * 2) + 0.001 * (4 * 7 + 3 * (4 + 6))
+    odd = 0.5 + 0.01 * (4 + 3 * 3) + 0.001 * (4 * 6 + 3 * (3 + 5 + 7))
+    assert bounds["entry_queue[a]"].value == pytest.approx(embedded_queue_mean(4, 2.0 * (even + odd)))
+    assert bounds["entry_queue[b]"].value == pytest.approx(embedded_queue_mean(3, even + odd))
+
+
 @pytest.mark.parametrize(("thresholds", "k"), [([4, 3], 1), ([4, 3], 2), ([12, 6], 1)])
 def test_simulated_wait_respects_its_bounds(thresholds: list[int], k: int) -> None:
     """Means of 8 runs of 2 000 s; a bound is violated only if the lower 95 % end lies above it."""

@@ -102,3 +102,18 @@ def test_a_gate_where_rows_have_none_is_named() -> None:
     data["types"][0]["gate"] = 2
     with pytest.raises(InputError, match=r"types\[0\]\.gate must be 0"):
         fs.PolicyTable.from_dict(data)
+
+
+def test_a_table_that_does_not_look_ahead_keeps_nothing_free() -> None:
+    """Headroom, even of one token, belongs to a mode."""
+    with pytest.raises(InputError, match="headroom_tokens"):
+        fs.policy.Lookahead("none", 1.0)
+
+
+def test_fingerprints_tell_tables_apart() -> None:
+    """Equal tables have one fingerprint, whatever made them; another cap has another."""
+    table = fs.baselines.vllm()
+    again = fs.PolicyTable.from_dict(table.to_dict())
+    assert table.fingerprint == again.fingerprint
+    assert len({table.fingerprint, dataclasses.replace(table, max_in_service=7).fingerprint}) == 2
+    assert all(isinstance(one.fingerprint, str) and one.fingerprint for one in (table, again))
