@@ -301,7 +301,10 @@ def _optimum_row(case: _Case, fluid: FluidSolution) -> BoundRow:
             )
     varying = [t.name for t in fluid.workload.types if not t.arrivals.has_constant_rate]
     if violated is None and varying:
-        violated = f"the rate of type {varying[0]!r} varies; in the window measured it need not be its mean"
+        violated = (
+            f"the rate of type {varying[0]!r} varies: at mean rates the optimum bounds the long run, not the "
+            "window measured"
+        )
     unit, formula = UNITS[measure], "max Σ_j r_j a_j"
     if violated is not None:
         bound = Bound.not_applicable(measure, unit, "upper", formula, _FLUID_SOURCE, violated)

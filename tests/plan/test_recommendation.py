@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import fluidsched as fs
 from fluidsched import planning
 from fluidsched.errors import InfeasibleError
+from fluidsched.policy.table import PolicyTable, TableType
 from fluidsched.recommendation import (
     GAINS,
     RESOLUTION,
@@ -216,3 +218,20 @@ def test_an_overloaded_server_needs_more_of_its_kind() -> None:
     result = fs.plan(WORKLOAD, SERVER, load=1.9, horizon=300.0, replications=4)
     assert result.recommendation.reach.servers in (2, 3)  # 1.9 by the program, more where 0.95 is not carried
     assert "servers of this kind" in repr(result)
+
+
+def test_arguments_of_both_engines_are_shown_with_what_each_loses() -> None:
+    """A cap with a budget and a watermark: vLLM has all three names, SGLang no watermark, and says so."""
+    table = fs.baselines.vllm(max_in_service=8, token_budget=512)
+    table = dataclasses.replace(table, watermark=0.1)
+    found = Recommendation(table, "", (), Reach(8.0, 0.5, math.nan, math.inf, math.nan, {}), 1)
+    commands = found.engine_commands()
+    assert list(commands) == ["vLLM", "SGLang"]
+    assert "--watermark 0.1" in commands["vLLM"][0]
+    assert "--max-running-requests 8" in commands["SGLang"][0]
+    assert any("watermark" in sentence for sentence in commands["SGLang"][2])
+    assert all(command in repr(found) for command, _, _ in commands.values())
+    written = found.to_dict()["engine_commands"]
+    assert written["SGLang"]["command"] == commands["SGLang"][0]
+    plain = dataclasses.replace(found, table=PolicyTable("plain", "vllm", (TableType("*"),)))
+    assert plain.engine_commands() == {}
