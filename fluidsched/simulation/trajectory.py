@@ -22,16 +22,21 @@ the rows that are not open stand still with their KV. With no row open the serve
 t + (gate − waiting)/λ_j or when a hold expires. A row's residents move together, so each row has a clock of its own and
 a ring of finishing times on it, and M, R above are sums over rows of which only the open ones grow.
 
-Waiting at the start counts, for holds, from time 0. Kinds "vllm", "capped", "gated" and "wait" are covered; other
-kinds, chunks, prefill intervals, blocks of KV, swapping, orders by length, look-ahead and admission by first chunk are
-refused.
+Nested WAIT, rules 27 to 29: the same with segments of positions in place of rows. Inside a segment all move together;
+before each but the first a fluid pauses with its KV, and the first min(n_k, paused) of it go on when segment k runs, if
+at least n_1, …, n_k stand before the segments 1, …, k. So an iteration costs O(types + segments).
+
+Waiting at the start counts, for holds, from time 0. Kinds "vllm", "capped", "gated", "wait" and "nested-wait" are
+covered; other kinds, chunks, prefill intervals, blocks of KV, swapping, orders by length, look-ahead, admission by
+first chunk, and holds under Nested WAIT are refused.
 
 **Verdicts.** The second half of the run is looked at where decisions are taken: at iterations, with WAIT at the starts
 of blocks. The queue grows if its drift, by thirds of that half, is above 1e-3 of the arrivals both times. Otherwise the
 run repeats itself with the smallest period for which KV, residents and queue do so, to 1e-6 of their largest values,
 over three periods and at least the longest output; period 1 is an equilibrium. Rows of WAIT open in cycles of their
 own, n_j/λ_j, which may have no common period: a run that does not repeat itself, but whose queue, residents and KV have
-the same means in all thirds to 5 %, is bounded.
+the same means in all thirds to 5 %, is bounded. Under Nested WAIT those who pause can fill the memory, so that whoever
+enters is preempted at once, for ever: the run is stuck, and ends there.
 """
 
 from __future__ import annotations
@@ -77,7 +82,7 @@ class FluidTrajectory(Tabular):
         Its duration (s); KV tokens and requests held during it; requests waiting at its start, after the
         decision; requests admitted, completed and preempted.
     verdict : str
-        "equilibrium", "limit cycle", "bounded", "eviction collapse", "overload" or "undecided".
+        "equilibrium", "limit cycle", "bounded", "eviction collapse", "overload", "stuck" or "undecided".
     evidence : mapping
         The numbers the verdict rests on.
     policy : str
@@ -138,6 +143,10 @@ class _Cohort:
     row: int = 0
     served: float = 0.0
     left: int = 0
+
+
+class _Stuck(Exception):
+    """Those in service stand still, whoever enters is preempted at once, and nothing that comes will change it."""
 
 
 class _Step(NamedTuple):
@@ -227,6 +236,17 @@ class _Demand:
     def stock(self) -> Floats:
         """Who counts towards the gates, per row."""
         return self.newcomers()
+
+    def place_waiting(self, index: Mapping[str, int], waiting: Mapping[str, float]) -> None:
+        """Who waits at the start."""
+        for name, number in waiting.items():
+            mine = self.kind == index[name]
+            self.backlog[mine] += number * self.rate[mine] / self.rate[mine].sum()
+
+    def share(self, kind: int, produced: int, number: float) -> Floats:
+        """So many requests of a type that have produced so many tokens, by class."""
+        mass = np.where((self.kind == kind) & (self.output > produced), self.rate, 0.0)
+        return np.asarray(number * mass / mass.sum())
 
     def opened(self) -> NDArray[np.bool_]:
         """Which rows' gates are met or holds expired, to within the rounding of time."""
@@ -406,13 +426,9 @@ class _Engine(_Demand):
 
     def place(self, index: Mapping[str, int], waiting: Mapping[str, float], residents: Residents) -> None:
         """The initial state."""
-        for name, number in waiting.items():
-            mine = self.kind == index[name]
-            self.backlog[mine] += number * self.rate[mine] / self.rate[mine].sum()
+        self.place_waiting(index, waiting)
         for (name, produced), number in sorted(residents.items(), key=lambda item: -item[0][1]):
-            mine = (self.kind == index[name]) & (self.output > produced)
-            mass = np.where(mine, self.rate, 0.0)
-            cohort = _Cohort(number * mass / mass.sum(), produced, 0)
+            cohort = _Cohort(self.share(index[name], produced, number), produced, 0)
             self.cohorts.append(cohort)
             self.kv += float(cohort.mass @ (self.prompt + (produced - 1)))
             self.count += number
@@ -529,13 +545,15 @@ class _Blocks(_Demand):
 
     def iterate(self) -> _Step:
         """Decide, if no block runs, and run one iteration; rules 20 to 22."""
-        ended, idle_kv, preempted, decided = self.now, float(self.kv.sum()), np.zeros(2), False
+        ended, idle_kv, preempted, decided = self.now, self.held_kv(), np.zeros(2), False
         if self.left > 0:
             preempted = self.make_room()
         while self.left == 0 or not (self.entering or self.count[self.open].any()):
             if decided:  # nobody is left to serve: wait until another row opens, or holds expire
                 opens = self.gates_open()
                 later = opens[opens > self.now * (1 + 1e-12)]
+                if not later.size and self.residents() > 0.0:
+                    raise _Stuck
                 self.now = _in_time(float(later.min(initial=math.inf)), self.table)
             self.start_block()
             decided = True
@@ -547,32 +565,14 @@ class _Blocks(_Demand):
         start, waiting = self.now, float(self.stock().sum())
         self.kv[self.open] += self.count[self.open]
         for cohort in self.entering:
-            j = cohort.row
-            memory, _, number = self.needs(cohort.mass, cohort.produced).tolist()
-            self.kv[j] += memory
-            self.count[j] += number
-            for c in np.flatnonzero(cohort.mass).tolist():
-                end = self.clock[j] + int(self.output[c]) - cohort.produced - 1
-                self.finishing[j].setdefault(end, []).append((cohort, c))
-                cohort.left += 1
-            self.members[j] += 1
-        self.cohorts.extend(self.entering)
+            self.join(cohort)
         self.entering = []
-        held, residents, completed = float(self.kv.sum()), float(self.count.sum()), 0.0
+        held, residents, completed = self.held_kv(), self.residents(), 0.0
         self.now += duration
         for j in self.open:
-            for cohort, c in self.finishing[j].pop(self.clock[j], ()):
-                mass = float(cohort.mass[c])
-                cohort.mass[c] = 0.0
-                completed += mass
-                self.count[j] -= mass
-                self.kv[j] -= mass * float(self.prompt[c] + self.output[c] - 1)
-                if cohort.left > 0:
-                    cohort.left -= 1
-                    self.members[j] -= cohort.left == 0
-            if self.members[j] == 0:
+            completed += self.advance(j)
+            if self.is_empty(j):
                 self.kv[j] = self.count[j] = 0.0  # nobody: rounding aside
-            self.clock[j] += 1
             self.last[j] = self.now
         while self.cohorts and self.cohorts[0].left == 0:
             self.cohorts.popleft()
@@ -583,16 +583,49 @@ class _Blocks(_Demand):
         )  # fmt: skip
         return _Step(entries, decided, idle_kv)
 
+    def held_kv(self) -> float:
+        return float(self.kv.sum())
+
+    def residents(self) -> float:
+        return float(self.count.sum())
+
+    def is_empty(self, j: int) -> bool:
+        return self.members[j] == 0
+
+    def join(self, cohort: _Cohort) -> None:
+        """A cohort that entered is served with its row from now on."""
+        j = cohort.row
+        memory, _, number = self.needs(cohort.mass, cohort.produced).tolist()
+        self.kv[j] += memory
+        self.count[j] += number
+        for c in np.flatnonzero(cohort.mass).tolist():
+            end = self.clock[j] + int(self.output[c]) - cohort.produced - 1
+            self.finishing[j].setdefault(end, []).append((cohort, c))
+            cohort.left += 1
+        self.members[j] += 1
+        self.cohorts.append(cohort)
+
+    def advance(self, j: int) -> float:
+        """The row's clock goes on; returns how many finish."""
+        completed = 0.0
+        for cohort, c in self.finishing[j].pop(self.clock[j], ()):
+            mass = float(cohort.mass[c])
+            cohort.mass[c] = 0.0
+            completed += mass
+            self.count[j] -= mass
+            self.kv[j] -= mass * float(self.prompt[c] + self.output[c] - 1)
+            if cohort.left > 0:
+                cohort.left -= 1
+                self.members[cohort.row] -= cohort.left == 0
+        self.clock[j] += 1
+        return completed
+
     def place(self, index: Mapping[str, int], waiting: Mapping[str, float], residents: Residents) -> None:
         """The initial state: residents of a type are spread over its rows, none of which has run yet."""
-        for name, number in waiting.items():
-            mine = self.kind == index[name]
-            self.backlog[mine] += number * self.rate[mine] / self.rate[mine].sum()
+        self.place_waiting(index, waiting)
         for (name, produced), number in sorted(residents.items(), key=lambda item: -item[0][1]):
-            mine = (self.kind == index[name]) & (self.output > produced)
-            mass = np.where(mine, self.rate, 0.0)
-            mass *= number / mass.sum()
-            for j in np.unique(self.row[mine]).tolist():
+            mass = self.share(index[name], produced, number)
+            for j in np.unique(self.row[mass > 0.0]).tolist():
                 cohort = _Cohort(np.where(self.row == j, mass, 0.0), produced, 0, j)
                 self.cohorts.append(cohort)
                 memory, _, count = self.needs(cohort.mass, produced - 1).tolist()
@@ -603,6 +636,177 @@ class _Blocks(_Demand):
                     self.finishing[j].setdefault(end, []).append((cohort, c))
                     cohort.left += 1
                 self.members[j] += cohort.left > 0
+
+
+class _Segments(_Blocks):
+    """Segments of positions stand still or run for a block: `nested-wait`. Arrays are per segment (L).
+
+    A request waits without KV before segment 1 and with it, `paused`, before each other one. Inside a segment all
+    move together, at most its threshold at a position (so those who paused first go on first), on a clock of its
+    own. Who is further on was admitted earlier: the newest are at the end of the first segment's line.
+    """
+
+    def __init__(self, workload: Workload, server: Server, table: PolicyTable):
+        super().__init__(workload, server, table)
+        count = len(table.segments)
+        self.kv, self.count, self.last = np.zeros(count), np.zeros(count), np.zeros(count)
+        self.paused_kv, self.paused_count = np.zeros(count), np.zeros(count)
+        self.clock = [0] * count
+        self.lines: list[deque[_Cohort]] = [deque() for _ in range(count)]
+        self.paused: list[deque[_Cohort]] = [deque() for _ in range(count)]
+        self.finishing = [{} for _ in range(count)]
+        self.leaving: list[dict[int, list[_Cohort]]] = [{} for _ in range(count)]
+        self.first = [0, *(segment.boundary + 1 for segment in table.segments[:-1])]
+        self.positions = [*map(float, np.diff(self.first)), math.inf]
+
+    # -------------------------------------------------------------- decision
+
+    def start_block(self) -> None:
+        """Rule 28: how many segments run, and who enters them."""
+        self.open = []
+        assert self.table.block_iterations is not None
+        self.left = self.table.block_iterations
+        if not self.opened()[0]:
+            return
+        for j, segment in enumerate(self.table.segments):
+            if j and self.paused_count[j] < segment.threshold * (1 - 1e-12):
+                break
+            self.open.append(j)
+        for j in self.open[1:]:
+            self.resume(j)
+        free = float(self.limits.slots) - float(self.count.sum() + self.paused_count.sum())
+        self.enter(0, min(float(self.table.segments[0].threshold), float(self.stock()[0]), free))
+
+    def resume(self, j: int) -> None:
+        """The first of those paused before a segment go on, as many as its threshold."""
+        left = float(self.table.segments[j].threshold)
+        while self.paused[j] and left > 0.0:
+            piece = self.paused[j][0]
+            mass = float(piece.mass.sum())
+            share = 1.0 if mass <= left else left / mass
+            moved = piece.mass * share
+            left = left - float(moved.sum()) if share == 1.0 else 0.0
+            if share == 1.0:
+                self.paused[j].popleft()
+            else:
+                piece.mass = piece.mass - moved
+            self._add(self.paused_kv, self.paused_count, j, moved, 1 - piece.produced, -1.0)
+            self.run(j, _Cohort(moved, piece.produced, self.clock[j], j))
+        if not self.paused[j]:
+            self.paused_kv[j] = self.paused_count[j] = 0.0  # nobody: rounding aside
+
+    def _add(self, kv: Floats, count: Floats, j: int, mass: Floats, less: int, sign: float = 1.0) -> None:
+        """Count residents that hold their prompt and -`less` tokens in, or out."""
+        memory, _, number = self.needs(mass, -less).tolist()
+        kv[j] += sign * memory
+        count[j] += sign * number
+
+    def run(self, j: int, cohort: _Cohort, done: int = 0) -> None:
+        """Residents join those that move through a segment, with `done` of its positions behind them."""
+        self._add(self.kv, self.count, j, cohort.mass, 1 - cohort.produced)
+        self.follow(j, cohort, done)
+
+    def follow(self, j: int, cohort: _Cohort, done: int = 0) -> None:
+        """Note when a cohort's classes finish, and when the rest of it leaves the segment."""
+        self.lines[j].append(cohort)
+        last = self.clock[j] + self.positions[j] - 1 - done
+        for c in np.flatnonzero(cohort.mass).tolist():
+            end = self.clock[j] + int(self.output[c]) - cohort.produced - 1
+            if end <= last:
+                self.finishing[j].setdefault(end, []).append((cohort, c))
+        if math.isfinite(last):
+            self.leaving[j].setdefault(int(last), []).append(cohort)
+
+    def make_room(self) -> Floats:
+        """Rule 21: preempt the newest until the next iteration fits; see `_Blocks.make_room`."""
+        growing = float(self.count[self.open].sum())
+        needed = float((self.kv + self.paused_kv).sum()) + growing + float(self.prefill(self.entering)[0])
+        shortage, preempted = needed - self.capacity, np.zeros(2)
+        for j in range(len(self.clock)):
+            shortage -= self._preempt(self.paused[j], j, shortage, preempted) if j else 0.0
+            if not j:
+                shortage -= self._preempt(self.entering, j, shortage, preempted)
+            shortage -= self._preempt(self.lines[j], j, shortage, preempted)
+        return preempted
+
+    def _preempt(
+        self, line: list[_Cohort] | deque[_Cohort], j: int, shortage: float, preempted: Floats
+    ) -> float:
+        """Preempt from the end of a line up to a shortage; returns what that frees."""
+        freed, moving = 0.0, line is self.lines[j]
+        while line and shortage - freed > 1e-9 * self.capacity:
+            cohort = line[-1]
+            if not cohort.mass.any():
+                line.pop()
+                continue
+            produced = cohort.produced + (self.clock[j] - cohort.entered if moving else 0)
+            serves = line is self.entering or (moving and j in self.open)
+            frees = float(self.needs(cohort.mass, produced if serves else produced - 1)[0])
+            share = 1.0 if frees <= shortage - freed else (shortage - freed) / frees
+            lost = cohort.mass * share
+            cohort.mass -= lost
+            if share == 1.0:
+                cohort.mass[:] = 0.0
+                line.pop()
+            if line is not self.entering:
+                kv, count = (self.kv, self.count) if moving else (self.paused_kv, self.paused_count)
+                self._add(kv, count, j, lost, 1 - produced, -1.0)
+            freed += share * frees
+            preempted += float(lost.sum()) * np.array([1.0, line is self.entering])
+            if lost.any():
+                kept = 0 if self.table.preemption == "restart" else produced
+                self.stacks[0].append(_Cohort(lost, kept, 0))
+        return freed
+
+    # -------------------------------------------------------------- one iteration
+
+    def held_kv(self) -> float:
+        return float((self.kv + self.paused_kv).sum())
+
+    def residents(self) -> float:
+        return float((self.count + self.paused_count).sum())
+
+    def join(self, cohort: _Cohort) -> None:
+        self._add(self.kv, self.count, 0, cohort.mass, -cohort.produced)
+        self.follow(0, cohort)
+
+    def advance(self, j: int) -> float:
+        """Who finishes leaves; who has run all positions of the segment pauses before the next."""
+        completed = super().advance(j)
+        for cohort in self.leaving[j].pop(self.clock[j] - 1, ()):
+            mass, produced = cohort.mass.copy(), cohort.produced + self.clock[j] - cohort.entered
+            cohort.mass[:] = 0.0
+            if mass.any():
+                self._add(self.kv, self.count, j, mass, 1 - produced, -1.0)
+                self._add(self.paused_kv, self.paused_count, j + 1, mass, 1 - produced)
+                self.paused[j + 1].append(_Cohort(mass, produced, 0, j + 1))
+        while self.lines[j] and not self.lines[j][0].mass.any():
+            self.lines[j].popleft()
+        return completed
+
+    def is_empty(self, j: int) -> bool:
+        return not self.lines[j]
+
+    def place(self, index: Mapping[str, int], waiting: Mapping[str, float], residents: Residents) -> None:
+        """The initial state, between blocks: all residents at whole blocks of iterations."""
+        self.place_waiting(index, waiting)
+        assert self.table.block_iterations is not None
+        for (name, produced), number in sorted(residents.items(), key=lambda item: -item[0][1]):
+            if produced % self.table.block_iterations:
+                raise InputError(
+                    f"residents[{(name, produced)!r}]",
+                    f"{produced} tokens produced",
+                    f"be at a multiple of the table's block_iterations, {self.table.block_iterations}",
+                )
+            mass = self.share(index[name], produced, number)
+            j = bisect_right(self.first, produced) - 1
+            done = produced - self.first[j]
+            cohort = _Cohort(mass, produced, self.clock[j], j)
+            if j and not done:
+                self._add(self.paused_kv, self.paused_count, j, mass, 1 - produced)
+                self.paused[j].append(cohort)
+            else:
+                self.run(j, cohort, done)
 
 
 def _check_budget(fluid: _Demand, tokens: float) -> None:
@@ -666,7 +870,7 @@ def fluid_trajectory(
     server : Server
         With coefficients for its iteration time and without a block size.
     table : PolicyTable
-        Kind "vllm", "capped", "gated" or "wait"; see the module for what it must not use.
+        Kind "vllm", "capped", "gated", "wait" or "nested-wait"; see the module for what it must not use.
     iterations : int, optional
         How many; by default 40 times the longest output, at least 400.
     waiting : mapping, optional
@@ -713,14 +917,27 @@ def fluid_trajectory(
         raise InputError(
             "server.kv_capacity", server.kv_capacity, f"hold the longest request, {largest:,.0f}"
         )
-    fluid = _Blocks(workload, server, table) if table.kind == "wait" else _Engine(workload, server, table)
+    engines = {"wait": _Blocks, "nested-wait": _Segments}
+    fluid = engines.get(table.kind, _Engine)(workload, server, table)
     fluid.place(index, waiting, residents)
-    steps = [fluid.iterate() for _ in range(count)]
+    steps: list[_Step] = []
+    stuck = False
+    try:
+        for _ in range(count):
+            steps.append(fluid.iterate())
+    except _Stuck:
+        stuck = True
+    if not steps:
+        raise InputError("residents", "a state in which nobody can be served", "leave memory for newcomers")
     series = np.array([step.entries for step in steps]).T.copy()
     for array in series:
         array.setflags(write=False)
     decided, idle_kv = (np.array([getattr(step, name) for step in steps]) for name in ("decided", "idle_kv"))
-    verdict, evidence = _judge(series, decided, idle_kv, float(workload.arrival_rate.sum()), longest)
+    arrival_rate = float(workload.arrival_rate.sum())
+    if stuck:
+        verdict, evidence = "stuck", _state(fluid, series, arrival_rate)
+    else:
+        verdict, evidence = _judge(series, decided, idle_kv, arrival_rate, longest)
     named: dict[str, Any] = dict(zip(_SERIES, series, strict=True))
     return FluidTrajectory(policy=table.name, verdict=verdict, evidence=evidence, **named)
 
@@ -732,7 +949,7 @@ def _check_type(name: str, index: Mapping[str, int]) -> None:
 
 def _check_rules(server: Server, table: PolicyTable) -> None:
     place = f"table {table.name!r}: "
-    kinds = ("vllm", "capped", "gated", "wait")
+    kinds = ("vllm", "capped", "gated", "wait", "nested-wait")
     if table.kind not in kinds:
         raise InputError(f"{place}kind", table.kind, f"be one of {', '.join(kinds)}", "Simulate it instead.")
     refused = [
@@ -742,6 +959,7 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
         ("order", table.order != "fcfs"),
         ("lookahead", table.lookahead.mode != "none"),
         ("whole_prompt_admission", not table.whole_prompt_admission),
+        ("types[0].max_hold_s", table.kind == "nested-wait" and table.types[0].max_hold_s is not None),
     ]
     for name, wrong in refused:
         if wrong:
@@ -752,6 +970,19 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
         raise InputError("server.block_size", server.block_size, "be None: a fluid has no blocks")
     if server.iteration_time.coefficients is None:
         raise InputError("server.iteration_time", "a function", "have coefficients")
+
+
+def _state(fluid: _Engine | _Blocks, series: Floats, arrival_rate: float) -> dict[str, float]:
+    """Where a stuck trajectory stands."""
+    assert isinstance(fluid, _Blocks)
+    return {
+        "time": fluid.now,
+        "arrival_rate": arrival_rate,
+        "completed": float(series[7].sum()),
+        "resident_kv": fluid.held_kv(),
+        "residents": fluid.residents(),
+        "waiting": float(fluid.stock().sum()),
+    }
 
 
 def _judge(
