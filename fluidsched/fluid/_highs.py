@@ -42,6 +42,8 @@ _OPTIONS: dict[str, bool | int | float | str] = {
     "dual_feasibility_tolerance": 1e-10,
     "small_matrix_value": 1e-12,
     "mip_feasibility_tolerance": 1e-9,
+    # crashes on some programs, up to HiGHS 1.15.1 at least (its issue 3262)
+    "mip_heuristic_run_feasibility_jump": False,
     "time_limit": 600.0,
 }
 

@@ -371,13 +371,17 @@ class TestFailsWell:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
         )
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)  # wait for the run to start, then a little into the simulation
-        time.sleep(3.0)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "run").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)  # wait for the run to start, then a little into the simulation
+            time.sleep(3.0)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert process.returncode == 130, errors
         assert "interrupted" in errors
         assert "Traceback" not in errors
