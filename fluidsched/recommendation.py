@@ -404,7 +404,8 @@ class Recommendation(Tabular):
         """How to run the table: on a stock engine, and in vLLM with the library's scheduler."""
         lines = []
         for engine, (command, names, lost) in self.engine_commands().items():
-            lines.append(f"As arguments of {engine} ({names[0].lower()}{names[1:]}): {command}")
+            lines.append(f"As arguments of {engine} ({names[0].lower()}{names[1:]}):")
+            lines.append(f"  {command}")
             lines += [f"  but not: {sentence}" for sentence in lost]
         if self.lost:
             lines.append(f"Exactly, with the library's scheduler inside vLLM: {PLUGIN_COMMAND}")

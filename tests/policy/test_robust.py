@@ -110,7 +110,7 @@ def test_wait_thresholds_hold_at_every_vertex(time, budget):
         fluid, "wait", slack=0.0, block_iterations=k, rate_error=error, error_budget=budget
     )
     block = _Block(Problem.of(fluid, 0.01), k)
-    a, slope = block.rate, block._work.min(axis=0).sum(axis=1)
+    a, slope = block.rate, block._lengths.work.min(axis=0).sum(axis=1)
     errors = vertices(np.full(3, error), 3.0 if budget is None else budget)
 
     def holds(n):

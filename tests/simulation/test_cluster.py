@@ -270,11 +270,6 @@ def test_the_programs_split_carries_what_the_program_says() -> None:
         ([Pool(SERVER)], {"routers": fs.routers.split([[1.0], [2.0]])}, "1 rows"),
         ([Pool(SERVER)], {"routers": []}, "at least one"),
         ([Pool(SERVER)], {"engine": "fast"}, "engine"),
-        (
-            [Pool(dataclasses.replace(SERVER, total_timeout=9.0))],
-            {"routers": fs.routers.least_kv()},
-            "reference",
-        ),
     ],
 )
 def test_wrong_clusters_are_refused(pools: list[Pool], options: dict[str, object], match: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,13 @@ def start() -> Iterator[Start]:
     def run(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, *map(str, arguments)]
         process = subprocess.Popen(
-            command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+            command,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+            **options,
         )
         started.append(process)
         return process
