@@ -106,7 +106,7 @@ def adapt(
     Parameters
     ----------
     table : PolicyTable
-        Compiled: kind "capped", "wait" or "gated".
+        Compiled: kind "capped", "wait", "gated" or "nested-wait".
     recent_path : ArrivalPath
         The arrivals of the last H seconds, times counted from the start of the window.
     fluid : FluidSolution

@@ -31,6 +31,7 @@ taken as large as possible: for each k the largest feasible ε, and of all k the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -225,27 +226,50 @@ def _evaluate(
 
 
 def _solve(
-    problem: Problem, spacing: _Spacing, token_budget: float, window: int, slack: Slack
-) -> GatedPlan | str:
+    problem: Problem,
+    spacing: _Spacing,
+    token_budget: float,
+    window: int,
+    slack: Slack,
+    near: Sequence[float] = (),
+) -> tuple[GatedPlan | str, Sequence[float]]:
+    """The plan of one window, or what forbids it; with "auto" also the multiples of the rates 1 + ε between which
+    margins end.
+
+    `near`: those of another window. Where thresholds are small windows hardly differ, so these are tried first, and
+    what the bisection asks on either side of them is then known.
+    """
+
     def at(stretch: float, reached: float = 0.0) -> GatedPlan | str:
         return _evaluate(problem, spacing, token_budget, window, stretch, reached * (1.0 - SAFETY))
 
     if slack != "auto":
-        return at(1.0 + slack)
-    best = at(1.0)
-    if isinstance(best, str):
-        return best
+        return at(1.0 + slack), ()
+    known, broken = 0.0, math.inf
+    plan: GatedPlan | None = None
+    reason = ""
+
+    def holds(stretch: float) -> bool:
+        nonlocal known, broken, plan, reason
+        if known < stretch < broken:
+            found = at(stretch, 0.0 if plan is None else plan.iteration_time)
+            if isinstance(found, str):
+                broken, reason = stretch, found
+            else:
+                known, plan = stretch, found
+        return stretch <= known
+
+    for stretch in near:
+        holds(stretch)
+    if not holds(1.0):
+        return reason, near
     low, high = 1.0, 2.0
-    while not isinstance(found := at(high, best.iteration_time), str):
-        best, low, high = found, high, 2.0 * high
+    while holds(high):
+        low, high = high, 2.0 * high
     while high - low > SLACK_TOLERANCE * low:
         middle = (low + high) / 2.0
-        found = at(middle, best.iteration_time)
-        if isinstance(found, str):
-            high = middle
-        else:
-            best, low = found, middle
-    return best
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return plan if plan is not None and known == low else at(low), (low, high)
 
 
 def plan_gated(
@@ -263,7 +287,11 @@ def plan_gated(
         )
     spacing = _spacing(problem, token_budget)
     windows = windows_to_try(problem, token_budget, window)
-    plans = [_solve(problem, spacing, token_budget, k, slack) for k in windows]
+    plans: list[GatedPlan | str] = []
+    margins: Sequence[float] = ()
+    for k in windows:
+        found, margins = _solve(problem, spacing, token_budget, k, slack, margins)
+        plans.append(found)
     feasible = [p for p in plans if not isinstance(p, str)]
     if feasible:
         return min(feasible, key=lambda p: (p.wait, p.iteration_time)), spacing
@@ -289,7 +317,7 @@ def windows_to_try(problem: Problem, token_budget: float, window: int | None) ->
 
 def gated_exists(problem: Problem, margin: float, token_budget: float, window: int) -> bool:
     """Whether a table with this slack exists for a window."""
-    plan = _solve(problem, _spacing(problem, token_budget), token_budget, window, margin)
+    plan, _ = _solve(problem, _spacing(problem, token_budget), token_budget, window, margin)
     return not isinstance(plan, str)
 
 
@@ -297,7 +325,7 @@ def why_not(problem: Problem, margin: float, token_budget: float, window: int | 
     """What forbids a table with this slack, for each window that has none."""
     spacing = _spacing(problem, token_budget)
     plans = [
-        _solve(problem, spacing, token_budget, k, margin)
+        _solve(problem, spacing, token_budget, k, margin)[0]
         for k in windows_to_try(problem, token_budget, window)
     ]
     return [plan for plan in plans if isinstance(plan, str)]

@@ -687,10 +687,11 @@ class _Planner:
             return "tokens"
         return None
 
-    def solve(self, explain: bool = True) -> NestedPlan | str:
+    def solve(self, explain: bool = True, beat: float = math.inf) -> NestedPlan | str:
         """A plan with the slack asked for, fine only where it has to be, or why there is none.
 
-        Without `explain` the reason may be "memory" where it is "rounding".
+        Without `explain` the reason may be "memory" where it is "rounding". With ``slack="auto"`` no more slack is
+        looked for once all plans that have it wait longer than `beat`, s.
         """
         problem, stream = self.stream.problem, self.stream
         margin = 0.0 if self.options.slack == "auto" else self.options.slack
@@ -711,7 +712,7 @@ class _Planner:
         plan = self._within(n, margin)
         if isinstance(plan, str):
             return full() if plan == "memory" else plan
-        return plan if self.options.slack != "auto" else self._largest(plan)
+        return plan if self.options.slack != "auto" else self._largest(plan, beat)
 
     def _climb(self, n: int, margin: float, high: float, capacity: float) -> int | str:
         """The least n_1 from `n` on that keeps up; or "time", "segments", "memory" (the base exceeds `capacity`)."""
@@ -809,8 +810,15 @@ class _Planner:
         needed = self.stream.memory(first, threshold, buffer, log).needed
         return "memory" if needed > self.stream.problem.capacity else "rounding"
 
-    def _largest(self, plan: NestedPlan) -> NestedPlan:
-        """The plan of the largest slack that the server's limits allow, from one that they do."""
+    def _largest(self, plan: NestedPlan, beat: float) -> NestedPlan:
+        """The plan of the largest slack that the server's limits allow, from one that they do.
+
+        As n_1 only grows, so does the least wait: a plan that cannot wait less than `beat` is returned as it is.
+        """
+        problem, options, block = self.stream.problem, self.options, self.stream.block
+
+        def loses(plan: NestedPlan) -> bool:
+            return _least_wait(problem, options, block, int(plan.threshold[0])) > beat
 
         def at(n: int) -> NestedPlan | None:
             found = self.plan(n)
@@ -818,9 +826,9 @@ class _Planner:
 
         low = int(plan.threshold[0])
         high = 2 * low
-        while (found := at(high)) is not None and found.slack > plan.slack:
+        while not loses(plan) and (found := at(high)) is not None and found.slack > plan.slack:
             plan, low, high = found, high, 2 * high
-        while high - low > max(1, low // 32):
+        while high - low > max(1, low // 32) and not loses(plan):
             middle = (low + high) // 2
             found = at(middle)
             if found is None:
@@ -864,12 +872,15 @@ def check_bounded(problem: Problem) -> None:
         )
 
 
-def _least_wait(problem: Problem, options: NestedOptions, block: int) -> float:
-    """What the mean wait in blocks of ℓ iterations is at least: for n_1, and half a cycle; grows with ℓ."""
+def _least_wait(problem: Problem, options: NestedOptions, block: int, n: int = 1) -> float:
+    """What the mean wait in blocks of ℓ iterations with n_1 ≥ n is at least: for n_1, and half a cycle.
+
+    Grows with ℓ and n.
+    """
     stretch = 1.0 + (0.0 if options.slack == "auto" else options.slack)
     low, _ = problem.equilibrium(stretch, block)
     rate = float(problem.rate.sum())
-    return (max(rate * low, 1.0) - 1.0) / (2.0 * rate) + low / (2.0 * stretch)
+    return (max(rate * low, float(n)) - 1.0) / (2.0 * rate) + low / (2.0 * stretch)
 
 
 def plan_nested(problem: Problem, fluid: FluidSolution, options: NestedOptions) -> NestedPlan:
@@ -891,7 +902,7 @@ def plan_nested(problem: Problem, fluid: FluidSolution, options: NestedOptions) 
         if best is not None and _least_wait(problem, options, block) > best[1].wait:
             break  # and longer blocks wait longer
         planner = _Planner(problem, options, block)
-        found = planner.solve()
+        found = planner.solve(beat=math.inf if best is None else best[1].wait)
         if isinstance(found, str):
             reasons.append(found)
         elif best is None or found.wait < best[1].wait:

@@ -16,8 +16,9 @@ the shortest output to the longest, are the *line*. Nobody waits for a batch to 
 the front of the line enter while the memory of all in service, each growing by a token per iteration until it ends,
 stays within C at every later iteration, as under `baselines.mc_sf`; the first that does not fit ends the scan.
 
-Sources. The problem, the metric and what is proved are as the paper states them; its pseudocode was not at hand, so
-that how batches are joined into a line and who enters from it is written from descriptions of the algorithm.
+Sources. The paper's text was not at hand: the problem, the metric F and the rule of taking batch after batch are those
+its abstract and descriptions by others give, and how batches are joined into a line and who enters from it was chosen
+here. So nothing the paper proves is claimed for this rule.
 
 Choices made here. F is minimised exactly, over all subsets, up to `exact` waiting requests; above, over the prefixes
 of three greedy batches, which take whoever still fits in the order of o_i, of s_i + o_i and of s_i (to minimise F is
