@@ -278,22 +278,14 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         running = self.running
         names = [request.request_id for request in running]
         if names != self._names:
-            self._names = names
-            believed = self._believed
-            self._fixed = np.array(
-                [
-                    [request.num_prompt_tokens for request in running],
-                    [request.max_tokens for request in running],
-                    [believed[name] for name in names],
-                ]
-            )
+            self._read_fixed(names)
         prompt, limit, believes = self._fixed
-        produced = np.array(
+        produced = _integers(
             [request.num_output_tokens + request.num_output_placeholders for request in running]
         )
         if self._watched:
-            tokens = np.array([self._scheduled.get(name, 0) for name in names])
-            after = np.array([request.num_computed_tokens for request in running]) + tokens
+            tokens = _integers([self._scheduled.get(name, 0) for name in names])
+            after = _integers([request.num_computed_tokens for request in running]) + tokens
         else:
             after, tokens = prompt + produced, np.ones_like(produced)
         served = np.array([prompt, produced, after, believes])
@@ -304,6 +296,23 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
             served, tokens = served[:, ~ended], tokens[~ended]
         self._forecast.start(served)
         return int(tokens.sum())
+
+    def _read_fixed(self, names: list[str]) -> None:
+        """Read what stays as it is of those who entered; vLLM puts them behind those who were there."""
+        present = len(names)
+        stay = []
+        for j, name in enumerate(self._names):
+            if len(stay) < present and names[len(stay)] == name:
+                stay.append(j)
+        entered = [
+            (request.num_prompt_tokens, request.max_tokens, self._believed[request.request_id])
+            for request in self.running[len(stay) :]
+        ]
+        fixed = np.empty((3, present), dtype=np.int64)
+        fixed[:, : len(stay)] = self._fixed.take(_integers(stay), axis=1)
+        if entered:
+            fixed[:, len(stay) :] = np.array(entered).T
+        self._names, self._fixed = names, fixed
 
     def _watch(self, watched: bool) -> None:
         """Whether to note what vLLM gives whom in the iteration it plans.
@@ -403,6 +412,10 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
         if now >= self._next_log_s:
             self._next_log_s = now + self._log_interval_s
             _logger.info("policy %r: %s", self.table.name, ", ".join(f"{k} {v}" for k, v in counters.items()))
+
+
+def _integers(values: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.fromiter(values, np.int64, len(values))  # np.array looks at every value for its kind first
 
 
 def _extra(request: Any) -> Mapping[str, Any]:

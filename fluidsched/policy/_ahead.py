@@ -7,6 +7,9 @@ planned, those that end at u or later hold together, in tokens of whole blocks,
 
 and the second sum, of the blocks' unfilled parts, follows from the shares by h_i mod b. It is at most b − 1 per share,
 which mostly decides before it is added up.
+
+Ends are whole numbers, and small: they are put in order by their digits (least significant first; Knuth, The Art of
+Computer Programming 3, 5.2.5, algorithm R), at a cost linear in how many they are.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ __all__ = ["FITS", "first_beyond"]
 
 FITS = -1
 
+DIGIT = 9  # bits; a request's remaining output tokens have one or two digits
+RADIX = 1 << DIGIT
+
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _still_there(lengths: Any, believed: int, least: int) -> int:
@@ -30,6 +36,29 @@ def _still_there(lengths: Any, believed: int, least: int) -> int:
     while count < len(lengths) and lengths[len(lengths) - 1 - count] >= least:
         count += 1
     return count
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _latest_last(ends: Any, whose: Any, latest: int) -> Any:
+    """Both arrays in order of the ends, none of which is above `latest`."""
+    shift = 0
+    while latest >> shift > 0:
+        starts = np.zeros(RADIX + 1, dtype=np.int64)
+        for end in ends:
+            starts[((end >> shift) & (RADIX - 1)) + 1] += 1
+        for digit in range(RADIX):
+            starts[digit + 1] += starts[digit]
+        sorted_ends = np.empty_like(ends)
+        sorted_whose = np.empty_like(whose)
+        for k in range(len(ends)):
+            digit = (ends[k] >> shift) & (RADIX - 1)
+            place = starts[digit]
+            sorted_ends[place] = ends[k]
+            sorted_whose[place] = whose[k]
+            starts[digit] += 1
+        ends, whose = sorted_ends, sorted_whose
+        shift += DIGIT
+    return ends, whose
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -82,34 +111,36 @@ def first_beyond(served: Any, lengths: Any, shares: int, block: int, limit: int,
                 return ahead
 
     ends = np.empty(events, dtype=np.int64)
-    bits = 0
-    while (1 << bits) < count:
-        bits += 1
-    events = 0
+    whose = np.empty(events, dtype=np.int64)
+    rests = np.empty(count, dtype=np.int64)
+    events = latest = 0
     for i in range(count):
+        rests[i] = served[2, i] % block
         if weight[i] > 0:
             for k in range(_still_there(lengths, served[3, i], served[1, i] + 2)):
                 length = served[3, i] if len(lengths) == 0 else lengths[len(lengths) - 1 - k]
-                ends[events] = ((length - served[1, i] - 1) << bits) | i
+                ends[events] = length - served[1, i] - 1
+                whose[events] = i
+                latest = max(latest, ends[events])
                 events += 1
-    ends = ends[:events]
-    ends.sort()
+    ends, whose = _latest_last(ends[:events], whose[:events], latest)
     by_rest = np.zeros(block, dtype=np.int64)
     number = tokens = worst = 0
     found = FITS
     for place in range(events - 1, -1, -1):
-        i = ends[place] & ((1 << bits) - 1)
-        ahead = ends[place] >> bits
+        i, ahead = whose[place], ends[place]
         number += weight[i]
         tokens += weight[i] * served[2, i]
-        by_rest[served[2, i] % block] += weight[i]
-        if place > 0 and ends[place - 1] >> bits == ahead:
+        by_rest[rests[i]] += weight[i]
+        if place > 0 and ends[place - 1] == ahead:
             continue
         memory = tokens + number * ahead
         if memory + number * (block - 1) <= max(most, worst):
             continue
-        for rest in range(block):
-            memory += by_rest[rest] * ((block - (rest + ahead) % block) % block)
+        filled = ahead % block
+        for rest in range(block):  # `filled` tokens are in the last block of those with this rest; 0: it is full
+            memory += by_rest[rest] * (block - filled if filled > 0 else 0)
+            filled = filled + 1 if filled + 1 < block else 0
         if memory > max(most, worst):
             worst = memory
             found = ahead

@@ -8,7 +8,7 @@ iteration now planned and is believed to be o long is forecast to hold
 units(m) = ⌈m/b⌉ with blocks of b tokens; with a law it is the mean over those of its lengths above k. One whose prompt
 stays incomplete is forecast its peak for all u. Between two ends memory only grows, so ends are where it is looked at.
 
-A check costs a sort of the ends; it is compiled (`fluidsched.policy._ahead`), since an engine asks between steps of its
+A check goes through the ends in order; it is compiled (`fluidsched.policy._ahead`), since an engine asks between steps of its
 own, when little of what is needed is in the processor's caches.
 
 A refusal has a *witness*, an end u at which memory is too much. When somebody asks again it is looked at first, one
@@ -90,9 +90,6 @@ class Forecast:
         self._shares = math.lcm(*range(1, len(lookahead.lengths) + 1))
         self._block = block
         self._limit = limit
-        self._padding = (
-            -np.add.outer(np.arange(block), np.arange(block)) % block
-        )  # of h + u, by u and h modulo b
         self._witness = 0  # iterations ahead; 0: none
         self._columns = np.empty((len(Served._fields), 0), dtype=np.int64)
         self._count = 0
