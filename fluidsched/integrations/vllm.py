@@ -300,7 +300,7 @@ class FluidScheduler(AsyncScheduler):  # type: ignore[misc]
     def _read_fixed(self, names: list[str]) -> None:
         """Read what stays as it is of those who entered; vLLM puts them behind those who were there."""
         present = len(names)
-        stay = []
+        stay: list[int] = []
         for j, name in enumerate(self._names):
             if len(stay) < present and names[len(stay)] == name:
                 stay.append(j)

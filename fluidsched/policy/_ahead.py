@@ -138,7 +138,8 @@ def first_beyond(served: Any, lengths: Any, shares: int, block: int, limit: int,
         if memory + number * (block - 1) <= max(most, worst):
             continue
         filled = ahead % block
-        for rest in range(block):  # `filled` tokens are in the last block of those with this rest; 0: it is full
+        # `filled` tokens are in the last block of those with this rest; 0: it is full
+        for rest in range(block):
             memory += by_rest[rest] * (block - filled if filled > 0 else 0)
             filled = filled + 1 if filled + 1 < block else 0
         if memory > max(most, worst):

@@ -8,8 +8,8 @@ iteration now planned and is believed to be o long is forecast to hold
 units(m) = ⌈m/b⌉ with blocks of b tokens; with a law it is the mean over those of its lengths above k. One whose prompt
 stays incomplete is forecast its peak for all u. Between two ends memory only grows, so ends are where it is looked at.
 
-A check goes through the ends in order; it is compiled (`fluidsched.policy._ahead`), since an engine asks between steps of its
-own, when little of what is needed is in the processor's caches.
+A check goes through the ends in order; it is compiled (`fluidsched.policy._ahead`), since an engine asks between steps
+of its own, when little of what is needed is in the processor's caches.
 
 A refusal has a *witness*, an end u at which memory is too much. When somebody asks again it is looked at first, one
 iteration nearer in the next iteration, and where it was, which is where it is when others have entered since. Whatever
