@@ -140,9 +140,7 @@ def policy_timeline(
     cell, width = (horizon - start) / cells, stage[1]
     held = np.zeros((cells, bins))
     produced = np.zeros(len(path), dtype=np.int64)
-    found = 0 if path.cached_prompt_tokens is None else path.cached_prompt_tokens  # at every admission
-    computed = path.prompt_tokens - found
-    left = computed.copy()  # prompt tokens, and tokens to recompute, still to do
+    left = path.prompt_tokens.copy()  # prompt tokens, and tokens to recompute, still to do by who is inside
     inside: set[int] = set()
     ended = 0.0
 
@@ -178,15 +176,14 @@ def policy_timeline(
                 inside.add(i)
             else:
                 inside.discard(i)
-        for i in preempted:
-            if table.preemption == "restart":
-                produced[i] = 0
-            if table.preemption != "swap":
-                left[i] = computed[i] + produced[i]
+        if table.preemption == "restart":
+            produced[list(preempted)] = 0
 
     def observe(iteration: IterationSummary) -> None:
         nonlocal ended
         decide(iteration.start_s, iteration.admitted, iteration.preempted, iteration.departed)
+        for i, found in zip(iteration.admitted, iteration.found, strict=True):
+            left[i] = path.prompt_tokens[i] + produced[i] - found
         count(iteration.start_s, iteration.end_s)
         ended = iteration.end_s
         for i, tokens in iteration.prefill:

@@ -14,6 +14,7 @@ from simulation_cases import engine_table, path_of, server_of
 
 from fluidsched.simulation import policy_timeline
 from fluidsched.simulation.reference import run_reference
+from fluidsched.workload.prefix_cache import PromptBlocks
 
 
 def test_a_cached_prefix_is_not_prefilled():
@@ -25,6 +26,15 @@ def test_a_cached_prefix_is_not_prefilled():
     path = dataclasses.replace(path, cached_prompt_tokens=np.array([5]))
     found = policy_timeline(path, server_of(), table, horizon=4.0, cells=4, bins=2).residents
     assert found.tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
+
+
+def test_a_block_that_another_request_computed_is_not_prefilled():
+    """Two tokens an iteration: three of them for the first prompt; the second finds four of its six tokens."""
+    blocks = PromptBlocks.from_lists([[1, 2, 3], [1, 2, 4]], block_tokens=2)
+    path = dataclasses.replace(path_of((0.0, 6, 1), (6.0, 6, 2)), prompt_blocks=blocks)
+    found = policy_timeline(path, server_of(), engine_table(token_budget=2), horizon=9.0, cells=9, bins=2)
+    assert found.residents[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0, 0]
+    assert found.residents[:, 1].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
