@@ -77,6 +77,9 @@ BISECTIONS = 8
 
 # ------------------------------------------------------------------ knobs
 
+COUNTS = ("max_in_service", "token_budget", "prefill_interval", "block_iterations")
+"""Knobs that are whole numbers of requests, tokens or iterations."""
+
 
 def _threshold(table: PolicyTable, factor: float) -> PolicyTable:
     """All thresholds times a factor, gates in proportion; at least 1 where they were."""
@@ -139,10 +142,17 @@ def _headroom(table: PolicyTable, tokens: float) -> PolicyTable:
 
 def _field(name: str) -> Callable[[PolicyTable, float], PolicyTable]:
     def set_field(table: PolicyTable, value: float) -> PolicyTable:
-        number: Any = value if name == "watermark" else round(value)
+        number: Any = round(value) if name in COUNTS else value
         return dataclasses.replace(table, **{name: number})
 
     return set_field
+
+
+def _settings(knobs: Mapping[str, float]) -> str:
+    """Values as the table has them: fields that count are whole."""
+    return ", ".join(
+        f"{name} {round(value) if name in COUNTS else f'{value:.4g}'}" for name, value in knobs.items()
+    )
 
 
 KNOBS: dict[str, Callable[[PolicyTable, float], PolicyTable]] = {
@@ -505,7 +515,7 @@ class Tuning(Tabular):
 
     def __repr__(self) -> str:
         knobs = next(c.knobs for c in self.candidates if c.table == self.winner)
-        changed = ", ".join(f"{name} {value:.4g}" for name, value in knobs.items()) or "nothing"
+        changed = _settings(knobs) or "nothing"
         return (
             f"Tuning of {self.start.name!r}: {len(self.candidates)} candidates, aim {self.aim}\n"
             f"  {self.summary()}\n  winner changes {changed}"
@@ -853,10 +863,7 @@ class _Search:
         reached = ", ".join(
             f"mean {name} {means[nearest][name]:.4g} s (limit {slo[name]:.4g} s)" for name in slo
         )
-        knobs = (
-            ", ".join(f"{name} {value:.4g}" for name, value in tried[nearest][0].items())
-            or "the start itself"
-        )
+        knobs = _settings(tried[nearest][0]) or "the start itself"
         return (
             f"no candidate meets the SLOs for {wanted} of the requests; the nearest ({knobs}) meets them for "
             f"{shares[nearest]:.1%}: {reached}. Loosen the SLOs, lower the load, or add servers."
