@@ -48,6 +48,17 @@ def compile_(
             "boundary as a table needs (in overload the optimum leaves no slack)."
         ),
     ] = None,
+    kv_reserve: Annotated[float, typer.Option(help="KV tokens the table leaves free.")] = 0.0,
+    rate_error: Annotated[
+        float,
+        typer.Option(
+            help="Relative error of every type's rate that the table must bear (not lookahead, nested-wait)."
+        ),
+    ] = 0.0,
+    error_budget: Annotated[
+        float | None,
+        typer.Option(help="With --rate-error: at most this many types' worth of it at once (default: all)."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the table (default: its kind).")] = None,
 ) -> None:
     """Compile a solution into a policy table an online scheduler can follow, with its certificate.
@@ -71,6 +82,9 @@ def compile_(
         slack=margin,  # type: ignore[arg-type]  # any other word is refused by compile_policy itself
         overflow_probability=overflow_probability,
         block_iterations=block_iterations,
+        kv_reserve=kv_reserve,
+        rate_error=rate_error,
+        error_budget=error_budget,
         horizon=horizon,
         segments=_boundaries(segments),
         segment_count=segment_count,

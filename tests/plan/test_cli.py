@@ -569,6 +569,23 @@ def test_help_names_every_embedded_workload(tmp_path: Path) -> None:
     assert all(name in text for name in workloads.names())
 
 
+def test_compile_bears_errors_of_rates_and_leaves_memory_free(tmp_path: Path) -> None:
+    """The same table as Python's, with fewer in service for the memory and a price for the errors."""
+    import fluidsched as fs
+
+    assert fluidsched("solve", "--load", "0.7", "--out", "s.json", cwd=tmp_path).returncode == 0
+    options = ("--kv-reserve", "20000", "--rate-error", "0.1", "--error-budget", "1")
+    done = fluidsched("compile", "s.json", *options, "--json", cwd=tmp_path)
+    server = fs.catalog.server("a100-80gb", "llama-2-7b", tensor_parallel=1)
+    fluid = fs.solve_fluid(fs.workloads.azure_conv().at_load(0.7, server), server)
+    table = fs.compile_policy(fluid, "capped", kv_reserve=20_000, rate_error=0.1, error_budget=1)
+    assert done.stdout.strip() == table.to_json().strip()
+    assert (table.max_in_service or 0) < (fs.compile_policy(fluid, "capped").max_in_service or 0)
+    done = fluidsched("compile", "s.json", "--error-budget", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--error-budget must come with" in done.stderr
+
+
 def test_compile_merges_types(tmp_path: Path) -> None:
     """The table that `plan` keeps can be made step by step."""
     assert fluidsched("solve", "--out", "solution.json", cwd=tmp_path).returncode == 0
