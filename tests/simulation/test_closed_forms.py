@@ -1,4 +1,4 @@
-"""Closed forms that the simulator must meet: a lone request, a batch of one, M/D/1, the fluid equilibrium."""
+"""Closed forms that the simulator must meet: a lone request, queues of one server, the fluid equilibrium."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluidsched.queues.embedded import embedded_queue_mean
 from fluidsched.server import IterationTime, Server
 from fluidsched.simulation import simulate
 from fluidsched.simulation.measures import interval
-from fluidsched.workload import RequestType, Workload
+from fluidsched.workload import RequestType, Workload, lengths
 
 TIME = IterationTime.affine(0.01, 2e-5, 1e-4, 3e-7, 1e-9)
 ALONE = {
@@ -78,6 +78,50 @@ def test_md1_against_pollaczek_khinchine(engine):
         error = values.std(ddof=1) / np.sqrt(len(values))
         assert abs(values.mean() - expected) <= stdtrit(len(values) - 1, 1 - 0.5e-4) * error
         assert error < 0.03 * expected
+
+
+def test_one_at_a_time_with_geometric_lives_is_almost_mm1():
+    """Lives of o iterations of d, o geometric of mean m: the M/M/1 queue but for a term of order 1/m.
+
+    Mean wait ρ/(1 - ρ)·m d·(1 - 1/(2m)), by Pollaczek and Khinchine; time in system exponential of mean
+    m d/(1 - ρ), so its 90 % quantile is ln 10 times that. t tests at 10⁻⁴ each, with 1 % for o's grid, the cut
+    of its law (e⁻²⁰) and the warm-up.
+    """
+    m, d, rho = 100, 0.01, 0.6
+    law = lengths.geometric(m, maximum=2_000)
+    workload = Workload([RequestType("one", rho / (m * d), prompt_tokens=1, output_tokens=law)])
+    server = Server(10_000, IterationTime.affine(d, 0.0, 0.0, 0.0))
+    table = engine_table("capped", max_in_service=1)
+    runs = simulate(workload, server, table, horizon=20_000.0, warmup=500.0, replications=16, seed=12)
+    measured = runs.measures("capped")
+    for name, expected in (
+        ("mean_scheduling_delay", rho / (1 - rho) * m * d * (1 - 1 / (2 * m))),
+        ("p90_e2e", np.log(10) * m * d / (1 - rho)),
+        ("busy_fraction", rho),
+    ):
+        values = measured[name]
+        half = stdtrit(len(values) - 1, 1 - 0.5e-4) * values.std(ddof=1) / np.sqrt(len(values))
+        assert abs(values.mean() - expected) <= half + 0.01 * expected, name
+        assert half < 0.1 * expected, name
+
+
+@pytest.mark.parametrize("law", ["fixed", "geometric"])
+def test_iterations_as_long_as_their_batch_share_the_processor(law):
+    """T = c·residents, everybody admitted: processor sharing, E[time in system] = c E[o]/(1 - ρ) for any law of o.
+
+    The wait for the next iteration adds about one of 200 shares. t test at 10⁻⁴, with 2 % for it and the warm-up.
+    """
+    m, c, rho = 200, 0.01, 0.6
+    output = m if law == "fixed" else lengths.geometric(m, maximum=4_000)
+    workload = Workload([RequestType("one", rho / (m * c), prompt_tokens=1, output_tokens=output)])
+    server = Server(1_000_000, IterationTime.affine(1e-9, c, c, 0.0))
+    table = engine_table("capped", max_in_service=10_000, token_budget=None)
+    runs = simulate(workload, server, table, horizon=20_000.0, warmup=1_000.0, replications=16, seed=13)
+    values = runs.measures("capped")["mean_e2e"]
+    expected = m * c / (1 - rho)
+    half = stdtrit(len(values) - 1, 1 - 0.5e-4) * values.std(ddof=1) / np.sqrt(len(values))
+    assert abs(values.mean() - expected) <= half + 0.02 * expected
+    assert half < 0.1 * expected
 
 
 @pytest.mark.parametrize("engine", ["kernel", "reference"])
