@@ -15,11 +15,12 @@ Prefill and decode apart
      after the prefill. Routing rules 1 to 9 hold for either stage by itself, "arrival" being the arrival there and
      the order that of these instants, equal ones by index; u and v of the second stage come from child (r, 2).
      Prefills do not wait for decodes, so the decode stage is run when the prefill stage is over.
- 0a. Patience is over with the admission by the prefill replica. Who hangs up (`abort_after_s`) leaves the replica it is
-     at as rules 35 to 37 of the reference say; or, if its KV reaches the decode replicas at that instant or later, it
-     leaves on the way, at the instant itself (but not before the end of its prefill), and is never routed there:
-     status `aborted`, its prompt's KV dropped. A server's timeouts count from the arrival at that server, the waiting
-     timeout until the admission there.
+
+  0a. Patience is over with the admission by the prefill replica. Who hangs up (`abort_after_s`) leaves the replica
+     it is at as rules 35 to 37 of the reference say; or, if its KV reaches the decode replicas at that instant or
+     later, it leaves on the way, at the instant itself (but not before the end of its prefill), and is never routed
+     there: status `aborted`, its prompt's KV dropped. A server's timeouts count from the arrival at that server, the
+     waiting timeout until the admission there.
 
 Routing
   1. Requests are routed at their arrival, those of one instant in the order of the path. At an instant
