@@ -32,6 +32,7 @@ from fluidsched.simulation import simulate
 from fluidsched.simulation.measures import interval
 from fluidsched.simulation.result import aligned
 from fluidsched.workload import ArrivalPath
+from fluidsched.workload.path import DrawnPaths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,6 +176,7 @@ def offer(
     horizon: float | None = None,
     warmup: float | None = None,
     targets: Mapping[str, float] | None = None,
+    kept_replications: int | None = None,
 ) -> Admission | None:
     """Find the table to run behind a door that turns away what the fluid optimum does.
 
@@ -192,6 +194,8 @@ def offer(
         As in `fluidsched.simulate`.
     targets : mapping, optional
         Measure → what it may be at most, s.
+    kept_replications : int, optional
+        As in `fluidsched.simulate`.
 
     Returns
     -------
@@ -217,14 +221,15 @@ def offer(
         if share is None:
             continue
         admitted = share * np.asarray(fluid.admitted_rate, dtype=np.float64)
-        let_in = [path.thinned(admitted / offered, door) for path, door in zip(paths, doors, strict=True)]
+        let_in = admitted / offered
         runs = simulate(
-            let_in,
+            DrawnPaths(len(paths), lambda r, let_in=let_in: paths[r].thinned(let_in, doors[r])),  # type: ignore[misc]
             fluid.server,
             [table, baselines.vllm(), baselines.sarathi()],
             horizon=horizon,
             warmup=warmup,
             oversize="reject",
+            kept_replications=kept_replications,
         )
         found.append(Admission(table, share, fluid.workload.type_names, offered, admitted, runs))
     able = [one for one in found if keeps_up(one.runs, one.table.name) and _meets(one, targets or {})]

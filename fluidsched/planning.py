@@ -35,6 +35,7 @@ from fluidsched.recommendation import (
     PRACTICAL,
     Reach,
     Recommendation,
+    Settled,
     bracket,
     choose,
     gains_over,
@@ -44,6 +45,7 @@ from fluidsched.recommendation import (
 from fluidsched.server import Server, catalog
 from fluidsched.simulation.measures import check_targets, interval
 from fluidsched.workload import ArrivalPath, Workload, workloads
+from fluidsched.workload.path import DrawnPaths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,6 +95,9 @@ _DEFAULT_LOAD = 0.8
 
 #: Simulated seconds per replication.
 HORIZON = 3600.0
+
+#: Records of the runs that a plan holds take about so many bytes at most.
+KEPT_BYTES = 2.0**29
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,7 +235,9 @@ def plan(
         a sixth). Of a replay: of the paths made of its pieces, at its own load (default: as long as it is); at another
         load they are as much shorter or longer as the requests come faster or slower.
     replications : int, optional
-        Independent arrival paths, common to all policies.
+        Independent arrival paths, common to all policies. The records of the first ones are kept, as many as take
+        `KEPT_BYTES`: plots and bounds that hold for every request look at these, all measures at all replications. So
+        memory does not grow with their number.
     seed : int, optional
         Of the arrival paths.
     overflow_probability : float, optional
@@ -251,7 +258,7 @@ def plan(
     Raises
     ------
     InputError
-        On wrong arguments; nothing has run then.
+        On wrong arguments, or where one replication's records do not fit into memory; nothing has run then.
     InfeasibleError
         If no policy meets the targets even on a server that is almost idle; shows the nearest miss.
 
@@ -302,12 +309,12 @@ def plan(
     from fluidsched.simulation import simulate
 
     load_now = float(fluid.load.max())
-    trial = _Trial(workload, recorded, load_now, server, horizon, warmup, replications, seed)
+    trial = _Trial(workload, recorded, load_now, server, horizon, warmup, replications, seed, asked)
     if replay:
         assert path is not None
         runs = simulate(path, server, tables, replications=1, oversize="reject", progress=progress)
     else:
-        runs = trial.at(None, tables, progress)
+        runs, settled = trial.at(None, tables, progress, kept=trial.kept(len(tables)))
     admission = None if fluid.is_stable else _admission(trial, fluid, tables, asked)
     chosen = choose(runs, asked) if admission is None else admission.table.name
     recommended = next(table for table in tables if table.name == chosen)
@@ -316,22 +323,23 @@ def plan(
     holds, fails, overload_rate = math.nan, math.inf, math.nan
     frame = None
     if curve:
-        now = trial.at(None, tables, progress) if replay else runs
-        paired = now.replications
-        by_load = {load_now: now} | _runs_by_load(trial, tables, load_now, progress)
+        now = trial.at(None, tables, progress) if replay else (runs, settled)
+        paired = now[0].replications
+        curve_runs = {load_now: now} | _runs_by_load(trial, tables, load_now, progress)
+        by_load = {load: at_load for load, (at_load, _) in curve_runs.items()}
         frame = _load_curve(by_load, fluid.critical_rate)
         gains = [
             gain
             for load, at_load in sorted(by_load.items())
             for gain in gains_over(at_load, recommended.name, load, load * fluid.critical_rate)
         ]
-        holds, fails = _reach(trial, by_load, recommended, asked, progress)
+        holds, fails = _reach(trial, curve_runs, recommended, progress)
         highest = max(by_load)
         if highest > 1.0:
             throughput = by_load[highest].measures(recommended.name)["request_throughput"]
             overload_rate = float(throughput.mean())
         if asked and holds == 0.0:
-            _refuse_targets(trial, tables, asked)
+            _refuse_targets(trial, tables)
     return Plan(
         workload=workload,
         server=server,
@@ -485,31 +493,53 @@ class _Trial:
     warmup: float
     replications: int
     seed: int
+    targets: Mapping[str, float]
 
-    def paths(self, load: float | None) -> list[ArrivalPath]:
+    def paths(self, load: float | None) -> DrawnPaths:
         """The requests that come at a share of the fluid boundary; None: at the workload's own rates."""
         seeds = np.random.SeedSequence(self.seed).spawn(self.replications)
         if self.recorded is None:
             workload = self.workload if load is None else self.workload.at_load(load, self.server)
-            return [workload.sample(self.horizon, seed) for seed in seeds]
+            return DrawnPaths(len(seeds), lambda r: workload.sample(self.horizon, seeds[r]))
         speed = self._speed(load)
-        return [self.recorded.accelerated(speed).bootstrapped(self.horizon / speed, seed) for seed in seeds]
+        faster = self.recorded.accelerated(speed)
+        return DrawnPaths(len(seeds), lambda r: faster.bootstrapped(self.horizon / speed, seeds[r]))
 
     def at(
-        self, load: float | None, tables: Sequence[PolicyTable], progress: Progress | None = None
-    ) -> SimulationResult:
-        """The tables at a share of the fluid boundary; None: at the workload's own rates."""
+        self,
+        load: float | None,
+        tables: Sequence[PolicyTable],
+        progress: Progress | None = None,
+        *,
+        kept: int = 0,
+    ) -> tuple[SimulationResult, Settled]:
+        """The tables at a share of the fluid boundary, with the records of so many replications, and what targets need.
+
+        None: at the workload's own rates.
+        """
         from fluidsched.simulation import simulate
 
         speed = self._speed(load)
-        return simulate(
+        end, start = self.horizon / speed, self.warmup / speed
+        settled = Settled(self.targets, end, start)
+        runs = simulate(
             self.paths(load),
             self.server,
             tables,
-            horizon=self.horizon / speed,
-            warmup=self.warmup / speed,
+            horizon=end,
+            warmup=start,
+            kept_replications=kept,
+            on_run=settled.seen,
             progress=progress,
         )
+        return runs, settled
+
+    def kept(self, tables: int) -> int:
+        """Replications whose records are kept, of so many tables."""
+        from fluidsched.simulation.run import kept_within
+
+        requests = self.workload.total_arrival_rate * self.horizon
+        return kept_within(KEPT_BYTES, requests, self.replications, tables)
 
     def _speed(self, load: float | None) -> float:
         """How much faster a recorded path is gone through, and ends."""
@@ -530,12 +560,13 @@ def _admission(
         horizon=trial.horizon,
         warmup=trial.warmup,
         targets=targets,
+        kept_replications=trial.kept(3 * len(tables)),
     )
 
 
 def _runs_by_load(
     trial: _Trial, tables: Sequence[PolicyTable], load_now: float, progress: Progress | None
-) -> dict[float, SimulationResult]:
+) -> dict[float, tuple[SimulationResult, Settled]]:
     """Run the tables, their numbers unchanged, at every load of the curve but the present one."""
     loads = [load for load in CURVE_LOADS if abs(load - load_now) > 1e-9]
     found = {}
@@ -564,9 +595,8 @@ def _load_curve(by_load: Mapping[float, SimulationResult], critical_rate: float)
 
 def _reach(
     trial: _Trial,
-    by_load: Mapping[float, SimulationResult],
+    by_load: Mapping[float, tuple[SimulationResult, Settled]],
     table: PolicyTable,
-    targets: Mapping[str, float],
     progress: Progress | None,
 ) -> tuple[float, float]:
     """Largest load at which a table holds and least at which it fails, from the curve's runs and some more."""
@@ -577,15 +607,20 @@ def _reach(
         tried += 1
         if progress is not None:
             progress("largest load", tried, tried)
-        return judge(trial.at(load, [table]), table.name, targets)
+        return judged(trial.at(load, [table]))
 
-    return bracket({load: judge(runs, table.name, targets) for load, runs in by_load.items()}, at)
+    def judged(found: tuple[SimulationResult, Settled]) -> bool | None:
+        runs, settled = found
+        return judge(runs, table.name, trial.targets, settled)
+
+    return bracket({load: judged(found) for load, found in by_load.items()}, at)
 
 
-def _refuse_targets(trial: _Trial, tables: Sequence[PolicyTable], targets: Mapping[str, float]) -> None:
+def _refuse_targets(trial: _Trial, tables: Sequence[PolicyTable]) -> None:
     """Raise where every policy misses the targets on an almost idle server: no number of servers helps then."""
-    runs = trial.at(IDLE_LOAD, tables)
-    if any(judge(runs, name, targets) is not False for name in runs.policies):
+    targets = trial.targets
+    runs, settled = trial.at(IDLE_LOAD, tables)
+    if any(judge(runs, name, targets, settled) is not False for name in runs.policies):
         return
     missed = {
         name: {measure: float(np.nanmean(runs.measures(name)[measure])) for measure in targets}

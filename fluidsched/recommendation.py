@@ -27,7 +27,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from fluidsched.simulation import SimulationResult
+    from fluidsched.simulation.records import EngineRun
+    from fluidsched.workload import ArrivalPath
 
-__all__ = ["Gain", "Reach", "Recommendation", "bracket", "choose", "gains_over", "judge", "keeps_up"]
+__all__ = [
+    "Gain",
+    "Reach",
+    "Recommendation",
+    "Settled",
+    "bracket",
+    "choose",
+    "gains_over",
+    "judge",
+    "keeps_up",
+]
 
 #: Between tables of nearly equal latency the earlier one is recommended: the compiled cap, a stock engine's flag
 #: that also protects it when the load rises, then the other compiled tables, then the engines as they come.
@@ -518,12 +530,40 @@ def gains_over(runs: SimulationResult, policy: str, load: float, arrival_rate: f
 # ------------------------------------------------------------------ reach
 
 
-def judge(runs: SimulationResult, policy: str, targets: Mapping[str, float]) -> bool | None:
-    """Whether a policy keeps up and meets the targets: True and False with confidence, None if it cannot be told.
+class Settled:
+    """Latencies that have targets, of every run, before it is forgotten: `seen` is an `on_run` of `simulate`.
 
-    Targets are judged on the requests that arrived before the last sixth of the measured time: those after it are still
-    in service at the end.
+    Of the requests that arrived before the last sixth of the measured time: those after it are still in service at the
+    end.
+
+    Parameters
+    ----------
+    measures : iterable of str
+        Statistics of latencies, such as "p99_ttft".
+    horizon : float or None
+        End of the runs, s; None: run until empty.
+    warmup : float
+        Start of the measured window, s.
     """
+
+    def __init__(self, measures: Iterable[str], horizon: float | None, warmup: float) -> None:
+        self._measures = tuple(measures)
+        self._window = warmup, math.inf if horizon is None else horizon - (horizon - warmup) / 6
+        self._found: dict[tuple[str, str], list[tuple[float, bool]]] = {}
+
+    def seen(self, policy: str, replication: int, path: ArrivalPath, run: EngineRun) -> None:
+        """Measure one run."""
+        for measure in self._measures:
+            found = latency_statistic(path, run, *self._window, measure)
+            self._found.setdefault((policy, measure), []).append(found)
+
+    def of(self, policy: str, measure: str) -> list[tuple[float, bool]]:
+        """Value in each replication, s, and whether it is a lower bound."""
+        return self._found[policy, measure]
+
+
+def judge(runs: SimulationResult, policy: str, targets: Mapping[str, float], settled: Settled) -> bool | None:
+    """Whether a policy keeps up and meets the targets: True and False with confidence, None if it cannot be told."""
     outcome = runs.outcome(policy)
     if "stuck" in outcome.verdicts:
         return False
@@ -532,12 +572,8 @@ def judge(runs: SimulationResult, policy: str, targets: Mapping[str, float]) -> 
         _, low, high = interval(outcome.values["backlog_growth"])
         tolerated = RESOLUTION * interval(outcome.values["request_throughput"])[0]
         answers = [True if high <= tolerated else False if low > 0.0 else None]
-    until = math.inf if runs.horizon is None else runs.horizon - (runs.horizon - runs.warmup) / 6
     for measure, limit in targets.items():
-        judged = [
-            latency_statistic(path, runs.run(policy, r), runs.warmup, until, measure)
-            for r, path in enumerate(runs.paths)
-        ]
+        judged = settled.of(policy, measure)
         estimate, low, high = interval(np.array([value for value, _ in judged]))
         censored = any(is_bound for _, is_bound in judged)
         if math.isnan(estimate):  # no request has it: none can be late

@@ -90,6 +90,8 @@ def simulate(
         )
     policies = _load_differently_named(tables)
     options: dict[str, Any] = {"check": check, "records": not no_records}
+    if not no_records:
+        options["kept_replications"] = 0 if records is None else 1  # only the first run's are written
     if engine is not None:
         options["engine"] = engine
     if solution is not None:

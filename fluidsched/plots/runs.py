@@ -99,7 +99,7 @@ def latency_distribution(
     policies: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Empirical distribution of a latency after the warm-up, all replications pooled, one line a policy.
+    """Empirical distribution of a latency after the warm-up, one line a policy; all replications pooled that were kept.
 
     The band is the 95 % interval of the share at each latency, from the replications; there is none with one
     replication. Requests still without the event at the horizon are counted in the denominator, so a curve that
@@ -126,7 +126,7 @@ def latency_distribution(
     check_choice("measure", measure, tuple(_LATENCIES))
     axes = new_axes(ax)
     for name in policies or runs.policies:
-        parts = [runs.latencies(name, measure, replication) for replication in range(runs.replications)]
+        parts = [runs.latencies(name, measure, replication) for replication in range(len(runs.paths))]
         values = np.sort(np.concatenate([observed for observed, _ in parts]))
         censored = sum(missing for _, missing in parts)
         total = values.size + censored

@@ -81,7 +81,7 @@ from fluidsched.simulation.limits import (
 from fluidsched.simulation.measures import alone_s, measure_run
 from fluidsched.simulation.records import STATUSES, EngineRun, Verdict
 from fluidsched.simulation.reference import Engine, run_reference
-from fluidsched.simulation.result import SimulationResult
+from fluidsched.simulation.result import Measured, SimulationResult
 from fluidsched.simulation.routers import Router
 from fluidsched.simulation.run import ENGINES, OCCUPANCY_POINTS, check_memory, common_paths
 from fluidsched.workload import ArrivalPath, Workload
@@ -353,7 +353,8 @@ def simulate_cluster(
                 "be None in a cluster: a request's output must not depend on the replica that serves it",
                 "Cut the outputs of the path instead.",
             )
-    paths, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
+    drawn, horizon, warmup = common_paths(workload, horizon, warmup, replications, seed)
+    paths = list(drawn)
     draws = [_chances(paths, seed, stage) for stage in (1, 2)]
     systems = [
         _System(_stages(pools, pool_of, tables, apart), transfer, horizon, warmup, engine, check)
@@ -379,17 +380,22 @@ def simulate_cluster(
             replica_runs.append(tuple(tuple(run.runs) for run in runs))
             handed_over.append(tuple(run.handover for run in runs if run.handover is not None))
             whole_runs.append([_together(path, run) for path, run in zip(paths, runs, strict=True)])
-    whole = SimulationResult.collect(
+    measured = Measured(
         named,
+        _memory_of(pools),
+        warmup=warmup,
+        replicas=[pools[k].server for k in pool_of] if alike else (),
+    )
+    for k, of_policy in enumerate(whole_runs):
+        measured.add(k, paths, of_policy)
+    whole = SimulationResult.collect(
+        measured,
         paths,
         whole_runs,
         horizon=horizon,
-        warmup=warmup,
         seed=int(seed) if isinstance(seed, (int, np.integer)) and isinstance(workload, Workload) else None,
         engine=engine,
         workload=workload.name,
-        server=_memory_of(pools),
-        replicas=[pools[k].server for k in pool_of] if alike else (),
     )
     return ClusterResult(
         whole,

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from fluidsched.policy.table import PolicyTable
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["PolicyOutcome", "SimulationResult", "aligned", "plus_minus"]
+__all__ = ["Measured", "PolicyOutcome", "SimulationResult", "aligned", "plus_minus"]
 
 SCHEMA = "fluidsched.simulation/1"
 
@@ -95,12 +95,85 @@ class PolicyOutcome:
         return intervals(np.array(list(self.values.values())))
 
 
+class Measured:
+    """Runs measured as they come in, and then no longer needed.
+
+    Parameters
+    ----------
+    tables : sequence of PolicyTable
+    server : Server
+    warmup : float
+        Start of the measured window, s.
+    slo : mapping, optional
+        Latency name → limit per request, s.
+    replicas : sequence of Server, optional
+        `server` alone by default; none at all says that they follow different tables.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[PolicyTable],
+        server: Server,
+        *,
+        warmup: float,
+        slo: Mapping[str, float] | None = None,
+        replicas: Sequence[Server] | None = None,
+    ) -> None:
+        self.tables = tuple(tables)
+        self.server = server
+        self.warmup = warmup
+        self.slo = check_slo(slo)
+        self.alike = replicas is None or len(replicas) > 0
+        self.replicas = tuple(replicas or ()) or (server,)
+        self.found: list[list[tuple[dict[str, float], set[str]]]] = [[] for _ in tables]
+        self.ends: list[list[tuple[str, tuple[str, ...]]]] = [[] for _ in tables]
+        self.deadlocks: list[tuple[int, str] | None] = [None for _ in tables]
+
+    def add(self, k: int, paths: Sequence[ArrivalPath], runs: Sequence[EngineRun]) -> None:
+        """Measure the next replications of table k."""
+        table = self.tables[k]
+        slots = sum(effective_limits(replica, table).slots for replica in self.replicas)
+        for path, run in zip(paths, runs, strict=True):
+            if run.verdict == "stuck" and self.deadlocks[k] is None:
+                state = describe_deadlock(path, run, table if self.alike else None, self.server.kv_capacity)
+                self.deadlocks[k] = len(self.found[k]), state
+            self.ends[k].append((run.verdict, run.starved_types))
+            self.found[k].append(
+                measure_run(
+                    path,
+                    run,
+                    warmup=self.warmup,
+                    kv_capacity=self.server.kv_capacity,
+                    slots=slots if slots < UNLIMITED else math.inf,
+                    alone=_alone(path, self.replicas),
+                    type_of=_types(path, table)[0],
+                    slo=self.slo,
+                )
+            )
+
+    def outcomes(self) -> tuple[PolicyOutcome, ...]:
+        """The outcome of every table."""
+        return tuple(
+            _outcome(table, self.ends[k], self.found[k], self._deadlock(k))
+            for k, table in enumerate(self.tables)
+        )
+
+    def _deadlock(self, k: int) -> str:
+        """State of the first stuck replication."""
+        stuck = self.deadlocks[k]
+        if stuck is None:
+            return ""
+        r, state = stuck
+        return state if len(self.found[k]) == 1 else f"in replication {r} {state}"
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class SimulationResult(Tabular):
     """Runs of several policies on the same R arrival paths.
 
     Made by `simulate`; read back from JSON it has the measures of every replication but no request
-    records, so `requests`, `latencies`, `occupancy` and measures under other SLOs then raise `InputError`.
+    records, so `requests`, `latencies`, `occupancy` and measures under other SLOs then raise `InputError`;
+    so they do for replications that were not kept.
 
     Attributes
     ----------
@@ -125,7 +198,7 @@ class SimulationResult(Tabular):
     tables : tuple of PolicyTable
         The policies; empty when read from a file.
     paths : tuple of ArrivalPath
-        The R common paths; empty when read from a file.
+        The common paths, all R or the first of them that were to be kept; empty when read from a file.
     replicas : tuple of Server
         Servers behind `server`: itself, or the replicas of a cluster; empty when read from a file.
     transients : dict of str to float
@@ -154,61 +227,32 @@ class SimulationResult(Tabular):
     @classmethod
     def collect(
         cls,
-        tables: Sequence[PolicyTable],
+        measured: Measured,
         paths: Sequence[ArrivalPath],
         engine_runs: Sequence[Sequence[EngineRun]],
         *,
         horizon: float | None,
-        warmup: float,
         seed: int | None,
         engine: str,
         workload: str,
-        server: Server,
-        replicas: Sequence[Server] | None = None,
         transients: Mapping[str, float] | None = None,
-        slo: Mapping[str, float] | None = None,
     ) -> SimulationResult:
-        """Measure every run: `engine_runs[k][r]` is table k on path r.
-
-        `replicas` are `server` alone by default; none at all says that they follow different tables.
-        """
-        slo = check_slo(slo)
-        alike = replicas is None or len(replicas) > 0
-        replicas = tuple(replicas or ()) or (server,)
-        alone = [_alone(path, replicas) for path in paths]
-        outcomes = []
-        for table, runs in zip(tables, engine_runs, strict=True):
-            slots = sum(effective_limits(replica, table).slots for replica in replicas)
-            measured = [
-                measure_run(
-                    path,
-                    run,
-                    warmup=warmup,
-                    kv_capacity=server.kv_capacity,
-                    slots=slots if slots < UNLIMITED else math.inf,
-                    alone=alone[r],
-                    type_of=_types(path, table)[0],
-                    slo=slo,
-                )
-                for r, (path, run) in enumerate(zip(paths, runs, strict=True))
-            ]
-            outcomes.append(
-                _outcome(table, runs, measured, _deadlock(table if alike else None, paths, runs, server))
-            )
+        """Put together what was measured and what is kept: `engine_runs[k][r]` is table k on path r."""
+        outcomes = measured.outcomes()
         return cls(
-            tuple(outcomes),
-            len(paths),
+            outcomes,
+            len(outcomes[0].verdicts),
             horizon,
-            warmup,
+            measured.warmup,
             seed,
             engine,
             workload,
-            server,
-            slo,
-            tuple(tables),
+            measured.server,
+            measured.slo,
+            measured.tables,
             tuple(paths),
-            tuple(map(tuple, engine_runs)),
-            replicas,
+            tuple(map(tuple, engine_runs)) if paths else (),
+            measured.replicas,
             dict(transients or {}),
         )
 
@@ -240,7 +284,8 @@ class SimulationResult(Tabular):
                 )
                 values = values | totals | tally.of_the_whole()
                 measured.append(({name: values[name] for name in UNITS if name in values}, bounds))
-            outcomes.append(_outcome(table, [run for run, _ in of_table], measured))
+            ends = [(run.verdict, run.starved_types) for run, _ in of_table]
+            outcomes.append(_outcome(table, ends, measured))
         return cls(
             tuple(outcomes),
             len(runs[0]),
@@ -298,6 +343,13 @@ class SimulationResult(Tabular):
         self._need_records()
         self.outcome(policy)
         check_count("replication", replication, maximum=self.replications - 1)
+        if replication >= len(self.paths):
+            raise InputError(
+                "replication",
+                replication,
+                f"be one of the first {len(self.paths)}, whose records were kept",
+                "Simulate with a larger kept_replications to have more.",
+            )
         return self.engine_runs[self.policies.index(policy)][replication]
 
     def _tally(self, policy: str, replication: int) -> Tally:
@@ -442,13 +494,19 @@ class SimulationResult(Tabular):
         frame = pd.DataFrame(series, columns=["time_s", "kv_tokens", "residents", "waiting"])
         return frame.astype(dict.fromkeys(frame.columns[1:], np.int64))
 
-    def _need_records(self) -> None:
+    def _need_records(self, *, every: bool = False) -> None:
+        """Refuse without records, or without those of every replication."""
         if not self.engine_runs:
+            kind = "a run without records" if self.tallies else "a result read from a file"
+            if self.tables and not self.tallies:
+                kind = "a result of which no replication was kept"
+            raise InputError("result", kind, "hold its request records", "Simulate again to have them.")
+        if every and len(self.paths) < self.replications:
             raise InputError(
                 "result",
-                "a run without records" if self.tallies else "a result read from a file",
-                "hold its request records",
-                "Simulate again to have them.",
+                f"records of {len(self.paths):,} of {self.replications:,} replications",
+                "hold those of all",
+                "Simulate without kept_replications.",
             )
 
     # ------------------------------------------------------------------ all policies
@@ -491,7 +549,7 @@ class SimulationResult(Tabular):
         import pandas as pd
 
         if not self.tallies:
-            self._need_records()
+            self._need_records(every=True)
         rows = []
         for k, table in enumerate(self.tables):
             measured: dict[str, list[tuple[dict[str, float], set[str]]]] = {}
@@ -617,21 +675,20 @@ class SimulationResult(Tabular):
 
     def with_slo(self, slo: Mapping[str, float]) -> SimulationResult:
         """The same runs measured under these SLOs: latency name → limit per request, s."""
-        self._need_records()
+        self._need_records(every=True)
         assert self.server is not None
+        measured = Measured(self.tables, self.server, warmup=self.warmup, slo=slo, replicas=self.replicas)
+        for k, runs in enumerate(self.engine_runs):
+            measured.add(k, self.paths, runs)
         return SimulationResult.collect(
-            self.tables,
+            measured,
             self.paths,
             self.engine_runs,
             horizon=self.horizon,
-            warmup=self.warmup,
             seed=self.seed,
             engine=self.engine,
             workload=self.workload,
-            server=self.server,
-            replicas=self.replicas,
             transients=self.transients,
-            slo=slo,
         )
 
     def to_serve_summary(self) -> list[dict[str, Any]]:
@@ -841,20 +898,9 @@ def _types(path: ArrivalPath, table: PolicyTable) -> tuple[NDArray[np.int64] | N
     return table.classify(path) if len(table.types) > 1 else None, table.type_names
 
 
-def _deadlock(
-    table: PolicyTable | None, paths: Sequence[ArrivalPath], runs: Sequence[EngineRun], server: Server
-) -> str:
-    """State of the first stuck replication."""
-    for r, (path, run) in enumerate(zip(paths, runs, strict=True)):
-        if run.verdict == "stuck":
-            state = describe_deadlock(path, run, table, server.kv_capacity)
-            return state if len(runs) == 1 else f"in replication {r} {state}"
-    return ""
-
-
 def _outcome(
     table: PolicyTable,
-    runs: Sequence[EngineRun],
+    ends: Sequence[tuple[str, tuple[str, ...]]],
     measured: Sequence[tuple[dict[str, float], set[str]]],
     deadlock: str = "",
 ) -> PolicyOutcome:
@@ -863,12 +909,12 @@ def _outcome(
     bounds = np.array(
         [[name in bounded for name in names] for _, bounded in measured], dtype=np.bool_
     ).T.copy()
-    starved = {name for run in runs for name in run.starved_types}
+    starved = {name for _, names in ends for name in names}
     return PolicyOutcome(
         table.name,
         dict(zip(names, values, strict=True)),
         dict(zip(names, bounds, strict=True)),
-        tuple(run.verdict for run in runs),
+        tuple(verdict for verdict, _ in ends),
         tuple(name for name in table.type_names if name in starved),
         deadlock,
     )

@@ -13,11 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_count, check_real
+from fluidsched._processors import usable_threads
 from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
@@ -32,19 +36,28 @@ from fluidsched.simulation.limits import (
 from fluidsched.simulation.measures import check_slo
 from fluidsched.simulation.records import STATUSES, EngineRun
 from fluidsched.simulation.reference import run_reference
-from fluidsched.simulation.result import SimulationResult
+from fluidsched.simulation.result import Measured, SimulationResult
 from fluidsched.simulation.rules import UserRule
 from fluidsched.simulation.steady import GRID, mser5, number_in_system
 from fluidsched.simulation.tally import Tally
 from fluidsched.simulation.threads import available_memory, in_threads
 from fluidsched.workload import ArrivalPath, Workload
 from fluidsched.workload.model import PIECE
-from fluidsched.workload.path import Seed, seed_sequence
+from fluidsched.workload.path import DrawnPaths, Seed, seed_sequence
 
-__all__ = ["ENGINES", "OCCUPANCY_POINTS", "check_memory", "common_paths", "replication_seeds", "simulate"]
+__all__ = [
+    "ENGINES",
+    "OCCUPANCY_POINTS",
+    "check_memory",
+    "common_paths",
+    "kept_within",
+    "replication_seeds",
+    "simulate",
+]
 
 Policy = PolicyTable | UserRule
 Progress = Callable[[str, int, int], None]
+OnRun = Callable[[str, int, ArrivalPath, EngineRun], None]
 
 ENGINES = ("kernel", "reference")
 
@@ -69,6 +82,8 @@ def simulate(
     oversize: Literal["raise", "reject"] = "raise",
     slo: Mapping[str, float] | None = None,
     records: bool = True,
+    kept_replications: int | None = None,
+    on_run: OnRun | None = None,
     progress: Progress | None = None,
 ) -> SimulationResult:
     """Run every policy on the same arrival paths.
@@ -77,7 +92,7 @@ def simulate(
     ----------
     workload : Workload, ArrivalPath, or a sequence of paths
         A workload is sampled; a path is replayed; of several paths (bootstrapped ones, say) each is a
-        replication.
+        replication. A sequence that is no list or tuple is asked for its paths a few at a time.
     server : Server
         Its limits bind beside each table's own; the smaller counts.
     policies : PolicyTable, UserRule, or a sequence of them
@@ -113,6 +128,14 @@ def simulate(
         (`fluidsched.simulation.streaming`). Paths are drawn piece by piece, with the same requests; quantiles
         of latencies and slowdown are within 0.8 %; `requests`, `latencies`, `chrome_trace` and other SLOs
         are not to be had. On the kernel, to a horizon, with a fixed warm-up and without `check`.
+    kept_replications : int, optional
+        Of how many replications, the first ones, paths and records are kept; all by default. Every replication is
+        measured, but those not kept are drawn, run and forgotten a few at a time (`BATCH` per thread), so that
+        memory does not grow with their number. What looks at every request of every replication (`by_type`,
+        `with_slo`) then is not to be had; `on_run` is.
+    on_run : callable, optional
+        Called as ``on_run(policy name, replication, path, run)`` with every `EngineRun` once it is over, for
+        measures of one's own.
     progress : callable, optional
         Called as ``progress("simulate <policy>", runs done, runs in all)``.
 
@@ -123,8 +146,8 @@ def simulate(
     Raises
     ------
     InputError
-        Before anything runs: zero replications, a horizon of 0, a warm-up not before the horizon, a
-        repeated policy name, a table for other types than the path's, a `wait`
+        Before anything runs (of replications not kept: before these run): zero replications, a horizon of 0, a
+        warm-up not before the horizon, a repeated policy name, a table for other types than the path's, a `wait`
         cohort above the server's token budget, a request that can never fit, several replications of a
         path.
         Also when the records would not fit into memory, with what they take.
@@ -139,6 +162,12 @@ def simulate(
     >>> runs = fs.simulate(workload, server, fs.baselines.vllm(), horizon=30.0, replications=2, seed=7)
     >>> runs.policies, runs.measures("vllm")["request_throughput"].shape
     (('vllm',), (2,))
+
+    Many replications of which none is kept:
+
+    >>> runs = fs.simulate(workload, server, fs.baselines.vllm(), horizon=5.0, replications=200, kept_replications=0)
+    >>> runs.replications, len(runs.paths), runs.measures("vllm")["mean_ttft"].shape
+    (200, 0, (200,))
 
     A long run by pieces, with an interval from its batches:
 
@@ -160,6 +189,9 @@ def simulate(
         check_choice("warmup", warmup, ("mser5",), "Or give seconds.")
         warmup = None
     if not records:
+        for name, value in (("kept_replications", kept_replications), ("on_run", on_run)):
+            if value is not None:
+                raise InputError(name, value, "be left out with records=False", "No run has records then.")
         if found_by_rule or check or engine != "kernel":
             raise InputError(
                 "records",
@@ -179,53 +211,84 @@ def simulate(
         return _without_records(
             workload, server, plain, horizon, warmup, replications, seed, oversize, check_slo(slo), progress
         )
-    check_memory(workload, horizon, replications, len(given))
+    slo = check_slo(slo)
+    if kept_replications is not None:
+        kept_replications = check_count("kept_replications", kept_replications)
+    check_memory(workload, horizon, replications, len(given), kept=kept_replications)
     paths, horizon, start = common_paths(workload, horizon, warmup, replications, seed)
-    paths = [within_model_length(path, server) for path in paths]
     for table in tables:
         remark_on_memory(server, table)
-        for path in paths:
-            check_run(path, server, table, horizon)
-            if oversize == "raise":
-                _refuse_oversize(path, server, table)
+    kept = len(paths) if kept_replications is None else min(kept_replications, len(paths))
 
+    @lru_cache(maxsize=1)
+    def drawn(batch: range) -> list[ArrivalPath]:
+        found = [within_model_length(paths[r], server) for r in batch]
+        for table in tables:
+            for path in found:
+                check_run(path, server, table, horizon)
+                if oversize == "raise":
+                    _refuse_oversize(path, server, table)
+        return found
+
+    batches = _batches(len(paths), kept)
     transients: dict[str, float] = {}
     if found_by_rule:
-        for policy in given:
-            runs = _runs(paths, _Settings(server, policy, horizon, 0.0), engine)
-            transients[policy.name] = _transient(paths, runs, horizon)
-        half = _length(paths, horizon) / 2.0
-        start = max(half if math.isnan(end) else end for end in transients.values())
-    engine_runs: list[list[EngineRun]] = []
-    for policy in given:
-        stage = f"simulate {policy.name}"
-        done = len(engine_runs) * len(paths)
-        settings = _Settings(server, policy, horizon, start)
-        runs = _kernel_runs(paths, settings) if engine == "kernel" else []
-        for r, path in enumerate(paths):
-            if engine == "reference":
-                runs.append(_reference_run(path, settings, audited=check))
-            elif check and r == 0:
-                check_agreement(runs[0], _reference_run(path, settings, audited=True))
-            if check:
-                lossless = tables[len(engine_runs)].preemption != "restart"
-                check_laws(path, server, runs[r], warmup=start, lossless=lossless)
-            if progress is not None:
-                progress(stage, done + r + 1, len(tables) * len(paths))
-        engine_runs.append(runs)
+        length = _length(paths, horizon)
+        present = np.zeros((len(given), GRID))
+        for batch in batches:
+            for k, policy in enumerate(given):
+                runs = _runs(drawn(batch), _Settings(server, policy, horizon, 0.0), engine)
+                present[k] += _present(drawn(batch), runs, length)
+        for policy, series in zip(given, present, strict=True):
+            cut = mser5(series / len(paths))
+            transients[policy.name] = math.nan if cut is None else length / GRID * cut
+        start = max(length / 2.0 if math.isnan(end) else end for end in transients.values())
+    measured = Measured(tables, server, warmup=start, slo=slo)
+    kept_paths: list[ArrivalPath] = []
+    kept_runs: list[list[EngineRun]] = [[] for _ in given]
+    for batch in batches:
+        of_batch = drawn(batch)
+        keep = max(kept - batch.start, 0)
+        kept_paths += of_batch[:keep]
+        for k, policy in enumerate(given):
+            settings = _Settings(server, policy, horizon, start)
+            runs = _kernel_runs(of_batch, settings) if engine == "kernel" else []
+            for r, path in zip(batch, of_batch, strict=True):
+                if engine == "reference":
+                    runs.append(_reference_run(path, settings, audited=check))
+                run = runs[r - batch.start]
+                if check:
+                    if engine == "kernel" and r == 0:
+                        check_agreement(run, _reference_run(path, settings, audited=True))
+                    check_laws(path, server, run, warmup=start, lossless=tables[k].preemption != "restart")
+                if on_run is not None:
+                    on_run(policy.name, r, path, run)
+                if progress is not None:
+                    done = batch.start * len(given) + k * len(batch) + r - batch.start + 1
+                    progress(f"simulate {policy.name}", done, len(given) * len(paths))
+            measured.add(k, of_batch, runs)
+            kept_runs[k] += runs[:keep]
     return SimulationResult.collect(
-        tables,
-        paths,
-        engine_runs,
+        measured,
+        kept_paths,
+        kept_runs,
         horizon=horizon,
-        warmup=start,
         seed=int(seed) if isinstance(seed, (int, np.integer)) and isinstance(workload, Workload) else None,
         engine=engine,
-        workload=paths[0].name,
-        server=server,
+        workload=of_batch[0].name,
         transients=transients,
-        slo=slo,
     )
+
+
+BATCH = 4
+"""Replications per thread that are run at once where not all are kept."""
+
+
+def _batches(count: int, kept: int) -> list[range]:
+    """Replications run at once: all where all are kept, else the kept ones and then a few at a time."""
+    size = BATCH * usable_threads()
+    edges = [0, *range(min(max(kept, size), count), count, size), count]
+    return [range(*pair) for pair in pairwise(edges)]
 
 
 BYTES_PER_REQUEST = 256
@@ -237,8 +300,8 @@ BYTES_KEPT = 96
 BYTES_PER_ROUTE = 10
 """Of each request and replica of a cluster: whether it fits there, as the router reads it."""
 
-BYTES_PER_REPLICA = 60_000
-"""Of each replica's run that is kept: its occupancy and gaps."""
+BYTES_PER_RUN = 60_000
+"""Of each run that is kept: its occupancy and gaps."""
 
 BYTES_PER_SLOT = 128
 """Of each place for a resident, of all replicas that are stopped where a router looks."""
@@ -250,6 +313,7 @@ def check_memory(
     replications: int | None,
     runs: int,
     *,
+    kept: int | None = None,
     replicas: float = 0.0,
     slots: float = 0.0,
 ) -> None:
@@ -258,9 +322,12 @@ def check_memory(
     Parameters
     ----------
     workload, horizon, replications
-        As for `simulate`; what is no demand, or has no horizon, is refused elsewhere.
+        As for `simulate`; what is no demand, or has no horizon, is refused elsewhere. Of a sequence of paths the
+        first is taken for all.
     runs : int
         Runs of each path.
+    kept : int, optional
+        Replications whose records are kept; all by default.
     replicas : float
         Replicas of a cluster in all.
     slots : float
@@ -271,10 +338,16 @@ def check_memory(
     elif isinstance(workload, Workload) and horizon is not None:
         requests = workload.total_arrival_rate * check_real("horizon", horizon, above=0.0)
         paths = 16 if replications is None else check_count("replications", replications, minimum=1)
+    elif isinstance(workload, Sequence) and len(workload) and isinstance(workload[0], ArrivalPath):
+        requests, paths = float(len(workload[0])), len(workload)
     else:
         return  # refused in a moment
-    needed = requests * (BYTES_PER_REQUEST + BYTES_KEPT * paths * runs)
-    needed += replicas * (requests * BYTES_PER_ROUTE + BYTES_PER_REPLICA * paths * runs)
+    kept = paths if kept is None else min(kept, paths)
+    columns = float(kept * runs)  # paths and runs in memory at once
+    if kept < paths:
+        columns += 3 * min(BATCH * usable_threads(), paths)
+    needed = requests * (BYTES_PER_REQUEST + BYTES_KEPT * columns) + BYTES_PER_RUN * columns
+    needed += replicas * (requests * BYTES_PER_ROUTE + BYTES_PER_RUN * paths * runs)
     needed += min(slots, requests * replicas) * BYTES_PER_SLOT
     available = available_memory()
     if needed > available:
@@ -285,8 +358,15 @@ def check_memory(
             f"fit into memory: records take about {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} are free",
             "Use fewer replicas, replications or policies, or a shorter horizon."
             if replicas
-            else "Use records=False, which keeps none; or a shorter horizon, or fewer replications.",
+            else "Use records=False, which keeps none, or a small kept_replications; or a shorter horizon, or fewer "
+            "replications.",
         )
+
+
+def kept_within(size: float, requests: float, replications: int, runs: int) -> int:
+    """Return of how many replications the records take at most `size` bytes, at least one; see `check_memory`."""
+    each = runs * (requests * BYTES_KEPT + BYTES_PER_RUN)
+    return max(1, min(replications, int(size / each)))
 
 
 def _refuse_leaving(workload: Workload | ArrivalPath | Sequence[ArrivalPath], server: Server) -> None:
@@ -419,14 +499,19 @@ def common_paths(
     warmup: float | None,
     replications: int | None,
     seed: Seed,
-) -> tuple[list[ArrivalPath], float | None, float]:
-    """Return the R paths of a simulation, its horizon and its warm-up; arguments as for `simulate`."""
+) -> tuple[Sequence[ArrivalPath], float | None, float]:
+    """Return the R paths of a simulation, its horizon and its warm-up; arguments as for `simulate`.
+
+    Sampled paths, and those of a sequence that is no list or tuple, are drawn when they are asked for.
+    """
+    paths: Sequence[ArrivalPath]
     if isinstance(workload, ArrivalPath):
         paths, horizon = _replayed(workload, horizon, replications)
     elif isinstance(workload, Workload):
-        horizon, children = replication_seeds(horizon, replications, seed)
-        paths = [workload.sample(horizon, child) for child in children]
-    elif isinstance(workload, (list, tuple)):
+        end, children = replication_seeds(horizon, replications, seed)
+        horizon = end
+        paths = DrawnPaths(len(children), lambda r: workload.sample(end, children[r]))
+    elif isinstance(workload, Sequence):
         paths, horizon = _given(workload, horizon, replications)
     else:
         raise InputError("workload", workload, "be a Workload, an ArrivalPath, or a sequence of paths")
@@ -455,16 +540,14 @@ def _length(paths: Sequence[ArrivalPath], horizon: float | None) -> float:
     return max((float(path.arrival_s[-1]) for path in paths if len(path)), default=0.0)
 
 
-def _transient(paths: Sequence[ArrivalPath], runs: Sequence[EngineRun], horizon: float | None) -> float:
-    """End of the start of a policy's runs by MSER-5, s; NaN if there is none in the first half."""
-    step = _length(paths, horizon) / GRID
-    instants = step * np.arange(1.0, GRID + 1.0)
+def _present(paths: Sequence[ArrivalPath], runs: Sequence[EngineRun], length: float) -> NDArray[np.float64]:
+    """Number in the system at `GRID` instants of the time in which requests come, summed over the runs."""
+    instants = length / GRID * np.arange(1.0, GRID + 1.0)
     series = np.zeros(GRID)
     for path, run in zip(paths, runs, strict=True):
         rejected = run.status == STATUSES.index("rejected")  # never in the system
         series += number_in_system(path.arrival_s[~rejected], run.finish_s[~rejected], instants)
-    cut = mser5(series / len(runs))
-    return math.nan if cut is None else step * cut
+    return series
 
 
 def _kernel_runs(paths: Sequence[ArrivalPath], settings: _Settings) -> list[EngineRun]:
@@ -547,24 +630,31 @@ def replication_seeds(
 
 def _given(
     paths: Sequence[ArrivalPath], horizon: float | None, replications: int | None
-) -> tuple[list[ArrivalPath], float | None]:
+) -> tuple[Sequence[ArrivalPath], float | None]:
     """Paths drawn elsewhere, one per replication."""
-    if not paths:
+    if not len(paths):
         raise InputError("workload", "no path", "hold at least one ArrivalPath")
-    for r, path in enumerate(paths):
+    if replications is not None and replications != len(paths):
+        raise InputError("replications", replications, f"be left out, or {len(paths)}, one per path")
+    first = paths[0]
+    if not isinstance(first, ArrivalPath):
+        raise InputError("workload[0]", first, "be an ArrivalPath")
+
+    def one(r: int) -> ArrivalPath:
+        path = paths[r]
         if not isinstance(path, ArrivalPath):
             raise InputError(f"workload[{r}]", path, "be an ArrivalPath")
-        if horizon is None and path.horizon != paths[0].horizon:
+        if horizon is None and path.horizon != first.horizon:
             raise InputError(
                 f"workload[{r}].horizon",
                 path.horizon,
-                f"be that of the first path, {paths[0].horizon}",
+                f"be that of the first path, {first.horizon}",
                 "Or give a horizon for all.",
             )
-    if replications is not None and replications != len(paths):
-        raise InputError("replications", replications, f"be left out, or {len(paths)}, one per path")
-    replayed = [_replayed(path, horizon, None) for path in paths]
-    return [path for (path,), _ in replayed], replayed[0][1]
+        return _replayed(path, horizon, None)[0][0]
+
+    drawn = DrawnPaths(len(paths), one)
+    return drawn[:] if isinstance(paths, (list, tuple)) else drawn, _replayed(first, horizon, None)[1]
 
 
 def _replayed(

@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, TypeVar
 
@@ -45,10 +45,12 @@ from fluidsched.simulation import simulate
 from fluidsched.simulation.measures import UNITS
 from fluidsched.simulation.run import replication_seeds
 from fluidsched.workload import ArrivalPath, Workload, read_trace, workloads
+from fluidsched.workload.path import DrawnPaths
 
 __all__ = ["simulate_cell"]
 
 CACHED = 64  # workloads, servers, solutions kept per process
+MOST_REQUESTS_KEPT = 4_000_000  # of the paths kept for the next cell, some 40 bytes each
 WHOLE = ""  # key of a group's own value
 
 Made = TypeVar("Made")
@@ -90,13 +92,24 @@ def simulate_cell(parameters: Mapping[str, Any], seed: np.random.SeedSequence) -
         json.dumps(groups["server"]),
         options.pop("objective", "requests"),
     )
-    given_here = ("workload", "server", "policies", "seed", "slo", "progress")
+    given_here = (
+        "workload",
+        "server",
+        "policies",
+        "seed",
+        "slo",
+        "progress",
+        "kept_replications",
+        "on_run",
+    )
     _check_known("", options, ["objective", *_arguments(simulate, *given_here)])
 
     workload, path = _demand(*program[:2])
     server, fluid = _server(program[1]), _solution(*program)
     table = _table(json.dumps(groups["policy"]), *program)
-    demand: Workload | ArrivalPath | tuple[ArrivalPath, ...] = workload if path is None else path
+    demand: Workload | ArrivalPath | Sequence[ArrivalPath] = workload if path is None else path
+    if options.get("records", True):
+        options["kept_replications"] = 0  # measures are all that a cell returns
     if path is None and options.get("records", True):
         of_server = program[1] if "load" in groups["workload"] else ""
         drawn = (options.get("horizon"), options.pop("replications", None))
@@ -258,12 +271,14 @@ def _paths(
     replications: int | None,
     entropy: int,
     spawn_key: tuple[int, ...],
-) -> tuple[ArrivalPath, ...]:
-    """The paths of a cell: neighbours that differ in the policy only meet the same ones, drawn once."""
+) -> Sequence[ArrivalPath]:
+    """The paths of a cell: neighbours that differ in the policy only meet the same ones, drawn once if they are few."""
     workload, _ = _demand(text, server_text)
     seed = np.random.SeedSequence(entropy, spawn_key=spawn_key)
     end, seeds = replication_seeds(horizon, replications, seed)
-    return tuple(workload.sample(end, child) for child in seeds)
+    paths = DrawnPaths(len(seeds), lambda r: workload.sample(end, seeds[r]))
+    few = workload.total_arrival_rate * end * len(seeds) <= MOST_REQUESTS_KEPT
+    return tuple(paths) if few else paths
 
 
 @lru_cache(maxsize=CACHED)

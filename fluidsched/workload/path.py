@@ -23,10 +23,10 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fluidsched.workload.model import Workload
     from fluidsched.workload.predictions import Prediction
 
-__all__ = ["ArrivalPath", "Seed", "generator", "seed_sequence"]
+__all__ = ["ArrivalPath", "DrawnPaths", "Seed", "generator", "seed_sequence"]
 
 MAX_REQUESTS = 10**8
 """Largest number of requests in a file of columns; expected one, or of blocks, of one bootstrapped path."""
@@ -692,3 +692,41 @@ def _index_array(types: ArrayLike, count: int) -> IntArray:
         index = int(np.argmax((array < 0) | (array >= count)))
         raise InputError(f"type[{index}]", array[index].item(), f"index one of the {count} type_names")
     return array.astype(np.int64)
+
+
+class DrawnPaths(Sequence[ArrivalPath]):
+    """R paths of which each is drawn when it is asked for, and not kept.
+
+    Parameters
+    ----------
+    count : int
+        R.
+    draw : callable
+        The path of a replication 0 … R - 1; the same one whenever it is asked for.
+
+    Examples
+    --------
+    >>> import fluidsched as fs
+    >>> workload = fs.Workload([fs.RequestType("chat", 4.0, prompt_tokens=512, output_tokens=128)])
+    >>> paths = DrawnPaths(1000, lambda r: workload.sample(60.0, seed=r))
+    >>> len(paths), paths[999].horizon, len(paths[:3])
+    (1000, 60.0, 3)
+    """
+
+    def __init__(self, count: int, draw: Callable[[int], ArrivalPath]) -> None:
+        self._range = range(count)
+        self._draw = draw
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    @overload
+    def __getitem__(self, index: int) -> ArrivalPath: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ArrivalPath]: ...
+
+    def __getitem__(self, index: int | slice) -> ArrivalPath | list[ArrivalPath]:
+        if isinstance(index, slice):
+            return [self._draw(r) for r in self._range[index]]
+        return self._draw(self._range[index])

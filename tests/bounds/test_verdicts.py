@@ -16,6 +16,7 @@ from fluidsched.bounds import hindsight_bound, hindsight_optimum, no_wait_floor
 from fluidsched.bounds.verdicts import BoundRow
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy import Segment, TableType
+from fluidsched.simulation.result import Measured
 
 FIXED = fs.Workload(
     [
@@ -234,16 +235,16 @@ def test_one_replication_cannot_violate_a_mean() -> None:
     runs = overdriven()
     assert runs.server is not None
     offered = FIXED.at_load(3.0, runs.server)
+    measured = Measured(runs.tables, runs.server, warmup=runs.warmup)
+    measured.add(0, runs.paths[:1], runs.engine_runs[0][:1])
     first = fs.SimulationResult.collect(
-        runs.tables,
+        measured,
         runs.paths[:1],
         [runs.engine_runs[0][:1]],
         horizon=runs.horizon,
-        warmup=runs.warmup,
         seed=None,
         engine=runs.engine,
         workload=runs.workload,
-        server=runs.server,
     )
     rows = {
         (row.bound, row.measure): row

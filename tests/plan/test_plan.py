@@ -167,3 +167,14 @@ def test_a_tiny_path_gets_as_many_types_as_it_can_carry() -> None:
     assert planning.types_for(path) == 12
     alike = fs.ArrivalPath.from_arrays(np.arange(40.0), np.full(40, 100), np.arange(40) % 9 + 1)
     assert planning.types_for(alike) == 3  # one length of prompts has no three ranges of them
+
+
+def test_a_plan_keeps_few_records_of_many_replications(
+    result: planning.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every measure is the same; pictures and bounds on each request look at those that were kept."""
+    monkeypatch.setattr(planning, "KEPT_BYTES", 1.0)
+    few = fs.plan(horizon=120.0, warmup=20.0, replications=4, curve=False)
+    assert (len(few.runs.paths), len(result.runs.paths)) == (1, 4)
+    assert few.runs.to_dict() == result.runs.to_dict()
+    assert few.runs.plot("ttft") is not None
