@@ -1,8 +1,9 @@
 """Sampled mutation testing: how many small errors, put into a room at random, do its tests notice?
 
     pip install coverage
-    python scripts/mutate.py fluid --mutants 150 --seed 1 --out fluid.json
-    python scripts/mutate.py fluid --again fluid.json      # only those that survived, after writing tests
+    python scripts/mutate.py fluid --mutants 150 --seed 1 --log fluid.jsonl
+    python scripts/mutate.py fluid --mutants 150 --seed 1 --log fluid.jsonl   # after an interruption: goes on
+    python scripts/mutate.py fluid --again fluid.jsonl     # only those that survived, after writing tests
 
 **Sample.** A line is drawn uniformly among the lines of the room that hold code inside functions (no docstrings,
 texts, messages of errors and warnings, annotations, `strict=` of zip, `__repr__` and its kin, `plot` functions), then
@@ -20,6 +21,10 @@ statement, fastest first, until one fails. A test that takes five times as long 
 objects of one function are exchanged, so it costs little more than the tests it meets. Compiled functions are
 interpreted (NUMBA_DISABLE_JIT), hypothesis does not shrink what it finds.
 
+**Hangs.** A fork is over when its process has ended, whatever processes of the test still hold its pipe; the parent
+ends the whole group, by force where it outlives ten times what its tests may take. The log has a line for every test of
+the baseline and for every mutant, so that an interrupted run costs what was in flight.
+
 What survives is listed with its line: each is equivalent to the original, or changes nothing that can be observed
 (a guess the search starts from, work saved), or lacks a test.
 """
@@ -30,6 +35,7 @@ import argparse
 import ast
 import contextlib
 import gc
+import hashlib
 import importlib
 import io
 import json
@@ -263,6 +269,11 @@ class Mutant:
     site: int
 
     @property
+    def name(self) -> str:
+        """Which change of which file."""
+        return f"{self.path}:{self.line}:{self.site}"
+
+    @property
     def key(self) -> tuple[str, str, str, str]:
         """What stays the same when lines move."""
         return self.path, self.function, self.before, self.after
@@ -345,17 +356,48 @@ class Known:
     """What the baseline says of a test: processor time, s, and the lines it executes, by path."""
 
     seconds: float
-    lines: dict[str, set[int]]
+    lines: dict[str, list[int]]
+
+
+class Log:
+    """JSON lines of what is known of a sample: its header, tests, mutants; in memory only without a path."""
+
+    def __init__(self, path: str | None, header: dict[str, Any]) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._stream = None
+        if path is None:
+            return
+        if Path(path).exists():
+            first, *lines = Path(path).read_text().splitlines() or ["null"]
+            if json.loads(first) != header:
+                raise SystemExit(f"{path} is of another sample, or of other source files: name another file")
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):  # cut by an interruption
+                    self.entries.append(json.loads(line))
+        else:
+            Path(path).write_text(json.dumps(header) + "\n")
+        self._stream = open(path, "a", buffering=1)  # noqa: SIM115
+
+    def add(self, **entry: Any) -> None:
+        """Note one thing more."""
+        self.entries.append(entry)
+        if self._stream is not None:
+            self._stream.write(json.dumps(entry) + "\n")
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """Everything known of one kind: "test" or "mutant"."""
+        return [entry for entry in self.entries if kind in entry]
 
 
 class Runner:
     """A pytest plugin that forks instead of running the tests."""
 
-    def __init__(self, options: argparse.Namespace, files: list[Path], report: Callable[[str], None]) -> None:
-        self.options, self.files, self.report = options, files, report
+    def __init__(
+        self, options: argparse.Namespace, files: list[Path], log: Log, report: Callable[[str], None]
+    ) -> None:
+        self.options, self.files, self.log, self.report = options, files, log, report
         self.nowhere = open(os.devnull, "w")  # noqa: SIM115
         self.failed = False
-        self.results: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.failed |= report.failed
@@ -382,7 +424,10 @@ class Runner:
             for path, numbers in test.lines.items():
                 for number in numbers:
                     by_line.setdefault((path, number), []).append(name)
-        mutants = self.mutants()
+        drawn = self.mutants()
+        judged = {entry["mutant"]: entry for entry in self.log.of("mutant")}
+        mutants = [m for m in drawn if m.name not in judged]
+        self.report(f"{len(drawn) - len(mutants)} of {len(drawn)} mutants are in the log")
 
         def attempt(mutant: Mutant) -> Callable[[Any], None]:
             path, lines = str(ROOT / mutant.path), range(mutant.first, mutant.last + 1)
@@ -413,18 +458,19 @@ class Runner:
 
         def done(mutant: Mutant, answer: list[Any]) -> None:
             last = answer[-1] if answer else {"outcome": "crashed"}
-            result = asdict(mutant) | ({"outcome": "crashed", "by": last} if isinstance(last, str) else last)
-            self.results.append(result)
+            outcome = {"outcome": "crashed", "by": last} if isinstance(last, str) else last
+            result = {"mutant": mutant.name} | asdict(mutant) | outcome
+            self.log.add(**result)
             if result["outcome"] in ("survived", "not run", "not exchanged"):
                 self.report(f"{result['outcome']}: {mutant.path}:{mutant.line} {mutant.function}")
                 self.report(f"    {mutant.before}\n    {mutant.after}")
-            if len(self.results) % 25 == 0:
-                self.report(
-                    f"-- {len(self.results)} of {len(mutants)} after {time.monotonic() - self.start:.0f} s"
-                )
+            count = len(self.log.of("mutant"))
+            if count % 25 == 0:
+                self.report(f"-- {count} of {len(drawn)} after {time.monotonic() - start:.0f} s")
 
-        self.start = time.monotonic()
-        forked([(m, attempt(m)) for m in mutants], self.options.workers, done)
+        start = time.monotonic()
+        longest = 10 * (self.options.budget + 5 * self.options.longest + 5)
+        forked([(m, attempt(m)) for m in mutants], self.options.workers, longest, done)
         return True
 
     def mutants(self) -> list[Mutant]:
@@ -432,11 +478,11 @@ class Runner:
         self.report(f"{len(lines)} lines, {sum(map(len, lines.values()))} changes")
         if self.options.again is None:
             return sample(lines, self.options.mutants, self.options.seed)
-        earlier = json.loads(Path(self.options.again).read_text())["mutants"]
+        earlier = [json.loads(line) for line in Path(self.options.again).read_text().splitlines()]
         wanted = {
             (m["path"], m["function"], m["before"], m["after"])
             for m in earlier
-            if m["outcome"] in ("survived", "not run")
+            if m.get("outcome") in ("survived", "not run")
         }
         paths = {path for path, *_ in wanted}
         found: dict[tuple[str, str, str, str], Mutant] = {}
@@ -457,8 +503,7 @@ class Runner:
         tracer.set_option(
             "run:disable_warnings", ["no-data-collected"]
         )  # by a test that never enters the room
-        known: dict[str, Known] = {}
-        left_out = []
+        seen = {entry["test"] for entry in self.log.of("test")}
 
         def attempt(item: Any) -> Callable[[Any], None]:
             def child(send: Callable[[object], None]) -> None:
@@ -469,7 +514,7 @@ class Runner:
                 seconds = time.process_time() - begun
                 tracer.stop()
                 data = tracer.get_data()
-                lines = {path: set(data.lines(path) or ()) for path in data.measured_files()}
+                lines = {path: sorted(data.lines(path) or ()) for path in data.measured_files()}
                 send((good, seconds, lines))
 
             return child
@@ -478,15 +523,21 @@ class Runner:
             if answer and isinstance(answer[-1], str):
                 raise RuntimeError(answer[-1])
             if answer and answer[-1][0] and answer[-1][1] <= self.options.longest:
-                known[name] = Known(answer[-1][1], answer[-1][2])
+                self.log.add(test=name, seconds=answer[-1][1], lines=answer[-1][2])
             else:
-                left_out.append(f"{name} ({'fails' if answer and not answer[-1][0] else 'slow'})")
+                self.log.add(test=name, left_out="fails" if answer and not answer[-1][0] else "slow")
 
-        forked([(name, attempt(item)) for name, item in items.items()], self.options.workers, done)
+        jobs = [(name, attempt(item)) for name, item in items.items() if name not in seen]
+        forked(jobs, self.options.workers, 20 * self.options.longest + 60, done)
+        entries = [entry for entry in self.log.of("test") if entry["test"] in items]
+        known = {e["test"]: Known(e["seconds"], e["lines"]) for e in entries if "left_out" not in e}
         total = sum(test.seconds for test in known.values())
-        self.report(f"{len(known)} tests, {total:.0f} s of processor time; left out {len(left_out)}:")
-        for name in sorted(left_out):
-            self.report(f"    {name}")
+        self.report(
+            f"{len(known)} tests, {total:.0f} s of processor time; left out {len(items) - len(known)}:"
+        )
+        for entry in entries:
+            if "left_out" in entry:
+                self.report(f"    {entry['test']} ({entry['left_out']})")
         return known
 
 
@@ -515,12 +566,45 @@ def _never_shrink(items: list[Any], examples: int) -> None:
             setattr(function, field, chosen)
 
 
+@dataclass
+class Fork:
+    """A job running in a fork: its process, its pipe, what came through it, and when it is ended by force."""
+
+    pid: int
+    pipe: int
+    label: Any
+    until: float
+    received: bytearray
+
+    def has_ended(self) -> bool:
+        """Whether the process has; then whatever it started is ended too, and its pipe read to the end."""
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.pipe, 1 << 20):
+                self.received += piece
+        ended = os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
+        if ended or time.monotonic() > self.until:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)  # the fork, and processes the test had started
+        if ended:
+            with contextlib.suppress(BlockingIOError):
+                while piece := os.read(self.pipe, 1 << 20):
+                    self.received += piece
+            os.close(self.pipe)
+        return ended
+
+
 def forked(
-    jobs: list[tuple[Any, Callable[[Any], None]]], workers: int, done: Callable[[Any, list[Any]], None]
+    jobs: list[tuple[Any, Callable[[Any], None]]],
+    workers: int,
+    longest: float,
+    done: Callable[[Any, list[Any]], None],
 ) -> None:
-    """Run every job in a fork of this process, `workers` at a time; `done(label, what it sent)` after each."""
+    """Run every job in a fork of this process, `workers` at a time; `done(label, what it sent)` after each.
+
+    None runs longer than `longest` seconds on the clock, even where the timers it set for itself did not end it.
+    """
     queue = list(reversed(jobs))
-    running: dict[int, tuple[int, Any, bytearray]] = {}
+    running: list[Fork] = []
     while queue or running:
         while queue and len(running) < workers:
             label, job = queue.pop()
@@ -540,19 +624,17 @@ def forked(
                             pipe.write(pickle.dumps(traceback.format_exc()))
                 finally:
                     os._exit(0)
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.setpgid(pid, pid)  # whoever comes first
             os.close(writing)
-            running[reading] = pid, label, bytearray()
-        for reading in select.select(list(running), [], [])[0]:
-            pid, label, received = running[reading]
-            piece = os.read(reading, 1 << 20)
-            received += piece
-            if not piece:
-                os.close(reading)
-                os.waitpid(pid, 0)
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)  # processes the test had started
-                del running[reading]
-                done(label, list(_messages(bytes(received))))
+            os.set_blocking(reading, False)
+            running.append(Fork(pid, reading, label, time.monotonic() + longest, bytearray()))
+        select.select([fork.pipe for fork in running], [], [], 0.1)
+        time.sleep(0.002)  # a closed pipe is always ready, and its process about to end
+        for fork in list(running):
+            if fork.has_ended():
+                running.remove(fork)
+                done(fork.label, list(_messages(bytes(fork.received))))
 
 
 def _messages(received: bytes) -> Iterator[Any]:
@@ -576,12 +658,15 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=100, help="most examples of a random test")
     parser.add_argument("--modules", nargs="*", help="only these of the room's modules, by name")
     parser.add_argument("--tests", nargs="*", help="only these of the room's test files, by name")
-    parser.add_argument("--out", help="JSON file of all mutants and what became of them")
-    parser.add_argument("--again", help="such a file: run its survivors only")
+    parser.add_argument("--log", help="file of JSON lines: every test and mutant and what became of it")
+    parser.add_argument("--again", help="the log of an earlier sample: run its survivors only")
     options = parser.parse_args()
 
     packages, folders = ROOMS[options.room]
     files = [path for name in packages for path in sorted((ROOT / "fluidsched" / name).glob("*.py"))]
+    tests = [path for name in folders for path in sorted((ROOT / "tests" / name).glob("test_*.py"))]
+    if options.tests:
+        tests = [path for path in tests if path.stem in options.tests]
     if options.modules:
         files = [path for path in files if path.stem in options.modules]
     stream = os.fdopen(os.dup(1), "w", buffering=1)
@@ -591,15 +676,19 @@ def main() -> int:
     import scipy.optimize
     import scipy.stats
 
-    import fluidsched
-
     for name in packages:
         package = importlib.import_module(f"fluidsched.{name}")
         for module in pkgutil.iter_modules(package.__path__, f"fluidsched.{name}."):
             importlib.import_module(module.name)
-    runner = Runner(options, files, lambda text: print(text, file=stream))
+    header = {
+        key: getattr(options, key)
+        for key in ("room", "mutants", "seed", "longest", "examples", "modules", "tests", "again")
+    }
+    header["source"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    log = Log(options.log, header)
+    runner = Runner(options, files, log, lambda text: print(text, file=stream))
     arguments = [
-        *(str(ROOT / "tests" / folder) for folder in folders),
+        *(str(path) for path in tests),
         "-q",
         "--tb=no",
         "-p",
@@ -607,14 +696,11 @@ def main() -> int:
     ]
     pytest.main(arguments, plugins=[runner])
 
-    results = [r for r in runner.results if r["outcome"] != "not exchanged"]
+    results = [m for m in log.of("mutant") if m["outcome"] != "not exchanged"]
     killed = sum(r["outcome"] in ("killed", "timeout", "crashed") for r in results)
     interval = scipy.stats.binomtest(killed, len(results)).proportion_ci(method="exact")
     print(f"{killed} of {len(results)} killed: {killed / len(results):.1%}", file=stream, end=" ")
     print(f"(95 % interval {interval.low:.1%} to {interval.high:.1%})", file=stream)
-    if options.out:
-        content = {"room": options.room, "version": fluidsched.__version__, "seed": options.seed}
-        Path(options.out).write_text(json.dumps(content | {"mutants": runner.results}, indent=1))
     return 0
 
 
