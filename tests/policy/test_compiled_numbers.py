@@ -11,8 +11,10 @@ import pytest
 
 import fluidsched as fs
 from fluidsched.errors import InputError
-from fluidsched.policy.gated import _longest_held
-from fluidsched.policy.problem import Problem, boundary_problem
+from fluidsched.policy import wait_curve
+from fluidsched.policy.gated import GatedPlan, _evaluate, _longest_held, _spacing
+from fluidsched.policy.nested_wait import Stream
+from fluidsched.policy.problem import Problem, boundary_problem, largest_share
 
 SERVER = fs.Server(8000, fs.IterationTime.affine(0.25, 2**-14, 2**-14, 2**-18))
 
@@ -117,3 +119,85 @@ def test_fingerprints_tell_tables_apart() -> None:
     assert table.fingerprint == again.fingerprint
     assert len({table.fingerprint, dataclasses.replace(table, max_in_service=7).fingerprint}) == 2
     assert all(isinstance(one.fingerprint, str) and one.fingerprint for one in (table, again))
+
+
+def test_random_prompts_and_those_in_buffers_add_their_variances() -> None:
+    """Nested WAIT by hand: Bernstein's L v/3 + sqrt((L v/3)² + 2 V L) over the mean, V of places and buffers."""
+    prompts = fs.lengths.empirical([100, 300], [0.5, 0.5])
+    fluid = fs.solve_fluid(
+        fs.Workload([fs.RequestType("chat", 1.0, prompts, fs.lengths.empirical([2, 4], [0.5, 0.5]))]), SERVER
+    )
+    stream = Stream(Problem.of(fluid, 0.01), 1)
+    log = 2.0
+    memory = stream.memory(np.array([0, 2]), np.array([400.0, 200.0]), np.array([0.0, 50.0]), log)
+    tokens = [200 + stage for stage in range(4)]  # at the end of an iteration
+    base = 400 * (tokens[0] + tokens[1]) + 200 * (tokens[2] + tokens[3])
+    variance = (400 + 400 + 200 + 200 + 50) * 100.0**2
+    third = log * 100.0 / 3.0
+    assert memory.base == pytest.approx(base, rel=1e-12)
+    assert memory.prompts == "law"
+    mean = base + 50 * (200 + 1)  # who waits at the boundary has had two tokens
+    assert memory.needed == pytest.approx(mean + third + math.sqrt(third**2 + 2 * variance * log), rel=1e-12)
+    assert memory.certain == pytest.approx(mean + 1250 * 100.0, rel=1e-12)
+
+
+def test_a_budget_of_tokens_may_be_used_up() -> None:
+    """One request of 64 tokens every second iteration: a budget of 32 an iteration does, one of 31 does not."""
+    fluid = fs.solve_fluid(fs.Workload([fs.RequestType("p", 1.0, 64, 1)]), SERVER)
+    problem = Problem.of(fluid, 0.01)
+
+    def plan(budget: float) -> object:
+        return _evaluate(problem, _spacing(problem, budget), budget, window=1, stretch=1.5)
+
+    assert plan(31.0) == "tokens"
+    enough = plan(32.0)
+    assert isinstance(enough, GatedPlan)
+    assert (enough.threshold.tolist(), enough.period.tolist()) == ([1.0], [2])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "cached", "timing"),
+    [(4, 0.0, "certain"), (4, 0.5, "certain"), (4, 0.3, "expectation"), ((4, 8), 0.5, "expectation")],
+)
+def test_times_are_certain_where_nothing_in_a_batch_is_random(
+    outputs: int | tuple[int, int], cached: float, timing: str
+) -> None:
+    """Fixed lengths, of which whole tokens are cached; a half of 24 is whole, three tenths of it are not."""
+    law = outputs if isinstance(outputs, int) else fs.lengths.empirical(list(outputs))
+    types = [fs.RequestType("chat", 1.0, 24, law, cached_prefix_fraction=cached)]
+    table = fs.compile_policy(fs.solve_fluid(fs.Workload(types), SERVER), "wait", slack=0.1)
+    assert table.certificate["cycle_time"]["guarantee"] == timing
+
+
+def test_the_largest_share_is_in_whole_thousandths_and_none_is_zero() -> None:
+    """Whatever the order of the lengths; a share that exists nowhere is 0."""
+    problem = Problem.of(fs.solve_fluid(workload(1.0, 0.5), SERVER), 0.01)
+    for most in (0.0, 0.0005, 0.001, 0.4567, 1.0, 2.0):
+        for good in (3, 11):
+            share = largest_share(
+                problem,
+                lambda at, k, most=most, good=good: bool(k == good and at.rate[0] <= most + 1e-12),
+                list(range(1, 14)),
+            )
+            assert share == pytest.approx(min(math.floor(most * 1000 + 1e-9) / 1000, 1.0))
+
+
+def test_the_curve_s_wait_is_little_s_law_of_the_certified_queue() -> None:
+    """Requests before admission over their rate, within the estimate's tenth of a request a type."""
+    fluid = fs.solve_fluid(workload(1.0, 0.5), SERVER)
+    curve = wait_curve(fluid, slack=0.1, block_iterations=[1, 3, 8])
+    for k, wait in zip(curve.block_iterations, curve.wait, strict=True):
+        queue = fs.compile_policy(fluid, "wait", slack=0.1, block_iterations=int(k)).certificate["queue"]
+        assert wait == pytest.approx(queue["value"] / 1.5, abs=0.2 / 1.5)
+
+
+def test_a_cap_says_by_what_it_was_found() -> None:
+    """By the law of the lengths where a probability is asked for, by the longest request where none is allowed."""
+    fluid = fs.solve_fluid(workload(1.0, 0.5), SERVER)
+    by_law, certain = (
+        fs.compile_policy(fluid, "capped", overflow_probability=delta).certificate["cap"]
+        for delta in (0.01, 0.0)
+    )
+    assert "P(KV of N residents > C) ≤ δ" in by_law["formula"]
+    assert certain["formula"].startswith("⌊N⌋")
+    assert certain["value"] == 8000 // 203
