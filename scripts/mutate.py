@@ -484,11 +484,12 @@ class Runner:
             for m in earlier
             if m.get("outcome") in ("survived", "not run")
         }
-        paths = {path for path, *_ in wanted}
+        heads = {(path, function, before) for path, function, before, _ in wanted}
         found: dict[tuple[str, str, str, str], Mutant] = {}
-        for (path, _), numbers in lines.items():
-            if str(path.relative_to(ROOT)) in paths:
-                for number in numbers:
+        for path in self.files:
+            name = str(path.relative_to(ROOT))
+            for number, site in enumerate(sites(ast.parse(path.read_text()))):
+                if (name, site.function, _header(site.statement)) in heads:
                     mutant = _mutant(path, number)
                     if mutant.key in wanted:
                         found.setdefault(mutant.key, mutant)
