@@ -27,6 +27,7 @@ __all__ = [
     "dumps",
     "fingerprint",
     "loads",
+    "make_directory",
     "read_text",
     "to_jsonable",
     "whole_file",
@@ -39,32 +40,63 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is renamed to `path`, on any exception removed."""
+    """Yield a temporary path beside `path`; on success it is renamed to `path`, on any exception removed.
+
+    A path that cannot be written is an `InputError` naming it; what goes wrong inside is left as it is.
+    """
     target = Path(path)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise InputError(
             str(target), "a missing directory", "lie in an existing directory", "Create it first."
         )
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
+    with _writing(target):  # the end of a name may take all its 255 bytes
+        name_part = os.fsdecode(os.fsencode(target.name)[:64])
+        handle, name = tempfile.mkstemp(prefix=f".{name_part}.", suffix=target.suffix[:16], dir=target.parent)
+        os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
+        with _writing(target):
+            with open(temporary, "rb") as stream:
+                os.fsync(stream.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            str(target), error.strerror or str(error), "be a file that can be written"
+        ) from error
+    except ValueError as error:  # a path with a null character
+        raise InputError(repr(str(target)), str(error), "be a file that can be written") from error
+
+
+def make_directory(argument: str, path: str | os.PathLike[str], *, parents: bool = False) -> Path:
+    """Make the directory `path` where it is missing; one that cannot be made is an `InputError`."""
+    place = Path(path)
+    try:
+        place.mkdir(parents=parents, exist_ok=True)
+    except OSError as error:
+        required = "name a directory, or one that can be made"
+        raise InputError(argument, f"{place} ({error.strerror or error})", required) from None
+    except ValueError as error:  # a null character
+        raise InputError(argument, f"{str(place)!r} ({error})", "name a directory") from None
+    return place
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write `content` (text as UTF-8) to `path` whole or not at all, and return the path."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, _writing(Path(path)):
         temporary.write_bytes(data)
     return Path(path)
 
@@ -80,6 +112,8 @@ def read_text(argument: str, path: str | os.PathLike[str]) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}", "bytes that are not UTF-8", "be UTF-8 text") from None
+    except ValueError as error:  # a null character
+        raise InputError(argument, f"{str(path)!r} ({error})", "name an existing file") from None
 
 
 _PLAIN = (str, int, bool, type(None))

@@ -49,7 +49,7 @@ from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_count, check_real
 from fluidsched._display import Tabular
-from fluidsched._files import to_jsonable, write_whole
+from fluidsched._files import make_directory, to_jsonable, write_whole
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy.table import PolicyTable, Segment
 from fluidsched.server import Server
@@ -624,8 +624,7 @@ def tune(
     ranges = _check_ranges(table, knobs_of(table, server) if knobs is None else knobs)
     tried = [({}, table), *_design(table, ranges, count, seed)]
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch if directory is None else directory)
-        place.mkdir(exist_ok=True)
+        place = make_directory("directory", scratch if directory is None else directory)
         base: dict[str, Any] = {
             "server": server.to_dict(), "aim": aim, "slo": limits, "horizon": horizon,
         }  # fmt: skip

@@ -366,7 +366,7 @@ def _floor_rows(case: _Case, workload: Workload, server: Server) -> Iterator[Bou
     for position, (measure, formula) in enumerate(zip(("mean_ttft", "mean_e2e"), formulas, strict=True)):
         evidence, limit = case.measured(measure), math.nan
         if violated is None and case.runs.engine_runs:
-            evidence = _floor_evidence(case, server, measure[5:], position)
+            evidence = _floor_evidence(case, server, position)
             limit = float(np.nanmean(evidence.limit)) if not np.all(np.isnan(evidence.limit)) else math.nan  # type: ignore[arg-type]
         elif violated is None:
             violated = _left_early(case)
@@ -383,7 +383,7 @@ def _floor_rows(case: _Case, workload: Workload, server: Server) -> Iterator[Bou
         yield case.row(name, measure, bound, evidence)
 
 
-def _floor_evidence(case: _Case, server: Server, latency: str, position: int) -> _Evidence:
+def _floor_evidence(case: _Case, server: Server, position: int) -> _Evidence:
     """Latencies of the requests that have the event, against the floors of these same requests."""
     values, limits, worst = [], [], []
     for r, path in enumerate(case.runs.paths):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,7 +50,7 @@ def load_workload(
     if name in workloads.names():
         return workloads.get(name)
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         near = get_close_matches(name, workloads.names(), n=3)
         hint = (
             f"Did you mean {' or '.join(near)}?" if near else f"Embedded are {', '.join(workloads.names())}."
@@ -199,7 +200,7 @@ def load_table(name: str) -> PolicyTable:
     if name in stock:
         return stock[name]
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         near = get_close_matches(name, stock, n=1)
         raise InputError(
             "table",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ EXIT_NO_ANSWER, EXIT_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 LIBRARY_NAMES = {
     "tensor_parallel": "tp",
+    "directory": "out",
     "knobs": "knob",
     "max_iteration_time": "itl_target",
     "chunk_tokens": "chunk",
@@ -55,7 +57,7 @@ def options_of(function: Callable[..., object]) -> dict[str, str]:
 
 def in_options(error: InputError, options: dict[str, str]) -> str:
     """The sentence of an error of the library, its argument called as on the command line."""
-    argument = LIBRARY_NAMES.get(error.argument, error.argument)
+    argument = error.argument if error.argument in options else LIBRARY_NAMES.get(error.argument)
     if argument not in options:
         return str(error)
     return str(InputError(options[argument], error.received, error.required, error.remedy))
@@ -111,7 +113,9 @@ def emit(text: str) -> None:
 
 
 def check_new(option: str, path: Path, force: bool) -> None:
-    if path.exists() and not force:
+    if not os.path.isdir(path.parent):
+        raise InputError(option, str(path), "lie in an existing directory", "Create it first.")
+    if os.path.exists(path) and not force:
         raise InputError(
             option, str(path), "name a file that does not exist", "Choose another, or add --force."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fluidsched._files import write_whole
+from fluidsched._files import make_directory, write_whole
 from fluidsched.cli.inputs import load_solution, load_table, load_workload, read_as
 from fluidsched.cli.options import Answer, Demand, Sampling, ServerChoice
 from fluidsched.cli.outputs import progress_bar
@@ -129,7 +130,7 @@ def simulate(
                     progress=progress,
                     **options,
                 )
-            _write_records(result, records, parquet, answer.force)
+            _write_records(result, records, parquet)
             return answer.show(result)
         asked = demand.types(the_server)
     with progress_bar(answer.quiet) as progress:
@@ -141,7 +142,7 @@ def simulate(
             **{"horizon": 3600.0, "replications": 16, "seed": 7, **sampled},
             **options,
         )
-    _write_records(result, records, parquet, answer.force)
+    _write_records(result, records, parquet)
     return answer.show(result)
 
 
@@ -151,7 +152,7 @@ def _check_records(records: Path | None, parquet: bool, force: bool) -> None:
         if parquet:
             raise InputError("--parquet", "given", "come with --records")
         return
-    if records.exists() and (not records.is_dir() or (any(records.iterdir()) and not force)):
+    if os.path.exists(records) and (not records.is_dir() or (any(records.iterdir()) and not force)):
         raise InputError("--records", str(records), "be a new or empty directory", "Or use --force.")
 
 
@@ -164,11 +165,11 @@ def _check_no_records(others: Mapping[str, object]) -> None:
             )
 
 
-def _write_records(result: SimulationResult, records: Path | None, parquet: bool, force: bool) -> None:
+def _write_records(result: SimulationResult, records: Path | None, parquet: bool) -> None:
     """Requests, occupancy and timeline of every policy's first run."""
     if records is None:
         return
-    records.mkdir(parents=True, exist_ok=True)
+    make_directory("--records", records, parents=True)
     for policy in result.policies:
         stem = re.sub(r"[^\w.+-]+", "_", policy)
         result.write_requests(records / f"{stem}.requests.{'parquet' if parquet else 'csv'}", policy)

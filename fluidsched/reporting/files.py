@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluidsched import __version__
-from fluidsched._files import dumps, fingerprint, write_whole
+from fluidsched._files import dumps, fingerprint, make_directory, write_whole
 from fluidsched.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def run_directory(out: str | os.PathLike[str] | None, *, force: bool = False) ->
         made = True
     else:
         directory = Path(out)
-        made = not directory.exists()
+        made = not os.path.exists(directory)
         if not made and not directory.is_dir():
             raise InputError("out", str(directory), "name a directory, not a file")
         if not made and not force and any(directory.iterdir()):
@@ -83,10 +83,7 @@ def run_directory(out: str | os.PathLike[str] | None, *, force: bool = False) ->
                 "name a new or empty directory",
                 "Or write into it with --force.",
             )
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError("out", str(error), "name a directory that can be made") from None
+        make_directory("out", directory, parents=True)
     try:
         yield directory
     except BaseException:

@@ -6,14 +6,13 @@ import contextlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import fluidsched
 from fluidsched._checks import check_count
-from fluidsched._files import fingerprint
+from fluidsched._files import fingerprint, make_directory
 from fluidsched._processors import processors
 from fluidsched.errors import InputError, SimulationError
 from fluidsched.sweeps.journal import Journal
@@ -104,11 +103,7 @@ def sweep(
     if workers is not None:
         workers = check_count("workers", workers, minimum=1)
     table_format = choose_format(format)
-    place = Path(directory)
-    if not place.is_dir():
-        if place.exists() or not place.absolute().parent.is_dir():
-            raise InputError("directory", str(place), "be a directory, or a new name in an existing one")
-        place.mkdir(exist_ok=True)
+    place = make_directory("directory", directory)
     version = fluidsched.__version__
     header = spec.to_dict() | {"version": version, "fingerprint": fingerprint([spec.fingerprint, version])}
     with contextlib.ExitStack() as stack:

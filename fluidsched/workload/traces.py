@@ -150,7 +150,7 @@ def _is_parquet(path: str | os.PathLike[str]) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
-    except OSError:  # missing or unreadable: reading it as text says so
+    except (OSError, ValueError):  # missing or unreadable: reading it as text says so
         return False
 
 

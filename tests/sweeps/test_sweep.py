@@ -224,8 +224,11 @@ def test_values_of_numpy_and_any_mapping_are_written_as_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"directory": "missing/deeper"}, "directory must be a directory, or a new name in an existing one"),
-        ({"directory": "a file"}, "directory must be a directory"),
+        (
+            {"directory": "missing/deeper"},
+            "directory must name a directory, or one that can be made; got .*deeper",
+        ),
+        ({"directory": "a file"}, "directory must name a directory.*a file .File exists"),
         ({"workers": 0}, "workers must be a whole number of at least 1"),
         ({"executor": 2}, "executor must be a concurrent.futures.Executor"),
         ({"format": "xlsx"}, 'format must be "auto", "parquet" or "csv"'),
