@@ -27,7 +27,9 @@ is known at once: a start at t costs its excess over the request's best start, a
 π_t. Latencies are whole rounds; with a schedule of total F at hand only starts whose excess is at most F − 1 − L(π)
 can be part of a better one. A search over rounds (`_layers`) that keeps the most promising states finds F, and proves
 it if it had to drop none. Otherwise the integer program is solved over the remaining starts (`_starts`), often a tenth
-of all, asking for F − 1 or less: a better schedule, a proof that there is none, or a bound when the time is up.
+of all, asking for a target or less: a better schedule, a proof that there is none, or a bound when the time is up. The
+target is F − 1 if the proof seems in reach. Else it begins near L(π) and rises, since a small target leaves few starts
+and is refuted in seconds: each refutation is a bound, where the search for F − 1 would be far from one when stopped.
 
 **What is covered.** A request that pauses and keeps its KV holds at every round at least what it would if
 its whole service were moved back against its end; so pausing (WAIT) never helps, nor does restarting from
@@ -47,6 +49,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -72,6 +75,10 @@ _BEAMS = ((2_000, 0.5, 0.5), (20_000, 0.5, 0.5), (20_000, 0.3, 0.65), (20_000, 0
 # (width, weight, decay) of the searches, tuned on the named family: no ranking is the best on all instances.
 _BEAM_BYTES = 64e6  # of the states of one search
 _PROOF_TOLERANCE = 1e-3  # rounds; the solver's own feasibility tolerance is 1e-6 per row
+_FIRST_PROOF, _PROOF_GROWTH = (
+    1.0,
+    1.5,
+)  # s, and per round of the target: measured on the named family, load near one
 _COVERS = {
     "integer program": "no preemption that keeps tokens; unit iterations",
     "LP relaxation": "no preemption that keeps tokens; unit iterations",
@@ -170,7 +177,7 @@ class _Instance:
         return int((start + self.output - self.arrival).sum())
 
 
-def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 30.0) -> Hindsight:
+def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 50.0) -> Hindsight:
     """Best schedule of a short path in hindsight, by the integer program.
 
     A search over rounds finds a schedule, and proves those of short paths best; else the solver is asked for a
@@ -215,10 +222,8 @@ def hindsight_optimum(path: ArrivalPath, server: Server, *, time_limit: float = 
             start, found = better, case.total(better)
         least = max(least, min(_whole(dropped), found))
     if least < found:
-        better, proved = program.improved(price, relaxed, found, limit)
-        if better is not None:
-            start, found = better, case.total(better)
-        least = min(max(least, _whole(proved)), found)
+        start, least = program.proved(price, relaxed, start, least, limit)
+        found = case.total(start)
     return Hindsight(
         least * case.round_s, found * case.round_s, start, "integer program", len(path), case.round_s
     )
@@ -409,17 +414,39 @@ class _Program:
         best = _best_costs(_start_costs(case, price))
         return total + float(np.sum(self.arrivals * (best - np.arange(self.window))))
 
-    def improved(
-        self, price: _Real, bound: float, found: int, time_limit: float
-    ) -> tuple[_Int | None, float]:
-        """A schedule of less than `found` rounds in total, from the starts that can be part of one; a lower bound.
+    def proved(
+        self, price: _Real, bound: float, start: _Int, least: float, time_limit: float
+    ) -> tuple[_Int, float]:
+        """A schedule as good as `start` or better, and the least total that is proved; at first that is `least`."""
+        case, found, deadline = self.case, self.case.total(start), time.monotonic() + time_limit
+        took = _FIRST_PROOF
+        rise = 1.0  # how far beyond what is proved the target may lie
+        while least < found and (left := deadline - time.monotonic()) > 0.0:
+            in_reach = took * _PROOF_GROWTH ** (found - least) <= left
+            target = found - 1 if in_reach else min(int(least + rise) - 1, found - 1)
+            began = time.monotonic()
+            better, proved = self.within(
+                price, bound, target, left if in_reach or rise == 1.0 else left / 2.0
+            )
+            if better is not None:
+                start, found = better, case.total(better)
+            least = min(max(least, min(_whole(proved), target + 1.0)), found)
+            if least > target:
+                took = max(time.monotonic() - began, _FIRST_PROOF)
+                left = deadline - time.monotonic()
+                rise = max(1.0, math.log(max(left / (2.0 * took), 1.0), _PROOF_GROWTH) // 1.0)
+            else:
+                rise = max(1.0, rise // 2.0)
+        return start, least
+
+    def within(self, price: _Real, bound: float, target: int, time_limit: float) -> tuple[_Int | None, float]:
+        """A schedule of at most `target` rounds in total, from the starts that can be part of one; a lower bound.
 
         The bound is infinite if there is proved to be none.
         """
         from fluidsched.bounds._starts import best_starts
 
-        case = self.case
-        budget = found - 1.0 - bound + _PROOF_TOLERANCE
+        case, budget = self.case, target - bound + _PROOF_TOLERANCE
         longer = np.append(price, np.zeros(math.ceil(max(budget, 0.0)) + 1))
         costs = _start_costs(case, longer)
         best = _best_costs(costs)
@@ -430,16 +457,8 @@ class _Program:
             np.minimum(excess[c, a:], costs[c, a:] - best[c, a], out=excess[c, a:])
         kinds, rounds = np.nonzero(excess <= budget)
         return best_starts(
-            case.arrival,
-            case.kind,
-            case.held,
-            case.length,
-            case.capacity,
-            kinds,
-            rounds,
-            found - 1,
-            time_limit,
-        )
+            case.arrival, case.kind, case.held, case.length, case.capacity, kinds, rounds, target, time_limit
+        )  # fmt: skip
 
 
 def _mean_busy_bound(case: _Instance) -> float:
