@@ -545,7 +545,7 @@ def _lookahead(
 def _wait(
     fluid: FluidSolution, problem: Problem, slack: Slack, block_iterations: int | None, horizon: float | None
 ) -> PolicyTable:
-    problem, plan = sized(
+    problem, plan, tail = sized(
         problem, lambda asked: wait.plan_wait(asked, fluid, slack, block_iterations), wait.wait_overflow
     )
     rows = rows_of(fluid, plan.threshold, plan.threshold)
@@ -557,7 +557,7 @@ def _wait(
         freeze=True,
         predictor=predictor_of(rows),
         certificate={
-            **wait.wait_certificate(problem, plan, horizon),
+            **wait.wait_certificate(problem, plan, tail, horizon),
             **_price(fluid, problem, "wait", slack, plan.block_iterations),
         },
         provenance=provenance_of(fluid),
@@ -589,7 +589,7 @@ def _nested(fluid: FluidSolution, problem: Problem, options: nested_wait.NestedO
 
 def _gated(fluid: FluidSolution, problem: Problem, slack: Slack, window: int | None) -> PolicyTable:
     budget = _token_budget(problem)
-    problem, (plan, spacing) = sized(
+    problem, (plan, spacing), tail = sized(
         problem,
         lambda asked: gated.plan_gated(asked, fluid, slack, budget, window),
         lambda asked, found: gated.gated_overflow(asked, found[0], found[1].lag),
@@ -603,7 +603,7 @@ def _gated(fluid: FluidSolution, problem: Problem, slack: Slack, window: int | N
         kv_limit_tokens=problem.kv_limit,
         predictor=predictor_of(rows),
         certificate={
-            **gated.gated_certificate(problem, plan, spacing, budget),
+            **gated.gated_certificate(problem, plan, spacing, tail, budget),
             **_price(fluid, problem, "gated", slack, plan.window),
         },
         provenance=provenance_of(fluid),

@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,27 +102,38 @@ class _Spacing:
         self.lag = lag
         self.most_in_service = min(problem.slots, decodes)
         self._profile: SpacedProfile = problem.memory_profile.spaced(lag)
-        ages = self._profile.by_age.shape[2]
+        ages = self._profile.ages
         density = 12 if problem.size <= MANY else 4
         steps = np.exp2(np.arange(0.0, math.log2(ages) + 1 / density, 1 / density))
         self._periods = np.unique(np.append(np.floor(steps), ages)).astype(np.int64)
+        self._at = self._periods.searchsorted(np.arange(ages + 1), side="right") - 1
         # Where lengths are fixed nothing varies: means alone.
         self.is_fixed = problem.memory_profile.is_fixed
-        self._kept = (0, 2) if self.is_fixed else (0, 1, 2, 3)
-        self._bounds = np.empty((len(self._kept), len(self._periods), len(lag)))
+        self._kept = [0, 2] if self.is_fixed else [0, 1, 2, 3]
+        self._bounds = np.empty((len(self._kept), len(self._periods) * len(lag)))
         self._known = np.zeros(len(self._periods), dtype=np.bool_)
         self._rows = np.arange(len(lag))
-        self._none = np.zeros(len(lag))
 
-    def per_request(self, period: IntArray) -> tuple[FloatArray, ...]:
-        """Mean and variance of KV, mean and variance of the number, per unit of threshold, (A,) each."""
-        at = self._periods.searchsorted(period, side="right") - 1
-        if not self._known[at].all():
+    def held(self, problem: Problem, n: FloatArray, period: FloatArray) -> tuple[float, float] | str:
+        """KV tokens and residents that thresholds n spaced by whole periods hold at most, or the limit they break."""
+        at = self._at[np.minimum(period, len(self._at) - 1.0).astype(np.int64)]
+        if not self._known.all():
             for i in np.unique(at[~self._known[at]]).tolist():
-                self._bounds[:, i] = self._profile.bound(int(self._periods[i]))[list(self._kept)]
+                bound = self._profile.bound(int(self._periods[i]))
+                self._bounds[:, i * len(n) : (i + 1) * len(n)] = bound[self._kept]
                 self._known[i] = True
-        found = [table.take(at * len(self._rows) + self._rows) for table in self._bounds]
-        return tuple(found) if len(found) == 4 else (found[0], self._none, found[1], self._none)
+        cell = at * len(n) + self._rows
+        half = len(self._kept) // 2
+        found = []
+        for first, limit, name in ((0, problem.capacity, "memory"), (half, self.most_in_service, "batch")):
+            most = float(n @ self._bounds[first].take(cell))
+            if not self.is_fixed:
+                variance = n @ self._bounds[first + 1].take(cell)
+                most = float(problem.quantile(np.asarray(most), variance))
+            if most > limit * (1 + ROUNDING):
+                return name
+            found.append(most)
+        return found[0], found[1]
 
     @property
     def periods(self) -> IntArray:
@@ -149,18 +160,43 @@ def _iteration_time(problem: Problem, per_iteration: FloatArray) -> float:
     return float(expected_largest(mean, problem.decode_spread @ per_iteration))
 
 
-def _ahead(problem: Problem, stretch: float, per_iteration: FloatArray, reached: float) -> float:
-    """A Newton step from `reached` towards the fixed point, not beyond it.
+def _ahead(
+    problem: Problem, stretch: float, wanted: FloatArray, per_iteration: FloatArray, reached: float
+) -> float:
+    """A Newton step from `reached` towards the fixed point, not beyond it; `wanted` is (1 + ε) a_j `reached`.
 
     Entries never fall below those found, nor below (1 + ε) a_j T: so T is at least the root of the convex function
     max_i (c0_i + Σ_j max(q_j, (1 + ε) a_j T) w_ij) − T.
     """
-    wanted = stretch * problem.rate * reached
-    behind = wanted > per_iteration
-    mean = problem.coefficients[:, 0] + problem.lumped_work @ np.where(behind, wanted, per_iteration)
+    mean = problem.coefficients[:, 0] + problem.lumped_work @ np.maximum(wanted, per_iteration)
     piece = int(mean.argmax())
-    slope = stretch * float(problem.lumped_work[piece] @ (problem.rate * behind))
+    slope = stretch * float(problem.lumped_work[piece] @ (problem.rate * (wanted > per_iteration)))
     return reached + (float(mean[piece]) - reached) / (1.0 - slope) if slope < 1.0 else reached
+
+
+class _Found(NamedTuple):
+    """Thresholds and periods that keep up within the server's limits; as in `GatedPlan`."""
+
+    threshold: FloatArray
+    period: FloatArray
+    iteration_time: float
+    kv: float
+    in_service: float
+
+    def plan(self, problem: Problem, window: int) -> GatedPlan:
+        n, period, time = self.threshold, self.period, self.iteration_time
+        rate, per_iteration = problem.rate, n / period
+        queue = queue_estimate(n, rate * period * time) * problem.queue_factor(per_iteration / time)
+        return GatedPlan(
+            window,
+            n.astype(np.int64),
+            period.astype(np.int64),
+            time,
+            float((per_iteration / (rate * time)).min()) - 1.0,
+            self.kv,
+            self.in_service,
+            float(queue.sum() / rate.sum()),
+        )
 
 
 def _evaluate(
@@ -170,59 +206,41 @@ def _evaluate(
     window: int,
     stretch: float,
     reached: float = 0.0,
-) -> GatedPlan | str:
-    """The plan for one window and margin, or what forbids it; `reached` is T(q) of a smaller margin, if known."""
+) -> _Found | str:
+    """What one window and margin need, or what forbids it; `reached` is T(q) of a smaller margin, if known."""
     low, high = problem.equilibrium(stretch, work=problem.lumped_work)
     if low > high:
         return "time"
-    rate = problem.rate
+    longest = high / stretch * (1 + ROUNDING)
+    stretched = stretch * problem.rate
+    tokens = problem.workload.processed_tokens
     time = max(low / stretch, reached)
     slope = problem.lumped_work.min(axis=0)
     protected = problem.protected_rate(slope)
     if protected is not None and not np.all(np.isfinite(protected)):
         return "time"
-    per_iteration = np.zeros_like(rate)
+    per_iteration = np.zeros_like(stretched)
     reached = _iteration_time(problem, per_iteration) if protected is not None else 0.0
-    while True:
-        if time > high / stretch * (1 + ROUNDING):
-            return "rounding"
-        wanted = stretch * rate * time
+    while time <= longest:
+        wanted = stretched * time
         if protected is not None:
             wanted = np.maximum(wanted, protected * (reached - float(per_iteration @ slope)))
         n = np.maximum(np.ceil(wanted * window * (1 - ROUNDING)), 1.0)
         period = np.minimum(np.floor(n / wanted * (1 + ROUNDING)), LONGEST_PERIOD)
-        kv_mean, kv_variance, number, number_variance = spacing.per_request(period.astype(np.int64))
-        kv = float(n @ kv_mean)
-        if not spacing.is_fixed:
-            kv = float(problem.quantile(np.asarray(kv), n @ kv_variance))
-        if kv > problem.capacity * (1 + ROUNDING):
-            return "memory"
-        in_service = float(n @ number)
-        if not spacing.is_fixed:
-            in_service = float(problem.quantile(np.asarray(in_service), n @ number_variance))
-        if in_service > spacing.most_in_service * (1 + ROUNDING):
-            return "batch"
+        held = spacing.held(problem, n, period)
+        if isinstance(held, str):
+            return held
         per_iteration = n / period
-        if float(per_iteration @ problem.workload.processed_tokens) > token_budget:
+        if float(per_iteration @ tokens) > token_budget:
             return "tokens"
         reached = _iteration_time(problem, per_iteration)
-        needed = stretch * rate * reached
+        needed = wanted = stretched * reached
         if protected is not None:
-            needed = np.maximum(needed, protected * (reached - float(per_iteration @ slope)))
-        if np.all(needed <= per_iteration * (1 + ROUNDING)):
-            break
-        time = max(reached, min(_ahead(problem, stretch, per_iteration, reached), high / stretch))
-    queue = queue_estimate(n, rate * period * reached) * problem.queue_factor(per_iteration / reached)
-    return GatedPlan(
-        window,
-        n.astype(np.int64),
-        period.astype(np.int64),
-        reached,
-        float((per_iteration / (rate * reached)).min()) - 1.0,
-        kv,
-        in_service,
-        float(queue.sum() / rate.sum()),
-    )
+            needed = np.maximum(wanted, protected * (reached - float(per_iteration @ slope)))
+        if (needed <= per_iteration * (1 + ROUNDING)).all():
+            return _Found(n, period, reached, *held)
+        time = max(reached, min(_ahead(problem, stretch, wanted, per_iteration, reached), high / stretch))
+    return "rounding"
 
 
 def _solve(
@@ -240,23 +258,24 @@ def _solve(
     what the bisection asks on either side of them is then known.
     """
 
-    def at(stretch: float, reached: float = 0.0) -> GatedPlan | str:
+    def at(stretch: float, reached: float = 0.0) -> _Found | str:
         return _evaluate(problem, spacing, token_budget, window, stretch, reached * (1.0 - SAFETY))
 
     if slack != "auto":
-        return at(1.0 + slack), ()
+        only = at(1.0 + slack)
+        return only if isinstance(only, str) else only.plan(problem, window), ()
     known, broken = 0.0, math.inf
-    plan: GatedPlan | None = None
+    best: _Found | None = None
     reason = ""
 
     def holds(stretch: float) -> bool:
-        nonlocal known, broken, plan, reason
+        nonlocal known, broken, best, reason
         if known < stretch < broken:
-            found = at(stretch, 0.0 if plan is None else plan.iteration_time)
+            found = at(stretch, 0.0 if best is None else best.iteration_time)
             if isinstance(found, str):
                 broken, reason = stretch, found
             else:
-                known, plan = stretch, found
+                known, best = stretch, found
         return stretch <= known
 
     for stretch in near:
@@ -269,7 +288,10 @@ def _solve(
     while high - low > SLACK_TOLERANCE * low:
         middle = (low + high) / 2.0
         low, high = (middle, high) if holds(middle) else (low, middle)
-    return plan if plan is not None and known == low else at(low), (low, high)
+    if best is None or known != low:
+        again = at(low)
+        return again if isinstance(again, str) else again.plan(problem, window), (low, high)
+    return best.plan(problem, window), (low, high)
 
 
 def plan_gated(
@@ -354,25 +376,13 @@ def gated_overflow(problem: Problem, plan: GatedPlan, lag: IntArray) -> Tail:
     )
 
 
-def _longest_held(problem: Problem, lag: IntArray, period: IntArray) -> FloatArray:
-    """What the longest requests hold at most per unit of threshold, spaced by their periods, (A,) tokens.
-
-    Ages run to M = o_max − 1 + lag, and at age a a request holds p + min(a, o_max − 1): so at the ages M − ik, i ≥ 0,
-    the last tokens for i ≤ lag/k, then an arithmetic series.
-    """
-    prompt = problem.workload.max_prompt_tokens + problem.padding
-    last = problem.workload.max_output_tokens - 1
-    count = (last + lag) // period + 1
-    full = np.minimum(lag // period + 1, count)
-    falling = count - full
-    ages = falling * (last + lag) - period * (full + count - 1) * falling // 2
-    return np.asarray(count * prompt + full * last + ages, dtype=np.float64)
-
-
 def gated_certificate(
-    problem: Problem, plan: GatedPlan, spacing: _Spacing, token_budget: float
+    problem: Problem, plan: GatedPlan, spacing: _Spacing, tail: Tail | None, token_budget: float
 ) -> dict[str, Any]:
-    """What a compiled gated table guarantees; entries as in `fluidsched.policy.problem.entry`."""
+    """What a compiled gated table guarantees; entries as in `fluidsched.policy.problem.entry`.
+
+    `tail` is its `gated_overflow`, None where memory holds with certainty.
+    """
     rate, n, period, time = problem.rate, plan.threshold, plan.period, plan.iteration_time
     arrivals = rate * period * time
     queue = embedded_queue_means(n, np.where(arrivals < n * (1 - ROUNDING), arrivals, math.inf), wait=False)
@@ -381,7 +391,7 @@ def gated_certificate(
     ttft = queue / rate + (2.0 + spacing.lag) * time
     worst = math.inf
     if problem.is_bounded:
-        worst = float(n @ _longest_held(problem, spacing.lag, period))
+        worst = float(n @ problem.worst_profile.spaced(spacing.lag).of_fixed(period)[1])
     certain = problem.is_certain
     cohort = float(n @ problem.workload.max_prefill_tokens)
     return {
@@ -394,9 +404,7 @@ def gated_certificate(
             worst_case=worst,
             z=problem.z,
         ),
-        "overflow_probability": overflow_entry(
-            problem, None if certain else gated_overflow(problem, plan, spacing.lag), "every window full"
-        ),
+        "overflow_probability": overflow_entry(problem, tail, "every window full"),
         "in_service": entry(
             plan.in_service,
             "requests",

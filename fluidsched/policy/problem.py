@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -204,7 +205,7 @@ class Problem:
         """What kind of guarantee memory bounds are: "certain" or "probability"."""
         return "certain" if self.is_certain else "probability"
 
-    @property
+    @cached_property
     def z(self) -> float:
         """Standard deviations added to the mean; 0 where bounds are certain."""
         return 0.0 if self.is_certain else normal_quantile(self.normal_probability)

@@ -88,6 +88,8 @@ class StageProfile:
         E[p; S > s] and E[p²; S > s], tokens and tokens².
     padding : int
         Tokens added to every held amount for paging: block size − 1, or 0.
+    lengths : (float64[J], float64[J]), optional
+        Prompt and output of every type where each has one: sums over stages are then arithmetic series.
 
     Arrays are best in stage-major order, as `fold` says.
     """
@@ -96,67 +98,66 @@ class StageProfile:
     prompt: FloatArray
     prompt_square: FloatArray
     padding: int
+    lengths: tuple[FloatArray, FloatArray] | None = None
 
     @property
     def stages(self) -> int:
         """L, the longest output in iterations."""
         return int(self.present.shape[1])
 
-    def held(self, shift: int) -> tuple[FloatArray, FloatArray]:
-        """Mean and variance of its KV if it holds p + s + `shift` tokens (and the padding) at stage s."""
-        extra = np.arange(self.stages, dtype=np.float64) + (shift + self.padding)
-        mean = self.prompt + extra * self.present
-        square = self.prompt_square + extra * (2.0 * self.prompt + extra * self.present)
-        return mean, np.maximum(square - mean * mean, 0.0)
-
     @cached_property
     def kv(self) -> tuple[FloatArray, FloatArray]:
         """h and v of the module's text, (J, L) each: tokens, tokens²."""
-        return self.held(0)
-
-    @cached_property
-    def paused_kv(self) -> tuple[FloatArray, FloatArray]:
-        """Mean and variance of its KV between iterations, before the stage's own token, (J, L) each."""
-        return self.held(-1)
+        extra = np.arange(self.stages, dtype=np.float64) + self.padding
+        mean = extra * self.present
+        variance = 2.0 * self.prompt
+        variance += mean
+        variance *= extra
+        variance += self.prompt_square
+        mean += self.prompt
+        variance -= mean * mean
+        return mean, np.maximum(variance, 0.0, out=variance)
 
     @cached_property
     def present_variance(self) -> FloatArray:
         """Variance of the presence itself, (J, L)."""
         return np.asarray(self.present * (1.0 - self.present))
 
-    @cached_property
+    @property
     def is_fixed(self) -> bool:
         """Whether every type has one length, so that nothing varies."""
-        return not self.kv[1].any() and not self.present_variance.any()
+        return self.lengths is not None
+
+    @cached_property
+    def life_kv(self) -> FloatArray:
+        """Mean KV added up over a request's stages, (J,) tokens."""
+        if self.lengths is None:
+            return np.asarray(self.kv[0].sum(axis=1))
+        prompt, output = self.lengths
+        return np.asarray(output * (prompt + self.padding) + output * (output - 1.0) / 2.0)
+
+    @cached_property
+    def _rises(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Life's variance of KV added up, and how far mean and variance climb over a life in all, (J,) each."""
+        if self.lengths is None:
+            mean, variance = self.kv
+            return np.asarray(variance.sum(axis=1)), _climb(mean), _climb(variance)
+        prompt, output = self.lengths
+        none = np.zeros_like(prompt)
+        return none, prompt + self.padding + output - 1.0, none
+
+    def block_bound(self, k: int) -> tuple[FloatArray, FloatArray]:
+        """What a block of k iterations holds at most in any iteration: mean and variance, (J,) each.
+
+        A value is at most the mean of the k stages around it and what it climbs among them: so every f_j(r) is at
+        most the life's sum over k, and the climbs of the whole life.
+        """
+        variance, mean_climb, variance_climb = self._rises
+        return self.life_kv / k + mean_climb, variance / k + variance_climb
 
     def block(self, k: int) -> BlockProfile:
         """How stages add up in blocks of k iterations, 1 ≤ k ≤ L."""
-        kv, variance = self.kv
-        mean, present = fold(kv, k), fold(self.present, k)
-        entering_kv, entering = kv[:, 0], self.present[:, 0]
-        # Of stages ik, i ≥ 1, what is held before the stage's own token: p + ik − 1.
-        paused = (mean[:, 0] - entering_kv) - (present[:, 0] - entering)
-        if self.is_fixed:
-            none = np.zeros(1)
-            held_variance, number_variance = (
-                np.broadcast_to(none, mean.shape),
-                np.broadcast_to(none, len(mean)),
-            )
-        else:
-            paused_variance = self.paused_kv[1][:, k::k].sum(axis=1)
-            held_variance = np.maximum(fold(variance, k), paused_variance[:, None])
-            number_variance = fold(self.present_variance, k).max(axis=1)
-        return BlockProfile(
-            mean=np.maximum(mean, paused[:, None]),
-            variance=held_variance,
-            in_service=present.max(axis=1),
-            in_service_variance=number_variance,
-            present=present,
-            running_kv=mean,
-            entering=entering,
-            entering_kv=entering_kv,
-            padding=self.padding,
-        )
+        return BlockProfile(self, k)
 
     def spaced(self, lag: NDArray[np.int64]) -> SpacedProfile:
         """What requests hold when their entries are spaced, each at most `lag` (J,) iterations behind.
@@ -164,43 +165,60 @@ class StageProfile:
         A request whose prompt is cut in chunks is up to `lag` iterations behind its age: at age s it
         counts with the largest of the stages s − lag..s.
         """
-        mean, variance = self.kv
-        rows = (mean, variance, self.present, self.present_variance)
-        last = np.count_nonzero(self.present, axis=1) + lag
-        width = int(last.max())
-        aligned = np.zeros((width, len(rows), len(last)))
-        stage = np.arange(width)[:, None] - (
-            width - last
-        )  # at each age, counted so that the last is at the end
-        for e in np.unique(lag):
-            mine = np.flatnonzero(lag == e)
-            index = np.maximum(stage[:, mine], 0)
-            for i, values in enumerate(rows):
-                if self.is_fixed and i % 2:
-                    continue  # nothing varies
-                behind = _running_maximum(values[mine], int(e)).T
-                found = np.take_along_axis(behind, np.minimum(index, len(behind) - 1), axis=0)
-                aligned[:, i, mine] = np.where(stage[:, mine] >= 0, found, 0.0)
-        return SpacedProfile(np.moveaxis(aligned, 0, -1))
+        return SpacedProfile(self, lag)
 
 
 @dataclass(frozen=True)
 class SpacedProfile:
-    """Ages of a request, the last one in the last column.
+    """What is held where entries are spaced; J types, ages to M − 1.
 
     Attributes
     ----------
-    by_age : float64[4, J, M]
-        Mean and variance of its KV, mean and variance of its presence.
+    stages : StageProfile
+    lag : int64[J]
+        Iterations that a request may be behind its age.
     """
 
-    by_age: FloatArray
+    stages: StageProfile
+    lag: NDArray[np.int64]
+
+    @property
+    def _alive(self) -> NDArray[np.int64]:
+        """Ages of each type, (J,)."""
+        if self.stages.lengths is not None:
+            return np.asarray(self.stages.lengths[1].astype(np.int64) + self.lag)
+        return np.asarray(np.count_nonzero(self.stages.present, axis=1) + self.lag)
+
+    @cached_property
+    def ages(self) -> int:
+        """M, the ages of the type that has most."""
+        return int(self._alive.max())
+
+    @cached_property
+    def by_age(self) -> FloatArray:
+        """Mean and variance of the KV, mean and variance of the presence, (4, J, M); the last age comes last."""
+        mean, variance = self.stages.kv
+        rows = (mean, variance, self.stages.present, self.stages.present_variance)
+        aligned = np.zeros((self.ages, len(rows), len(self.lag)))
+        # At each age, counted so that the last is at the end.
+        stage = np.arange(self.ages)[:, None] - (self.ages - self._alive)
+        for e in np.unique(self.lag):
+            mine = np.flatnonzero(self.lag == e)
+            index = np.maximum(stage[:, mine], 0)
+            for i, values in enumerate(rows):
+                behind = _running_maximum(values[mine], int(e)).T
+                found = np.take_along_axis(behind, np.minimum(index, len(behind) - 1), axis=0)
+                aligned[:, i, mine] = np.where(stage[:, mine] >= 0, found, 0.0)
+        return np.moveaxis(aligned, 0, -1)
 
     def bound(self, k: int) -> FloatArray:
         """Bounds per request admitted in any k iterations, (4, J): mean, variance of KV and of number.
 
         The largest of each run of k ages, counted back from the last, added up.
         """
+        if self.stages.lengths is not None:
+            count, held = self.of_fixed(np.full(len(self.lag), k))
+            return np.array([held, np.zeros(len(held)), count, np.zeros(len(held))])
         by_age = np.moveaxis(self.by_age, -1, 0)
         rest = len(by_age) % min(k, len(by_age))
         bound = by_age[rest:].reshape(-1, min(k, len(by_age)), *by_age.shape[1:]).max(axis=1).sum(axis=0)
@@ -208,34 +226,111 @@ class SpacedProfile:
             bound += by_age[:rest].max(axis=0)
         return np.asarray(bound)
 
+    def of_fixed(self, period: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
+        """Number and KV per request admitted in any `period` (J,) iterations, types of one length each; (J,) both.
+
+        Ages run to M = o − 1 + lag, and at age a a request holds p + min(a, o − 1): so at the ages M − ik, i ≥ 0,
+        the last tokens for i ≤ lag/k, then an arithmetic series.
+        """
+        assert self.stages.lengths is not None
+        prompt = self.stages.lengths[0] + self.stages.padding
+        last = self.stages.lengths[1].astype(np.int64) - 1
+        count = (last + self.lag) // period + 1
+        full = np.minimum(self.lag // period + 1, count)
+        falling = count - full
+        ages = falling * (last + self.lag) - period * (full + count - 1) * falling // 2
+        return count.astype(np.float64), np.asarray(count * prompt + full * last + ages, dtype=np.float64)
+
 
 @dataclass(frozen=True)
 class BlockProfile:
     """Per request admitted at each decision: what its type holds in iteration r of a block, r = 0..k − 1.
 
+    Each part is added up when first asked for. Types of one length each need no stages: of an entry's stages
+    r, k + r, … the first c = ⌈(o − r)/k⌉ are below o, and hold c (p + r) + k c (c − 1)/2 tokens.
+
     Attributes
     ----------
-    mean, variance : float64[J, k]
-        max(f_j(r), g_j) and max(φ_j(r), γ_j): running or paused, whichever is more. Tokens, tokens².
-    in_service, in_service_variance : float64[J]
-        Residents, at the iteration of the block where they are most.
-    present, running_kv : float64[J, k]
-        Residents in iteration r of a running type and what they hold, f_j(r).
-    entering, entering_kv : float64[J]
-        Of these the share that enters, in iteration 0.
-    padding : int
-        Tokens added to every held amount.
+    stages : StageProfile
+    k : int
+        Iterations per block.
     """
 
-    mean: FloatArray
-    variance: FloatArray
-    in_service: FloatArray
-    in_service_variance: FloatArray
-    present: FloatArray
-    running_kv: FloatArray
-    entering: FloatArray
-    entering_kv: FloatArray
-    padding: int
+    stages: StageProfile
+    k: int
+
+    @property
+    def padding(self) -> int:
+        """Tokens added to every held amount."""
+        return self.stages.padding
+
+    @cached_property
+    def present(self) -> FloatArray:
+        """Residents in iteration r of a running type, (J, k)."""
+        if self.stages.lengths is None:
+            return fold(self.stages.present, self.k)
+        iteration = np.arange(self.k, dtype=np.float64)[:, None]
+        return np.maximum(np.ceil((self.stages.lengths[1] - iteration) / self.k), 0.0).T
+
+    @cached_property
+    def running_kv(self) -> FloatArray:
+        """What these residents hold, f_j(r), (J, k) tokens."""
+        if self.stages.lengths is None:
+            return fold(self.stages.kv[0], self.k)
+        present, iteration = self.present.T, np.arange(self.k, dtype=np.float64)[:, None]
+        first = self.stages.lengths[0] + self.padding + iteration
+        return np.asarray(present * (first + self.k * (present - 1.0) / 2.0)).T
+
+    @property
+    def entering(self) -> FloatArray:
+        """Of the residents in iteration 0 those that enter, (J,)."""
+        return np.asarray(self.stages.present[:, 0])
+
+    @property
+    def entering_kv(self) -> FloatArray:
+        """What those hold that enter, (J,) tokens."""
+        if self.stages.lengths is None:
+            return np.asarray(self.stages.kv[0][:, 0])
+        return np.asarray(self.stages.lengths[0] + self.padding)
+
+    @cached_property
+    def in_service(self) -> FloatArray:
+        """Residents at the iteration of the block where they are most, the first, (J,)."""
+        if self.stages.lengths is None:
+            return np.asarray(self.stages.present[:, :: self.k].sum(axis=1))
+        return np.asarray(self.present[:, 0])
+
+    @cached_property
+    def in_service_variance(self) -> FloatArray:
+        """Variance of their number, at the iteration of the block where it is largest, (J,)."""
+        return np.asarray(fold(self.stages.present_variance, self.k).max(axis=1))
+
+    @cached_property
+    def paused_kv(self) -> FloatArray:
+        """What a paused type's residents hold, g_j, (J,) tokens: of stages ik, i ≥ 1, p + ik − 1."""
+        return np.asarray((self.running_kv[:, 0] - self.entering_kv) - (self.in_service - self.entering))
+
+    @cached_property
+    def mean(self) -> FloatArray:
+        """max(f_j(r), g_j): running or paused, whichever is more, (J, k) tokens."""
+        return np.maximum(self.running_kv, self.paused_kv[:, None])
+
+    @cached_property
+    def variance(self) -> FloatArray:
+        """max(φ_j(r), γ_j) likewise, (J, k) tokens²; none where lengths are fixed.
+
+        A token less for whoever is present, a share q: v becomes v + (1 − q)(q − 2h), less than v since q ≤ h.
+        """
+        profile, k = self.stages, self.k
+        if profile.lengths is not None:
+            return np.broadcast_to(np.zeros(1), (len(profile.present), k))
+        kv, variance = profile.kv
+        running = fold(variance, k)
+        if k == 1:  # whoever enters varies besides
+            return np.asarray(running)
+        present = profile.present[:, k::k]
+        paused = variance[:, k::k] + (1.0 - present) * (present - 2.0 * kv[:, k::k])
+        return np.asarray(np.maximum(running, np.maximum(paused, 0.0).sum(axis=1)[:, None]))
 
     @cached_property
     def decodes(self) -> FloatArray:
@@ -269,6 +364,12 @@ def fold(values: FloatArray, k: int) -> FloatArray:
     result = by_stage[:whole].reshape(-1, k, *by_stage.shape[1:]).sum(axis=0)
     result[: len(by_stage) - whole] += by_stage[whole:]
     return np.moveaxis(result, 0, -1)
+
+
+def _climb(values: FloatArray) -> FloatArray:
+    """How far each row climbs in all from 0 along its columns: (J, L) → (J,)."""
+    rises = np.diff(values, axis=1)
+    return np.asarray(values[:, 0] + np.maximum(rises, 0.0, out=rises).sum(axis=1))
 
 
 def _running_maximum(values: FloatArray, lag: int) -> FloatArray:
@@ -321,4 +422,5 @@ def worst_profile(workload: Workload, padding: int = 0) -> StageProfile:
     prompts = workload.max_prompt_tokens.astype(np.float64)[:, None]
     outputs = workload.max_output_tokens[:, None]
     present = np.asfortranarray((np.arange(outputs.max()) < outputs).astype(np.float64))
-    return StageProfile(present, prompts * present, prompts**2 * present, padding)
+    lengths = prompts[:, 0], outputs[:, 0].astype(np.float64)
+    return StageProfile(present, prompts * present, prompts**2 * present, padding, lengths)

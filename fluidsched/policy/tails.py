@@ -21,6 +21,10 @@ taken small enough for e^{−30}. The sum ends at t = π, or where what is beyon
 integrand has then decayed like the transform of a sum of many independent parts. So the relative error is about 1e-10,
 down to probabilities of 1e-100, below which the bound stands for them; no normal approximation is made. Where C lies
 far below the mean (a dozen standard deviations) the bound is 1 and stands, too: the integral would lose its digits.
+
+**Far beyond the mean** no transform is evaluated: with parts of at most M tokens Bernstein's inequality,
+P(S > C) ≤ exp(−t² / (2 Var S + 2Mt/3)), t = C − E S, follows from Chernoff's; where it is 0 in floating point, so is
+that.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from fluidsched.policy.problem import Problem, entry
 from fluidsched.policy.profiles import FloatArray
 from fluidsched.workload.lengths import IndependentLengths, JointLaw, LengthLaw
 
-__all__ = ["Held", "Tail", "overflow_entry", "resident_transform", "sized", "tail_of"]
+__all__ = ["Held", "Tail", "negligible", "overflow_entry", "resident_transform", "sized", "tail_of"]
 
 IntArray = NDArray[np.int64]
 DAMPING = 30.0  # −log of what the trapezoidal rule's copies are damped by
@@ -50,7 +54,9 @@ CERTAIN = (
     9.0  # K(θ) − θ(C + 1) above: C lies so far below the mean that the bound, 1, stands for the probability
 )
 WRITTEN_OUT = 64  # points (p, o) of a product law up to which they are taken one by one
+VANISHED = -746.0  # e to this is 0 in floating point
 STEPS = 30  # of the search for θ
+TOGETHER = 8  # cells of which one logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -153,37 +159,107 @@ class Held:
     extra : int64[M]
         Tokens beyond p + s_c, e of the module's text.
     count : float64[M]
-        n_c.
+        n_c; fast where equal ones lie together.
     """
 
     def __init__(
-        self, problem: Problem, kind: IntArray, stage: IntArray, extra: int, count: FloatArray
+        self, problem: Problem, kind: IntArray, stage: IntArray, extra: int | IntArray, count: FloatArray
     ) -> None:
         points = _points_of(problem)
         self._points = points
-        self._tokens, self._count = (stage + extra).astype(np.float64), count
-        self._first, self._last = points.first[kind], points.first[kind] + points.beyond[stage, kind]
+        self._tokens, self._count = (stage + extra).astype(np.int64), count
+        first, beyond = points.first[kind], points.beyond[stage, kind]
+        self._first, self._last = first, first + beyond
         self._gone = points.gone[stage, kind]
         held = problem.workload.max_prompt_tokens[kind] + self._tokens
-        self._top = np.where(self._last > self._first, held, 0.0)  # most a resident of the cell holds
+        self._top = np.where(beyond > 0, held, 0).astype(np.float64)  # most a resident of the cell holds
         self.largest = float(count @ self._top)
+        # Cells of one count, a few at a time, are multiplied before a logarithm is taken of them.
+        fresh = np.append(True, count[1:] != count[:-1])[: len(count)]
+        since = np.arange(len(count))
+        since -= np.maximum.accumulate(np.where(fresh, since, 0))
+        self._groups = np.flatnonzero(since % TOGETHER == 0)
+        self._group_count = count[self._groups]
+        self._most_tokens = int(self._tokens.max(initial=0))
+        self._line: _Line | None = None
+        self._rooms: NDArray[np.complex128] | None = None
 
-    def cells(self, z: Any) -> NDArray[Any]:
-        """log E e^{zY_c} times n_c, (M,); z real or complex."""
-        real = np.real(z)  # all over e^{Re z most}, which alone may overflow
-        points = self._points.weights * np.exp(z * self._points.prompts - real * self._points.longest)
-        for part, prompt in self._points.products:
-            values = prompt.values.astype(np.float64)
-            points[part] *= prompt.weights @ np.exp(z * values - real * values.max())
-        sums = np.append(0.0, np.cumsum(points))
-        alive = sums[self._last] - sums[self._first]
-        most = real * self._top
-        held = np.exp(1j * np.imag(z) * self._tokens) if np.iscomplexobj(z) else 1.0
-        return np.asarray(self._count * (np.log(self._gone * np.exp(-most) + held * alive) + most))
+    def _on_line(self, real: float) -> _Line:
+        """What the values at all z with this real part have in common."""
+        if self._line is None or self._line.real != real:
+            points = self._points  # all over e^{Re z most}, which alone may overflow
+            decay = points.weights * np.exp(real * (points.prompts - points.longest))
+            products = []
+            for part, prompt in points.products:
+                values = prompt.values.astype(np.float64)
+                products.append((part, values, prompt.weights * np.exp(real * (values - values.max()))))
+                decay[part] *= products[-1][2].sum()
+            most = real * self._top
+            gone = self._gone * np.exp(-most)
+            value = gone + self._alive(decay, np.empty((2, len(gone))))
+            scale = 1.0 / value
+            self._line = _Line(
+                real,
+                float(self._count @ (np.log(value) + most)),
+                decay,
+                products,
+                gone * scale,
+                scale,
+            )
+        return self._line
+
+    def _alive(self, points: NDArray[Any], rooms: NDArray[Any]) -> Any:
+        """Sums over the points of each cell's type with o > s, in the first of two rooms (2, M)."""
+        sums = np.append(np.zeros(1, points.dtype), np.cumsum(points))
+        alive, before = rooms
+        np.take(sums, self._last, out=alive, mode="clip")  # "clip": straight into the room
+        np.take(sums, self._first, out=before, mode="clip")
+        alive -= before
+        return alive
 
     def __call__(self, z: Any) -> Any:
-        """K(z)."""
-        return self.cells(z).sum()
+        """K(z), z real or complex; of several z with one real part in turn only the first costs more."""
+        line = self._on_line(float(np.real(z)))
+        if not np.iscomplexobj(z):
+            return line.value
+        turn = float(np.imag(z))
+        points = line.points * _turned(turn * self._points.prompts)
+        for part, values, weights in line.products:
+            points[part] *= (weights @ _turned(turn * values)) / weights.sum()
+        # Each cell over its value on the real axis: no factor is above 1, and where a product underflows so does e^K.
+        if self._rooms is None:  # of its own: new ones for every z take longer than the sums
+            self._rooms = np.empty((2, len(self._count)), dtype=np.complex128)
+        factors, held = self._alive(points, self._rooms), self._rooms[1]
+        shifts = _turned(turn * np.arange(self._most_tokens + 1.0))
+        np.take(shifts, self._tokens, out=held, mode="clip")
+        factors *= held
+        factors *= line.scale
+        factors += line.gone
+        with np.errstate(divide="ignore"):
+            return line.value + self._group_count @ np.log(np.multiply.reduceat(factors, self._groups))
+
+
+def _turned(angle: FloatArray) -> NDArray[np.complex128]:
+    """e^{i angle}."""
+    result = np.empty(angle.shape, dtype=np.complex128)
+    np.cos(angle, out=result.real)
+    np.sin(angle, out=result.imag)
+    return result
+
+
+class _Line(NamedTuple):
+    """Values of `Held` at the z of one real part.
+
+    K on the real axis; the points' weights there, those of a product law's prompts; of every cell the share that is
+    gone, and one over its transform.
+    """
+
+    real: float
+    value: float
+    points: FloatArray
+    products: list[tuple[slice, FloatArray, FloatArray]]
+    gone: FloatArray
+    scale: FloatArray
 
 
 def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
@@ -211,7 +287,8 @@ def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
             second = law.output.weights @ (np.exp(z * o - real * o.max()) * -np.expm1(-z * o))
             moment = moment + rate * first * second * np.exp(real * (p.max() + o.max() - most))
         above = np.exp(z - real) * -np.expm1(-z) * total  # (e^z − 1) S, over e^{Re z}
-        return np.log(moment / above) + real * (most - 1.0) + z * problem.padding
+        with np.errstate(divide="ignore"):  # it may be 0, as e^K then is
+            return np.log(moment / above) + real * (most - 1.0) + z * problem.padding
 
     most = float((problem.workload.max_prompt_tokens + problem.workload.max_output_tokens).max())
     return transform, most - 1.0 + problem.padding
@@ -249,10 +326,10 @@ def tail_of(
     def exponent(theta: float) -> float:
         return float(transform(theta)) - theta * beyond
 
-    theta = _near_minimum(exponent, deviation, largest)
-    if exponent(theta) > CERTAIN:
+    theta, lowest = _near_minimum(exponent, deviation, largest)
+    if lowest > CERTAIN:
         return Tail(1.0, 1.0, theta)
-    chernoff = math.exp(min(exponent(theta), 0.0)) or sys.float_info.min
+    chernoff = math.exp(min(lowest, 0.0)) or sys.float_info.min
     if chernoff < NEGLIGIBLE:
         return Tail(chernoff, chernoff, theta)
     step = min(2.0 * math.pi * theta / DAMPING, 0.5 / deviation, math.pi)
@@ -276,11 +353,34 @@ def tail_of(
     return Tail(min(max(value, 0.0), chernoff), chernoff, theta)
 
 
-def _near_minimum(exponent: Callable[[float], float], deviation: float, largest: float) -> float:
-    """θ near the minimum of a convex function that is 0 at 0, half a sd⁻¹ at least (the line must keep off 0)."""
+def negligible(level: float, mean: float, variance: float, most: float) -> Tail | None:
+    """The tail where Bernstein's inequality alone says that its bound is 0 in floating point; else None.
+
+    For a sum of independent parts of this mean and variance in all, none of them above `most`.
+    """
+    beyond = level - mean
+    if (
+        beyond <= 0.0
+        or math.isinf(beyond)
+        or beyond * beyond < -2.0 * VANISHED * (variance + most * beyond / 3.0)
+    ):
+        return None
+    return Tail(sys.float_info.min, sys.float_info.min, beyond / (variance + most * beyond / 3.0))
+
+
+def _near_minimum(
+    exponent: Callable[[float], float], deviation: float, largest: float
+) -> tuple[float, float]:
+    """θ near the minimum of a convex function that is 0 at 0, and its value.
+
+    Half a sd⁻¹ at least (the line must keep off 0), and no nearer than where e to the value is 0 in floating point.
+    """
+    least = 0.5 / deviation
     low, high = 0.0, min(1.0 / deviation, 600.0 / largest)
     value = exponent(high)
     for _ in range(STEPS):  # until the minimum lies below `high`
+        if value < VANISHED and high >= least:
+            return high, value
         wider = min(2.0 * high, 600.0)
         further = exponent(wider)
         if not further < value:
@@ -288,16 +388,23 @@ def _near_minimum(exponent: Callable[[float], float], deviation: float, largest:
             break
         low, high, value = high / 2.0, wider, further
     golden = (math.sqrt(5.0) - 1.0) / 2.0
+    inner: list[tuple[float, float]] = []  # golden sections: one of the two serves the next interval, too
     for _ in range(STEPS):
         if high - low < 0.02 * high:
             break
         a, b = high - golden * (high - low), low + golden * (high - low)
-        at_a, at_b = exponent(a), exponent(b)
-        if not at_b < at_a:
-            high = b
+        if not inner:
+            inner = [(a, exponent(a)), (b, exponent(b))]
+        elif inner[0][0] > (low + high) / 2.0:
+            inner = [(a, exponent(a)), inner[0]]
         else:
-            low = a
-    return max((low + high) / 2.0, 0.5 / deviation)
+            inner = [inner[0], (b, exponent(b))]
+        if not inner[1][1] < inner[0][1]:
+            high, inner = inner[1][0], inner[:1]
+        else:
+            low, inner = inner[0][0], inner[1:]
+    theta = max((low + high) / 2.0, least)
+    return theta, exponent(theta)
 
 
 def overflow_entry(problem: Problem, tail: Tail | None, assuming: str) -> dict[str, Any]:
@@ -317,17 +424,18 @@ def overflow_entry(problem: Problem, tail: Tail | None, assuming: str) -> dict[s
 
 def sized(
     problem: Problem, plan: Callable[[Problem], Any], tail: Callable[[Problem, Any], Tail]
-) -> tuple[Problem, Any]:
-    """A plan whose actual overflow probability is at most δ, and the problem with the z that it took.
+) -> tuple[Problem, Any, Tail | None]:
+    """A plan whose actual overflow probability is at most δ, the problem with the z that it took, and its tail.
 
-    The normal approximation is asked for δ times what it was off by, a little less each time.
+    The normal approximation is asked for δ times what it was off by, a little less each time. No tail where memory
+    holds with certainty.
     """
     found = plan(problem)
-    if problem.is_certain or math.isinf(problem.capacity):
-        return problem, found
+    if problem.is_certain:
+        return problem, found, None
     delta, asked = problem.overflow_probability, problem.overflow_probability
-    while (reached := tail(problem, found).probability) > delta:
-        asked *= 0.98 * delta / reached
+    while (reached := tail(problem, found)).probability > delta:
+        asked *= 0.98 * delta / reached.probability
         problem = problem.asked_for(asked)
         found = plan(problem)
-    return problem, found
+    return problem, found, reached

@@ -73,7 +73,7 @@ from fluidsched.policy.problem import (
     queue_estimate,
 )
 from fluidsched.policy.profiles import BlockProfile, FloatArray, fold
-from fluidsched.policy.tails import Held, Tail, overflow_entry, tail_of
+from fluidsched.policy.tails import Held, Tail, negligible, overflow_entry, tail_of
 from fluidsched.queues import embedded_queue_means
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ SAFETY = 1e-9  # relative: bounds that cut a search short are taken this much lo
 SLACK_TOLERANCE = 1e-6  # relative, of 1 + ε, when the largest slack is sought
 SEARCH_TOLERANCE = 1e-3  # the same while block lengths are compared
 MANY = 50_000  # types × stages from which block lengths are tried more coarsely
+CHECKED_TOGETHER = 8  # steps of a climb after which the server's limits are looked at
 KEPT = 200_000  # types × stages up to which all block lengths' conditions are kept
 
 
@@ -209,6 +210,7 @@ class _Block:
         self._memory, self._slope = lengths.memory, lengths.slope
         self._is_linear = len(self._base) == 1
         self.protected = problem.protected_rate(self._slope)
+        self._bound = problem.memory_profile.block_bound(k)
 
     def _under_pieces(self, n: FloatArray) -> FloatArray:
         """Mean durations of the iterations of a full block under every piece, (I, k), s."""
@@ -234,8 +236,7 @@ class _Block:
 
     def robust_thresholds(self, n: FloatArray, cycle_time: float) -> FloatArray:
         """What thresholds must be, given T_k(n), to keep up with rates that are off (`policy.robust`)."""
-        if self.protected is None:
-            return np.zeros_like(n)
+        assert self.protected is not None
         return np.asarray(self.protected * (cycle_time - float(n @ self._slope)))
 
     def mean_batch_cycle(self, n: FloatArray, direction: FloatArray) -> tuple[float, float]:
@@ -262,9 +263,11 @@ class _Block:
     def exceeded(self, n: FloatArray) -> str | None:
         """The first of the server's limits that thresholds `n` break: "memory", "batch", "tokens"."""
         capacity, slots, budget = self._limits
-        if self.kv(n) > capacity * (1 + ROUNDING):
+        mean, variance = self._bound
+        most = self._quantile(n @ mean, n @ variance)  # no need to look at every iteration where this fits
+        if most > capacity and self.kv(n) > capacity * (1 + ROUNDING):
             return "memory"
-        if self.in_service(n) > slots * (1 + ROUNDING):
+        if slots < math.inf and self.in_service(n) > slots * (1 + ROUNDING):
             return "batch"
         if budget is not None and np.ceil(n) @ self._lengths.cohort > budget:
             return "tokens"
@@ -292,26 +295,40 @@ def least_thresholds(
     """
     beta, beta_max = interval
     rate = block.rate
-    robust = block.robust_thresholds(np.zeros_like(rate), block.cycle_time(np.zeros_like(rate)))
-    if not np.all(np.isfinite(robust)):
-        return "time"
-    while True:
-        if beta > beta_max * (1 + ROUNDING):
+    is_robust = block.protected is not None
+    if is_robust:
+        robust = block.robust_thresholds(np.zeros_like(rate), block.cycle_time(np.zeros_like(rate)))
+        if not np.all(np.isfinite(robust)):
             return "time"
-        n = whole(np.maximum(rate * beta, robust))
-        broken = block.exceeded(n)
-        if broken is not None:
-            return broken
+    unchecked: list[FloatArray] = []
+    while beta <= beta_max * (1 + ROUNDING):
+        n = whole(np.maximum(rate * beta, robust) if is_robust else rate * beta)
+        unchecked.append(n)
+        if len(unchecked) == CHECKED_TOGETHER:
+            if (broken := _first_broken(block, unchecked)) is not None:
+                return broken
+            unchecked = []
         cycle = block.cycle_time(n)
-        reached, robust = stretch * cycle, block.robust_thresholds(n, cycle)
-        if np.all(np.maximum(rate * reached, robust) <= n * (1 + ROUNDING)):
-            return n
-        ahead = np.maximum(n, rate * reached)
-        value, slope = block.mean_batch_cycle(ahead, np.where(rate * reached > n, rate, 0.0))
+        reached = stretch * cycle
+        needed = wanted = rate * reached
+        if is_robust:
+            robust = block.robust_thresholds(n, cycle)
+            needed = np.maximum(wanted, robust)
+        if (needed <= n * (1 + ROUNDING)).all():
+            return _first_broken(block, unchecked) or n
+        value, slope = block.mean_batch_cycle(np.maximum(n, wanted), rate * (wanted > n))
         climb = stretch * value - reached
         if climb > 0.0 and stretch * slope >= 1.0:
-            return "time"
+            break
         beta = reached + (climb / (1.0 - stretch * slope) if climb > 0.0 else 0.0)
+    return _first_broken(block, unchecked) or "time"
+
+
+def _first_broken(block: _Block, climbed: list[FloatArray]) -> str | None:
+    """The limit that the first of these thresholds to break one breaks; they grow, so the last is looked at first."""
+    if not climbed or block.exceeded(climbed[-1]) is None:
+        return None
+    return next(broken for n in climbed if (broken := block.exceeded(n)) is not None)
 
 
 def block_lengths(longest: int, block_iterations: int | None = None, size: int = 0) -> list[int]:
@@ -396,68 +413,103 @@ def _least_wait_in_blocks(problem: Problem, k: int, slack: Slack) -> float:
     return math.inf
 
 
-def _solve(
-    problem: Problem,
-    k: int,
-    slack: Slack,
-    tolerance: float = SLACK_TOLERANCE,
-    longest_wait: float = math.inf,
-    tried: list[float] | None = None,
-) -> WaitPlan | str:
-    """The plan for block length k, or why there is none; `tolerance` of the largest 1 + ε, relative.
+class _Search:
+    """The plan for block length k: with the slack given, or by bisection for the largest that there is.
 
-    "wait": it is given up, because its mean wait is longer than `longest_wait`. Of the 1 + ε in `tried`, at which
-    other block lengths were given up, the last is looked at first.
+    Attributes
+    ----------
+    plan : WaitPlan or str
+        The plan of the largest slack found so far, or why there is none: a limit, or "wait" (given up, because its mean
+        wait is longer than asked for).
     """
-    if _memory_over_a_block(problem, k) > problem.capacity * (1 + ROUNDING):
-        return "memory"
-    block = _Block(problem, k)
-    reached = (
-        0.0  # T_k of thresholds found so far: those of a larger margin are no smaller, nor is their cycle
-    )
 
-    def at(stretch: float) -> FloatArray | str:
-        low, high = problem.equilibrium(stretch, k)
+    def __init__(
+        self,
+        problem: Problem,
+        k: int,
+        slack: Slack,
+        longest_wait: float = math.inf,
+        tried: list[float] | None = None,
+    ) -> None:
+        """Look for the least slack and double it; of the 1 + ε in `tried` (some were given up there) the last first."""
+        self._problem, self._k = problem, k
+        self._longest_wait, self._tried = longest_wait, tried
+        self._reached = (
+            0.0  # T_k of thresholds found: those of a larger margin are no smaller, nor is their cycle
+        )
+        self._low = self._high = 1.0
+        self._block: _Block | None = None
+        found = self._first(slack)
+        self.plan = found if isinstance(found, str) else _plan(problem, self._block_of_k, found)
+
+    @property
+    def _block_of_k(self) -> _Block:
+        if self._block is None:
+            self._block = _Block(self._problem, self._k)
+        return self._block
+
+    def _at(self, stretch: float) -> FloatArray | str:
+        low, high = self._problem.equilibrium(stretch, self._k)
         if low > high:
             return "time"
-        start = max(low, stretch * reached * (1.0 - SAFETY))
-        return least_thresholds(block, stretch, (start, high))
+        start = max(low, stretch * self._reached * (1.0 - SAFETY))
+        return least_thresholds(self._block_of_k, stretch, (start, high))
 
-    def is_long(stretch: float, n: FloatArray) -> bool:
-        if _least_wait(problem, n, block.cycle_time(n)) <= longest_wait:
+    def _is_long(self, stretch: float, n: FloatArray) -> bool:
+        if math.isinf(self._longest_wait):
             return False
-        if tried is not None:
-            tried.append(stretch)
+        if _least_wait(self._problem, n, self._block_of_k.cycle_time(n)) <= self._longest_wait:
+            return False
+        if self._tried is not None:
+            self._tried.append(stretch)
         return True
 
-    if slack != "auto":
-        n = at(1.0 + slack)
-        return n if isinstance(n, str) else _plan(problem, block, n)
-    if tried and not isinstance(found := at(tried[-1]), str) and is_long(tried[-1], found):
-        return "wait"
-    best = at(1.0)
-    if isinstance(best, str):
-        return best
-    reached = block.cycle_time(best)
-    low = 1.0 + _slack_of(problem, best, reached)
-    high = 2.0 * low
-    while not isinstance(found := at(high), str):
-        best, low, high = found, high, 2.0 * high
-        reached = block.cycle_time(best)
-        if is_long(low, best):
-            return "wait"
-    while high - low > tolerance * low:
-        middle = (low + high) / 2.0
-        found = at(middle)
-        if isinstance(found, str):
-            high = middle
-        else:
-            best = found
-            reached = block.cycle_time(best)
-            if is_long(middle, best):
+    def _first(self, slack: Slack) -> FloatArray | str:
+        problem = self._problem
+        if _memory_over_a_block(problem, self._k) > problem.capacity * (1 + ROUNDING):
+            return "memory"
+        if slack != "auto":
+            return self._at(1.0 + slack)
+        if self._tried:
+            found = self._at(self._tried[-1])
+            if not isinstance(found, str) and self._is_long(self._tried[-1], found):
                 return "wait"
-            low = max(middle, 1.0 + _slack_of(problem, best, reached))
-    return _plan(problem, block, best)
+        best = self._at(1.0)
+        if isinstance(best, str):
+            return best
+        self._reached = self._block_of_k.cycle_time(best)
+        self._low = 1.0 + _slack_of(problem, best, self._reached)
+        self._high = 2.0 * self._low
+        while not isinstance(found := self._at(self._high), str):
+            best, self._low, self._high = found, self._high, 2.0 * self._high
+            self._reached = self._block_of_k.cycle_time(best)
+            if self._is_long(self._low, best):
+                return "wait"
+        return best
+
+    def refined(self, tolerance: float, longest_wait: float = math.inf) -> WaitPlan | str:
+        """The plan once 1 + ε is known to within `tolerance`, relative; goes on where it stopped."""
+        self._longest_wait = longest_wait
+        best: FloatArray | None = None
+        while not isinstance(self.plan, str) and self._high - self._low > tolerance * self._low:
+            middle = (self._low + self._high) / 2.0
+            found = self._at(middle)
+            if isinstance(found, str):
+                self._high = middle
+                continue
+            best = found
+            self._reached = self._block_of_k.cycle_time(best)
+            if self._is_long(middle, best):
+                self.plan = "wait"
+            self._low = max(middle, 1.0 + _slack_of(self._problem, best, self._reached))
+        if best is not None and not isinstance(self.plan, str):
+            self.plan = _plan(self._problem, self._block_of_k, best)
+        return self.plan
+
+
+def _solve(problem: Problem, k: int, slack: Slack) -> WaitPlan | str:
+    """The plan for block length k, or why there is none."""
+    return _Search(problem, k, slack).refined(SLACK_TOLERANCE)
 
 
 def _memory_over_a_block(problem: Problem, k: int) -> float:
@@ -466,9 +518,7 @@ def _memory_over_a_block(problem: Problem, k: int) -> float:
     if low > high:
         return 0.0
     least = np.maximum(problem.rate * low * (1 - ROUNDING), 1.0)
-    if "life_kv" not in problem.shared:
-        problem.shared["life_kv"] = problem.memory_profile.kv[0].sum(axis=1)
-    return float(least @ problem.shared["life_kv"]) / k
+    return float(least @ problem.memory_profile.life_kv) / k
 
 
 def _check_limited(problem: Problem, slack: Slack) -> None:
@@ -486,17 +536,18 @@ def plan_wait(problem: Problem, fluid: FluidSolution, slack: Slack, block_iterat
     lengths = block_lengths(problem.mean_profile.stages, block_iterations, problem.size)
     _check_limited(problem, slack)
     margin = 0.0 if slack == "auto" else slack
-    best: WaitPlan | None = None
+    best: _Search | None = None
+    wait = math.inf
     tried: list[float] = []
     for least, k in sorted((_least_wait_in_blocks(problem, k, slack), k) for k in lengths):
-        longest = math.inf if best is None else best.wait
-        if least > longest or math.isinf(least):
+        if least > wait or math.isinf(least):
             break
-        plan = _solve(problem, k, slack, SEARCH_TOLERANCE, longest, tried)
-        if not isinstance(plan, str) and (best is None or plan.wait < best.wait):
-            best = plan
+        search = _Search(problem, k, slack, wait, tried)
+        plan = search.refined(SEARCH_TOLERANCE, wait)
+        if not isinstance(plan, str) and (best is None or plan.wait < wait):
+            best, wait = search, plan.wait
     if best is not None:
-        exact = _solve(problem, best.block_iterations, slack)
+        exact = best.refined(SLACK_TOLERANCE)
         assert isinstance(exact, WaitPlan)
         return exact
     blocks = f"of {lengths[0]}" if len(lengths) == 1 else f"of 1 to {lengths[-1]:,}"
@@ -538,24 +589,36 @@ def wait_overflow(problem: Problem, plan: WaitPlan) -> Tail:
     memory = profile.block(k)
     mean, variance = n @ memory.mean, n @ memory.variance
     r = int(problem.quantile(mean, variance).argmax())
-    kv, paused = profile.kv[0], profile.paused_kv[0]
-    runs = kv[:, r::k].sum(axis=1) >= paused[:, k::k].sum(axis=1)
+    runs = memory.running_kv[:, r] >= memory.paused_kv
+    longest, workload = problem.worst_profile.block(k), problem.workload
+    largest = float(n @ np.where(runs, longest.running_kv[:, r], longest.paused_kv))
+    if largest <= problem.capacity:
+        return Tail(0.0, 0.0, math.inf)
+    most = float((workload.max_prompt_tokens + workload.max_output_tokens).max()) + problem.padding
+    if (tail := negligible(problem.capacity, float(mean[r]), float(variance[r]), most)) is not None:
+        return tail
+    present = profile.present
     parts = []
     for extra, first, mine in ((0, r, runs), (-1, k, ~runs)):
         stages = np.arange(first, profile.stages, k)
-        kind, at = np.nonzero(profile.present[:, stages] * mine[:, None] > 0.0)
-        parts.append(Held(problem, kind, stages[at], extra + problem.padding, n[kind]))
-    return tail_of(
-        lambda z: parts[0](z) + parts[1](z),
-        problem.capacity,
-        float(mean[r]),
-        math.sqrt(variance[r]),
-        parts[0].largest + parts[1].largest,
-    )
+        at, kind = np.nonzero((present[:, stages] > 0.0).T & mine)  # stages lie together in memory
+        parts.append((kind, stages[at], np.full(len(at), extra + problem.padding)))
+    kind, stage, shift = (np.concatenate(part) for part in zip(*parts, strict=True))
+    _, rank = np.unique(n, return_inverse=True)
+    if rank.any():  # equal counts together
+        order = np.argsort(rank.astype(np.int16 if len(n) < 1 << 15 else np.int64)[kind], kind="stable")
+        kind, stage, shift = kind[order], stage[order], shift[order]
+    held = Held(problem, kind, stage, shift, n[kind])
+    return tail_of(held, problem.capacity, float(mean[r]), math.sqrt(variance[r]), largest)
 
 
-def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) -> dict[str, Any]:
-    """What a compiled WAIT table guarantees; entries as in `fluidsched.policy.problem.entry`."""
+def wait_certificate(
+    problem: Problem, plan: WaitPlan, tail: Tail | None, horizon: float | None
+) -> dict[str, Any]:
+    """What a compiled WAIT table guarantees; entries as in `fluidsched.policy.problem.entry`.
+
+    `tail` is its `wait_overflow`, None where memory holds with certainty.
+    """
     k, n, cycle, rate = plan.block_iterations, plan.threshold, plan.cycle_time, problem.rate
     workload = problem.workload
     arrivals = rate * cycle
@@ -589,9 +652,7 @@ def wait_certificate(problem: Problem, plan: WaitPlan, horizon: float | None) ->
             worst_case=worst,
             z=problem.z,
         ),
-        "overflow_probability": overflow_entry(
-            problem, wait_overflow(problem, plan) if not problem.is_certain else None, "every entry full"
-        ),
+        "overflow_probability": overflow_entry(problem, tail, "every entry full"),
         "in_service": entry(
             plan.in_service,
             "requests",

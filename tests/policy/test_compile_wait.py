@@ -17,7 +17,7 @@ from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid._highs import column_wise, new_highs, run
 from fluidsched.policy import compile_policy, wait_curve
 from fluidsched.policy.problem import Problem, queue_estimate
-from fluidsched.policy.wait import SEARCH_TOLERANCE, _Block, _solve, block_lengths, plan_wait
+from fluidsched.policy.wait import SEARCH_TOLERANCE, _Block, _Search, block_lengths, plan_wait
 from fluidsched.queues import embedded_queue_mean
 from fluidsched.simulation.reference import run_reference
 
@@ -445,7 +445,8 @@ def test_search_over_blocks_gives_up_only_on_longer_waits(count, slack):
     server = fs.Server(3e6, fs.IterationTime.affine(0.01, 1e-5, 4e-5, 3e-8))
     fluid = fs.solve_fluid(fs.Workload(types).at_load(0.5, server), server)
     problem = Problem.of(fluid, 0.01)
-    plans = [_solve(problem, k, slack, SEARCH_TOLERANCE) for k in block_lengths(problem.mean_profile.stages)]
+    lengths = block_lengths(problem.mean_profile.stages)
+    plans = [_Search(problem, k, slack).refined(SEARCH_TOLERANCE) for k in lengths]
     waits = [plan.wait for plan in plans if not isinstance(plan, str)]
     assert len(set(waits)) > 1
     best = next(plan for plan in plans if not isinstance(plan, str) and plan.wait == min(waits))

@@ -12,7 +12,7 @@ import pytest
 import fluidsched as fs
 from fluidsched.errors import InputError
 from fluidsched.policy import wait_curve
-from fluidsched.policy.gated import GatedPlan, _evaluate, _longest_held, _spacing
+from fluidsched.policy.gated import _evaluate, _Found, _spacing
 from fluidsched.policy.nested_wait import Stream
 from fluidsched.policy.problem import Problem, boundary_problem, largest_share
 
@@ -29,7 +29,7 @@ def test_spaced_requests_hold_what_their_ages_add_up_to() -> None:
     last = np.array([14, 3])
     for k in ([1, 1], [2, 3], [5, 2], [40, 40]):
         for lag in ([0, 0], [1, 4], [7, 2]):
-            held = _longest_held(problem, np.array(lag), np.array(k))
+            held = problem.worst_profile.spaced(np.array(lag)).of_fixed(np.array(k))[1]
             for j, prompt in enumerate((24, 200)):
                 ages = range(int(last[j]) + lag[j], -1, -k[j])
                 expected = sum(prompt + problem.padding + min(age, int(last[j])) for age in ages)
@@ -151,8 +151,8 @@ def test_a_budget_of_tokens_may_be_used_up() -> None:
 
     assert plan(31.0) == "tokens"
     enough = plan(32.0)
-    assert isinstance(enough, GatedPlan)
-    assert (enough.threshold.tolist(), enough.period.tolist()) == ([1.0], [2])
+    assert isinstance(enough, _Found)
+    assert (enough.threshold.tolist(), enough.period.tolist()) == ([1.0], [2.0])
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,35 @@ def test_spaced_bound_covers_every_pattern(points, k, lag):
     assert bound >= best[-1] * (1 - 1e-12)
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=5),
+    st.integers(1, 12),
+    st.integers(1, 3),
+)
+def test_the_bound_over_a_block_covers_every_iteration(points, k, block_size):
+    """Mean and variance, running or paused; and at one length what its stages add up to."""
+    prompts, outputs = zip(*points, strict=True)
+    law = fs.lengths.joint(prompts, outputs)
+    profile = mean_profile(fs.Workload([fs.RequestType("t", 1.0, lengths=law)]), padding=block_size - 1)
+    k = min(k, profile.stages)
+    block, (mean, variance) = profile.block(k), profile.block_bound(k)
+    assert (block.mean <= mean[:, None] * (1 + 1e-12)).all()
+    assert (block.variance <= variance[:, None] * (1 + 1e-12) + 1e-9).all()
+    paused = [
+        [(p + i * k + block_size - 2, 1.0) if o > i * k else (0, 1.0) for p, o in points]
+        for i in range(1, -(-profile.stages // k))
+    ]
+    spread = sum(float(np.var([held for held, _ in stage])) for stage in paused)
+    running = [
+        sum(
+            np.var([p + s + block_size - 1 if o > s else 0 for p, o in points])
+            for s in range(r, profile.stages, k)
+        )
+        for r in range(k)
+    ]
+    np.testing.assert_allclose(block.variance[0], np.maximum(running, spread), rtol=1e-9, atol=1e-6)
+
+
 def test_types_of_different_lengths_are_each_counted_from_their_own_last_stage():
     profile = mean_profile(workload_of((10, 3), (100, 11)))
     np.testing.assert_array_equal(profile.spaced(np.array([0, 0])).bound(2)[0], [12 + 10, 5 * 105 + 105])

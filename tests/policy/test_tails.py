@@ -12,7 +12,7 @@ import fluidsched as fs
 from fluidsched.policy import capped, compile_policy
 from fluidsched.policy.problem import Problem
 from fluidsched.policy.profiles import normal_quantile
-from fluidsched.policy.tails import Held, tail_of
+from fluidsched.policy.tails import Held, negligible, tail_of
 
 TIME = fs.IterationTime.affine(0.01, 1e-6, 1e-6, 1e-9)
 
@@ -111,6 +111,34 @@ def test_drawn_blocks_overflow_as_often_as_stated():
             held += np.where(o > stage, p + stage, 0).reshape(draws, n).sum(axis=1)
         worst = max(worst, int((held > 60_000).sum()))
     assert binomtest(worst, draws, stated).pvalue > 1e-4
+
+
+def test_cells_multiplied_together_are_those_taken_one_by_one() -> None:
+    """A type at thirty stages, more than are multiplied before a logarithm is taken, beside one of another count."""
+    law = fs.lengths.joint([200, 900, 40], [12, 30, 31], [0.5, 0.3, 0.2])
+    types = [fs.RequestType(name, 1.0, lengths=law) for name in "ab"]
+    problem = Problem.of(fs.solve_fluid(fs.Workload(types), fs.Server(1e6, TIME)), 0.01)
+    kind, stage = np.repeat([0, 1], 30), np.tile(np.arange(30), 2)
+    count = np.where(kind == 0, 2.0, 5.0)
+    held = Held(problem, kind, stage, 0, count)
+    alone = [Held(problem, kind[i : i + 1], stage[i : i + 1], 0, count[i : i + 1]) for i in range(60)]
+    for z in (1e-4, 1e-4 + 3e-4j, 2e-4 - 1e-2j):
+        assert np.exp(held(z)) == pytest.approx(np.exp(sum(one(z) for one in alone)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("level", "is_found"), [(2_900, False), (3_700, False), (5_200, False), (5_400, True)]
+)
+def test_what_bernstein_calls_negligible_has_a_bound_of_zero(level: int, is_found: bool) -> None:
+    """30 000 rare events: where the inequality alone says so, Chernoff's exponent is below that of any float."""
+    trials, p = 30_000, 0.1
+    found = negligible(level, trials * p, trials * p * (1 - p), 1.0)
+    share = level / trials
+    exponent = -trials * (share * math.log(share / p) + (1 - share) * math.log((1 - share) / (1 - p)))
+    assert (found is not None) == is_found
+    if found is not None:
+        assert found.probability == found.chernoff < 1e-307
+        assert exponent < -746.0
 
 
 def test_far_beyond_the_mean_the_bound_stands_for_the_probability() -> None:
