@@ -86,9 +86,7 @@ def simulate(
         sampled["warmup"] = _seconds("--warmup", warmup)
     _check_records(records, parquet, answer.force)
     if no_records:
-        _check_no_records(
-            {"--records": records, "--replay": replay, "--check": check, "--engine": engine == "reference"}
-        )
+        _check_no_records({"--records": records, "--replay": replay, "--engine": engine == "reference"})
     policies = _load_differently_named(tables)
     options: dict[str, Any] = {"check": check, "records": not no_records}
     if not no_records:

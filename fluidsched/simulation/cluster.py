@@ -67,10 +67,10 @@ from numpy.typing import NDArray
 
 from fluidsched._checks import check_choice, check_real
 from fluidsched._display import Tabular
-from fluidsched.errors import InputError
+from fluidsched.errors import InputError, SimulationError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import IterationTime, Pool, Server
-from fluidsched.simulation.laws import check_laws
+from fluidsched.simulation.laws import Audit, check_agreement, check_laws
 from fluidsched.simulation.limits import (
     UNLIMITED,
     check_handed_over,
@@ -299,7 +299,9 @@ def simulate_cluster(
         "kernel" stops compiled replicas where a router looks at them; "reference" steps all replicas from
         arrival to arrival and is the definition.
     check : bool
-        Verify the laws of every replica's run.
+        Verify the laws of every replica's run. With the kernel the first replication of every policy behind every
+        router also runs on the reference engine, which must choose the same replicas and agree in every run, and whose
+        every batch is audited.
     oversize : {"raise", "reject"}
         What to do with requests that fit no replica.
 
@@ -375,6 +377,9 @@ def simulate_cluster(
     for (name, tables), system in zip(assigned, systems, strict=True):
         for router in ways:
             runs = [_run(path, system, router, uniform) for path, *uniform in zip(paths, *draws, strict=True)]
+            if check and engine == "kernel":
+                defined = system._replace(engine="reference")
+                _check_agreement(runs[0], _run(paths[0], defined, router, [uniform[0] for uniform in draws]))
             named.append(tables[0].renamed(f"{name}, {router.name}"))
             chosen.append(tuple(run.chosen for run in runs))
             replica_runs.append(tuple(tuple(run.runs) for run in runs))
@@ -803,6 +808,12 @@ def _run_stage(
     for p, (server, table) in enumerate(zip(stage.servers, stage.tables, strict=True)):
         mine = chosen == p
         part = path.selected(mine)
+        audit: Audit | None = None
+        watched: dict[str, Any] = {}
+        if system.check and system.engine == "reference":
+            handed = first_token_s is not None
+            audit = Audit(part, server, table, horizon=horizon, warmup=system.warmup, handed_over=handed)
+            watched = {"on_iteration": audit.observe, "on_idle": audit.observe_idle}
         run = run_engine(
             part,
             server,
@@ -811,7 +822,10 @@ def _run_stage(
             warmup=system.warmup,
             occupancy_points=OCCUPANCY_POINTS,
             first_token_s=None if first_token_s is None else first_token_s[mine],
+            **watched,
         )
+        if audit is not None:
+            audit.check(run)
         if system.check:
             check_laws(
                 part,
@@ -823,6 +837,22 @@ def _run_stage(
             )
         runs.append(run)
     return chosen, runs
+
+
+def _check_agreement(ours: _Run, defined: _Run) -> None:
+    """Verify that a run on the kernel is the reference's: the same replicas, and the same run of each."""
+    same_way = [np.array_equal(ours.chosen, defined.chosen)]
+    if ours.handover is not None and defined.handover is not None:
+        same_way += [
+            np.array_equal(getattr(ours.handover, name), getattr(defined.handover, name))
+            for name in ("request", "replica", "lost")
+        ]
+    if not all(same_way):
+        raise SimulationError(
+            "a run broke a law it must keep: the kernel's replicas are the reference's; found other ones chosen"
+        )
+    for run, reference in zip(ours.runs, defined.runs, strict=True):
+        check_agreement(run, reference)
 
 
 def observant_choice(

@@ -13,9 +13,11 @@ With [w, e] the measured window and, of request i, arrival A_i, admission D_i, f
   one where anybody left with tokens);
 - *Little's law for requests*: ∫ (residents + waiting) dt = Σ_i |[A_i, E_i] ∩ [w, e]|, E_i when i left, e if it
   did not;
+- *KV is held by residents*: ∫ KV dt ≤ Σ_i (p_i + o_i - 1) |[D_i, E_i] ∩ [w, e]|;
 - *Little's law for KV*: ∫ KV dt = Σ_i ∫ (KV held by i) dt.
 
-All but the last are read off an `EngineRun`. That one, and the limits on every batch, need the batches: an
+All but the last are read off an `EngineRun`; runs without records keep them too, their requests being added up
+piece by piece before they are forgotten (`Accounts`). That one, and the limits on every batch, need the batches: an
 `Audit` rebuilds each request's KV from what the reference engine shows of its iterations, by its own
 accounts.
 """
@@ -32,6 +34,7 @@ from numpy.typing import NDArray
 
 from fluidsched.errors import SimulationError
 from fluidsched.simulation.limits import deadlines, effective_limits
+from fluidsched.simulation.measures import Requests
 from fluidsched.simulation.records import STATUSES, EngineRun, IterationSummary
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from fluidsched.server import Server
     from fluidsched.workload import ArrivalPath
 
-__all__ = ["TOLERANCE", "Audit", "check_agreement", "check_laws"]
+__all__ = ["TOLERANCE", "Accounts", "Audit", "check_agreement", "check_laws"]
 
 TOLERANCE = 1e-9
 """Relative tolerance where sums of floats are compared."""
@@ -52,6 +55,112 @@ def _hold(law: str, holds: bool | np.bool_, found: str) -> None:
 
 def _close(first: float, second: float, scale: float) -> bool:
     return math.isclose(first, second, rel_tol=TOLERANCE, abs_tol=TOLERANCE * max(scale, 1e-300))
+
+
+class Accounts:
+    """Laws of single requests, verified as these come in, and sums for the laws of the whole, verified at the end.
+
+    A run's requests come once each, in any number of parts; so the laws hold for runs that forget requests too.
+
+    Parameters
+    ----------
+    server : Server
+    warmup : float
+        Start of the run's window, s.
+    lossless : bool
+        Whether no token is ever lost: false where preemption restarts.
+    handed_over : bool
+        Whether requests came with their first token and the KV of their prompt, computed elsewhere.
+    """
+
+    def __init__(
+        self, server: Server, *, warmup: float, lossless: bool = True, handed_over: bool = False
+    ) -> None:
+        self.server = server
+        self.warmup = warmup
+        self.lossless = lossless
+        self.handed_over = handed_over
+        self.requests = self.staying = 0
+        self.processed = self.brought = self.first_tokens = self.preempted = 0
+        self.decoding_s = self.sojourn_s = self.most_kv_s = 0.0
+        self.left_with_tokens = False
+
+    def add(self, requests: Requests, preemptions: NDArray[np.int64], end: float) -> None:
+        """Verify what holds for each request, and add them up; `end` is the end of the run, s."""
+        finished = requests.status == STATUSES.index("finished")
+        rejected = requests.status == STATUSES.index("rejected")
+        gone = np.isin(requests.status, [STATUSES.index("abandoned"), STATUSES.index("aborted")])
+        arrival, admitted, first = requests.arrival, requests.admitted, requests.first_token
+        finish, left, output = requests.finish, requests.left, requests.output
+        shown = f"{len(arrival):,} requests, {np.count_nonzero(finished):,} of them finished"
+        _hold("finished = has a finish time", np.array_equal(finished, ~np.isnan(finish)), shown)
+        _hold("rejected requests are never admitted", np.isnan(admitted[rejected]).all(), shown)
+        started = ~np.isnan(first)
+        _hold("arrival ≤ admission", not (admitted < arrival).any(), "an earlier admission")
+        if self.handed_over and self.lossless:
+            _hold("the first token came before", (first <= arrival).all(), "a later first token")
+        elif not self.handed_over:
+            _hold(
+                "admission < first token",
+                (admitted[started] < first[started]).all(),
+                "an earlier first token",
+            )
+        _hold("first token ≤ finish", not (finish < first).any(), "an earlier finish")
+        single = (output == 1)[finished]
+        _hold(
+            "first token = finish exactly with one output token",
+            np.array_equal(single, first[finished] == finish[finished]),
+            "otherwise",
+        )
+        _hold("who left has a time of leaving", np.array_equal(finished | gone, ~np.isnan(left)), shown)
+        _hold("who finished left then", np.array_equal(left[finished], finish[finished]), "another time")
+        for times in (admitted, first, left):
+            _hold("nothing happens after the end", not (times > end).any(), "a later time")
+
+        self.requests += len(arrival)
+        self.staying += int(np.count_nonzero(~(finished | rejected | gone)))
+        self.processed += int((requests.prompt + output - 1)[finished].sum())
+        self.brought += int(requests.prompt[~np.isnan(admitted)].sum())
+        self.first_tokens += int(np.count_nonzero(first > self.warmup))
+        self.preempted += int(preemptions.sum())
+        self.decoding_s += float((finish - first)[finished].sum())
+        self.left_with_tokens |= not np.isnan(first[gone]).all()
+        until = np.where(np.isnan(left), end, left)
+        inside = (np.minimum(until, end) - np.maximum(arrival, self.warmup))[~rejected]
+        self.sojourn_s += float(np.maximum(inside, 0.0).sum())
+        served = np.fmax(
+            np.minimum(until, end) - np.maximum(admitted, self.warmup), 0.0
+        )  # NaN: never admitted
+        self.most_kv_s += float(((requests.prompt + output - 1) * served).sum())
+
+    def check(self, run: EngineRun) -> None:
+        """Verify the laws of the whole."""
+        if run.verdict == "finished":
+            _hold("a finished run leaves nobody", self.staying == 0, f"{self.staying:,} staying, {run!r}")
+        accounted = self.processed + run.wasted_tokens + run.dropped_tokens + run.kv_end + run.stored_end
+        found = run.batch_token_sum + run.cached_tokens + (self.brought if self.handed_over else 0)
+        _hold("tokens are conserved", found == accounted, f"{found:,} and {accounted:,}")
+        if self.lossless:
+            gaps = int(run.gap_counts.sum())
+            continued = run.emitted_tokens - (0 if self.handed_over else self.first_tokens)
+            _hold("every token but the first ends a gap", gaps == continued, f"{gaps:,} and {continued:,}")
+        whole = run.verdict == "finished" and self.warmup == 0.0 and not self.left_with_tokens
+        if self.lossless and whole:
+            decoding = self.decoding_s
+            _hold("gaps add up", _close(run.gap_s, decoding, decoding), f"{run.gap_s!r} and {decoding!r} s")
+        _hold(
+            "preemptions add up", run.preempted == self.preempted, f"{run.preempted:,} and {self.preempted:,}"
+        )
+        spent = run.resident_s + run.waiting_s
+        _hold(
+            "Little's law for requests",
+            _close(spent, self.sojourn_s, self.requests * run.end_s),
+            f"{spent!r} and {self.sojourn_s!r} request·s",
+        )
+        most = self.most_kv_s * (1 + TOLERANCE)
+        _hold("no request holds more than at its end", run.kv_token_s <= most, f"{run.kv_token_s!r} token·s")
+        window = max(run.end_s - self.warmup, 0.0)
+        _hold("busy time within the window", run.busy_s <= window * (1 + TOLERANCE), f"{run.busy_s!r} s")
 
 
 def check_laws(
@@ -69,74 +178,25 @@ def check_laws(
     ----------
     path, server, run
         The run, and what it was made from.
-    warmup : float
-        Start of its window, s.
-    lossless : bool
-        Whether no token is ever lost: false where preemption restarts.
-    handed_over : bool
-        Whether requests came with their first token and the KV of their prompt, computed elsewhere.
+    warmup, lossless, handed_over
+        See `Accounts`.
 
     Raises
     ------
     SimulationError
         Naming the law and what was found.
     """
-    finished = run.status == STATUSES.index("finished")
-    rejected = run.status == STATUSES.index("rejected")
-    gone = np.isin(run.status, [STATUSES.index("abandoned"), STATUSES.index("aborted")])
-    arrival, admitted, first, finish = path.arrival_s, run.admitted_s, run.first_token_s, run.finish_s
-    left = run.left_s
-    _hold("finished = has a finish time", np.array_equal(finished, ~np.isnan(finish)), repr(run))
-    _hold("rejected requests are never admitted", np.isnan(admitted[rejected]).all(), repr(run))
-    started = ~np.isnan(first)
-    if run.verdict == "finished":
-        _hold("a finished run leaves nobody", (finished | rejected | gone).all(), repr(run))
-    _hold("arrival ≤ admission", not (admitted < arrival).any(), "an earlier admission")
-    if handed_over and lossless:
-        _hold("the first token came before", (first <= arrival).all(), "a later first token")
-    elif not handed_over:
-        _hold("admission < first token", (admitted[started] < first[started]).all(), "an earlier first token")
-    _hold("first token ≤ finish", not (finish < first).any(), "an earlier finish")
-    single = (path.output_tokens == 1)[finished]
-    _hold(
-        "first token = finish exactly with one output token",
-        np.array_equal(single, first[finished] == finish[finished]),
-        "otherwise",
-    )
-    _hold("who left has a time of leaving", np.array_equal(finished | gone, ~np.isnan(left)), repr(run))
-    _hold("who finished left then", np.array_equal(left[finished], finish[finished]), "another time")
+    accounts = Accounts(server, warmup=warmup, lossless=lossless, handed_over=handed_over)
+    accounts.add(Requests.of(path, run), run.preemptions, run.end_s)
     _check_deadlines(path, server, run)
-    for times in (admitted, first, left):
-        _hold("nothing happens after the end", not (times > run.end_s).any(), "a later time")
-
-    processed = int((path.prompt_tokens + path.output_tokens - 1)[finished].sum())
-    accounted = processed + run.wasted_tokens + run.dropped_tokens + run.kv_end + run.stored_end
-    found = run.batch_token_sum + run.cached_tokens
-    if handed_over:
-        found += int(path.prompt_tokens[~np.isnan(admitted)].sum())
-    _hold("tokens are conserved", found == accounted, f"{found:,} and {accounted:,}")
-    if lossless:
-        gaps = int(run.gap_counts.sum())
-        continued = run.emitted_tokens - (0 if handed_over else int(np.count_nonzero(first > warmup)))
-        _hold("every token but the first ends a gap", gaps == continued, f"{gaps:,} and {continued:,}")
-    if lossless and run.verdict == "finished" and warmup == 0.0 and np.isnan(first[gone]).all():
-        decoding = float((finish - first)[finished].sum())
-        _hold("gaps add up", _close(run.gap_s, decoding, decoding), f"{run.gap_s!r} and {decoding!r} s")
-    _hold("preemptions add up", run.preempted == run.preemptions.sum(), str(run.preempted))
     if path.prompt_blocks is None:  # else a block may count for several residents
-        _hold("KV within capacity", run.peak_kv <= server.kv_capacity, f"{run.peak_kv:,} tokens")
+        check_memory_kept(server, run)
+    accounts.check(run)
 
-    end = np.where(np.isnan(left), run.end_s, left)
-    in_system = (np.minimum(end, run.end_s) - np.maximum(arrival, warmup))[~rejected]
-    sojourns = float(np.maximum(in_system, 0.0).sum())
-    spent = run.resident_s + run.waiting_s
-    _hold(
-        "Little's law for requests",
-        _close(spent, sojourns, len(path) * run.end_s),
-        f"{spent!r} and {sojourns!r} request·s",
-    )
-    window = max(run.end_s - warmup, 0.0)
-    _hold("busy time within the window", run.busy_s <= window * (1 + TOLERANCE), f"{run.busy_s!r} s")
+
+def check_memory_kept(server: Server, run: EngineRun) -> None:
+    """Verify that no more KV was held than the server has."""
+    _hold("KV within capacity", run.peak_kv <= server.kv_capacity, f"{run.peak_kv:,} tokens")
 
 
 def _check_deadlines(path: ArrivalPath, server: Server, run: EngineRun) -> None:

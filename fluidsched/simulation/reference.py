@@ -201,6 +201,12 @@ A prefix cache that fills with the run, for paths that name the blocks of their 
  42. Who leaves, or is preempted, uses its blocks no more: the last of its prompt first, and in the order in which
      requests leave, they become idle if nobody else uses them. Idle blocks stay in the memory that is not in use;
      when it is needed, the one that has been idle longest is dropped.
+ 42a. vLLM's own cache (0.33) finds, shares and drops the same blocks, tested iteration by iteration, but for two
+     differences. It names a block when it schedules it, so a request that is admitted later in the same iteration
+     finds it: the forward pass writes all KV of a layer before it reads any. Here the end of the iteration counts,
+     since what a request finds should not hang on its place in the batch. And it names blocks with generated tokens
+     too, which a preempted request or the next turn of a conversation finds, and which stand in the same line to be
+     dropped. No trace names these.
 
 Records
  25. admitted_s is the first admission; first_token_s the end of the iteration that produced token 1 (under

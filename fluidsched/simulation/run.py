@@ -25,7 +25,7 @@ from fluidsched._processors import usable_threads
 from fluidsched.errors import InputError
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
-from fluidsched.simulation.laws import Audit, check_agreement, check_laws
+from fluidsched.simulation.laws import Accounts, Audit, check_agreement, check_laws
 from fluidsched.simulation.limits import (
     check_run,
     forecasts,
@@ -116,8 +116,8 @@ def simulate(
         plain Python, some hundred times slower; it alone follows an iteration time that is any function, and
         fills a prefix cache with the run (`ArrivalPath.prompt_blocks`).
     check : bool
-        Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel the first replication
-        of every policy also runs on the reference engine, which must agree and whose every batch is
+        Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel, and with records, the first
+        replication of every policy also runs on the reference engine, which must agree and whose every batch is
         audited.
     oversize : {"raise", "reject"}
         What to do with requests that can never fit: an error before the run, or status `rejected`.
@@ -127,7 +127,7 @@ def simulate(
         False: forget requests once they are counted, for runs of any length in memory that does not grow with it
         (`fluidsched.simulation.streaming`). Paths are drawn piece by piece, with the same requests; quantiles
         of latencies and slowdown are within 0.8 %; `requests`, `latencies`, `chrome_trace` and other SLOs
-        are not to be had. On the kernel, to a horizon, with a fixed warm-up and without `check`.
+        are not to be had. On the kernel, to a horizon, with a fixed warm-up.
     kept_replications : int, optional
         Of how many replications, the first ones, paths and records are kept; all by default. Every replication is
         measured, but those not kept are drawn, run and forgotten a few at a time (`BATCH` per thread), so that
@@ -192,12 +192,12 @@ def simulate(
         for name, value in (("kept_replications", kept_replications), ("on_run", on_run)):
             if value is not None:
                 raise InputError(name, value, "be left out with records=False", "No run has records then.")
-        if found_by_rule or check or engine != "kernel":
+        if found_by_rule or engine != "kernel":
             raise InputError(
                 "records",
                 False,
-                'come with engine="kernel", a fixed warm-up and no check',
-                "These look at every request.",
+                'come with engine="kernel" and a fixed warm-up',
+                "The others look at every request.",
             )
         plain = [policy for policy in given if isinstance(policy, PolicyTable)]
         for table in plain:
@@ -209,7 +209,17 @@ def simulate(
                     "What it believes is not carried from one piece of a path to the next.",
                 )
         return _without_records(
-            workload, server, plain, horizon, warmup, replications, seed, oversize, check_slo(slo), progress
+            workload,
+            server,
+            plain,
+            horizon,
+            warmup,
+            replications,
+            seed,
+            check,
+            oversize,
+            check_slo(slo),
+            progress,
         )
     slo = check_slo(slo)
     if kept_replications is not None:
@@ -403,6 +413,7 @@ def _without_records(
     warmup: float | None,
     replications: int | None,
     seed: Seed,
+    check: bool,
     oversize: str,
     slo: dict[str, float],
     progress: Progress | None,
@@ -446,6 +457,7 @@ def _without_records(
             r: int, table: PolicyTable = table, types: tuple[str, ...] = types
         ) -> tuple[EngineRun, Tally]:
             tally = Tally(start, horizon, types, slo)
+            lossless = table.preemption != "restart"
             run = run_pieces(
                 checked(drawn(r), table),
                 server,
@@ -454,6 +466,7 @@ def _without_records(
                 horizon=horizon,
                 warmup=start,
                 occupancy_points=OCCUPANCY_POINTS,
+                accounts=Accounts(server, warmup=start, lossless=lossless) if check else None,
             )
             tally.occupancy = run.occupancy
             return run, tally

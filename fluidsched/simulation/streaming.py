@@ -22,6 +22,7 @@ from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation import compiled
 from fluidsched.simulation.kernel import _NOTHING, _engine_run, _follow, _prepare
+from fluidsched.simulation.laws import Accounts, check_memory_kept
 from fluidsched.simulation.limits import check_run, never_fits, within_model_length
 from fluidsched.simulation.measures import Requests, alone_s
 from fluidsched.simulation.records import STATUSES, EngineRun
@@ -55,6 +56,7 @@ def run_pieces(
     horizon: float,
     warmup: float,
     occupancy_points: int,
+    accounts: Accounts | None = None,
 ) -> EngineRun:
     """Run one table on a path that comes in pieces.
 
@@ -68,6 +70,8 @@ def run_pieces(
         Takes all requests.
     horizon : float
         End of the run, s.
+    accounts : Accounts, optional
+        Takes all requests that joined too, and verifies the laws of the run.
 
     Returns
     -------
@@ -84,7 +88,7 @@ def run_pieces(
             run.state["until"] = horizon if coming is None else min(coming.arrival_s[0], horizon)
             _follow(table, run, None)
         finished = ~np.isnan(run.finish)
-        _fold(tally, run, types, alone, finished, horizon)
+        _fold(tally, accounts, run, types, alone, finished, horizon)
         if coming is None:
             break
         staying = ~finished
@@ -92,10 +96,14 @@ def run_pieces(
         types = np.concatenate([types[staying], coming.types])
         alone = np.concatenate([alone[staying], coming.alone])
     left = ~finished
-    _fold(tally, run, types, alone, left, horizon)
+    _fold(tally, accounts, run, types, alone, left, horizon)
     rest = run._replace(**{name: getattr(run, name)[left] for name in _PER_REQUEST})
     nobody = np.zeros(len(rest.finish), dtype=np.bool_)
-    return _engine_run(rest, table, nobody, slice(None), occupancy_points, nobody)
+    whole = _engine_run(rest, table, nobody, slice(None), occupancy_points, nobody)
+    if accounts is not None:
+        accounts.check(whole)
+        check_memory_kept(server, whole)
+    return whole
 
 
 class _Part(NamedTuple):
@@ -154,6 +162,7 @@ def _parts(
 
 def _fold(
     tally: Tally,
+    accounts: Accounts | None,
     run: compiled.Run,
     types: NDArray[Any],
     alone: NDArray[np.float64],
@@ -175,6 +184,8 @@ def _fold(
         alone[chosen],
     )
     tally.fold(requests, types[chosen], horizon)
+    if accounts is not None:
+        accounts.add(requests, run.preemptions[chosen], horizon)
 
 
 def _first(

@@ -25,6 +25,8 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -54,9 +56,12 @@ def make_scheduler(
     block_size: int = 1,
     budget: int = 8192,
     slots: int = 256,
+    prefix_caching: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Scheduler:
     """The scheduler vLLM would make for these arguments; table None: vLLM's own."""
+    if prefix_caching:
+        init_none_hash(sha256)
     model = folder / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(OPT))
@@ -67,7 +72,7 @@ def make_scheduler(
         scheduler_cls = "fluidsched.integrations.vllm.FluidScheduler"
     config = VllmConfig(
         model_config=ModelConfig(model=str(model), skip_tokenizer_init=True, max_model_len=65_536),
-        cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=False),
+        cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=prefix_caching),
         parallel_config=ParallelConfig(),
         scheduler_config=SchedulerConfig(
             max_num_seqs=slots,
@@ -146,7 +151,10 @@ def serve(
         calls += 1
         assert calls < 10 * most
         while coming and path.arrival_s[coming[0]] <= now:
-            scheduler.add_request(request_of(path, coming.popleft()))
+            hashed = (
+                scheduler.cache_config.block_size if scheduler.cache_config.enable_prefix_caching else None
+            )
+            scheduler.add_request(request_of(path, coming.popleft(), hashed))
         while leaving and leaving[0][0] <= now:
             scheduler.finish_requests([str(leaving.popleft()[1])], RequestStatus.FINISHED_ABORTED)
         output = scheduler.schedule()
@@ -175,15 +183,24 @@ def serve(
     return run
 
 
-def request_of(path: ArrivalPath, i: int) -> Request:
-    """Request i of a path as vLLM's engine core would hand it to its scheduler."""
+def request_of(path: ArrivalPath, i: int, block_size: int | None = None) -> Request:
+    """Request i of a path as vLLM's engine core would hand it to its scheduler.
+
+    With a block size its prompt is hashed in blocks: equal names are equal tokens, the rest is the request's own.
+    """
     output = int(path.output_tokens[i])
+    prompt = [1] * int(path.prompt_tokens[i])
+    if block_size is not None and path.prompt_blocks is not None:
+        names = path.prompt_blocks.of(i).tolist()
+        tokens = path.prompt_blocks.block_tokens
+        prompt[: tokens * len(names)] = [10 + name for name in names for _ in range(tokens)]
     extra: dict[str, Any] = {"fluidsched_output_tokens": output}
     if path.type is not None:
         extra["fluidsched_type"] = path.type_names[int(path.type[i])]
     return Request(
         request_id=str(i),
-        prompt_token_ids=[1] * int(path.prompt_tokens[i]),
+        prompt_token_ids=prompt,
+        block_hasher=None if block_size is None else get_request_block_hasher(block_size, sha256),
         sampling_params=SamplingParams(max_tokens=output, ignore_eos=True, extra_args=extra),
         pooling_params=None,
         arrival_time=float(path.arrival_s[i]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from kernel_cases import KINDS, cases, servers
 
 import fluidsched as fs
-from fluidsched.errors import InputError
+from fluidsched.errors import InputError, SimulationError
 from fluidsched.server import IterationTime, Pool, Server
+from fluidsched.simulation import kernel as kernel_module
 from fluidsched.simulation.cluster import GOLDEN, ClusterResult, simulate_cluster
+from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import Engine, run_reference
 from fluidsched.workload import ArrivalPath
 
@@ -148,13 +151,13 @@ def test_replicas_stepped_together_run_as_on_their_own_part() -> None:
 
 def test_a_cluster_of_one_is_its_server() -> None:
     """Whatever the router, one replica is the plain simulation, measure by measure."""
-    plain = fs.simulate(_chat(20.0), SERVER, fs.baselines.vllm(), horizon=20.0, replications=2, seed=5)
+    plain = fs.simulate(_chat(20.0), SERVER, fs.baselines.vllm(), horizon=8.0, replications=2, seed=5)
     runs = simulate_cluster(
         _chat(20.0),
         [Pool(SERVER)],
         fs.baselines.vllm(),
         ROUTERS,
-        horizon=20.0,
+        horizon=8.0,
         replications=2,
         seed=5,
         check=True,
@@ -168,9 +171,30 @@ def _cluster(rate: float, routers: object, **options: object) -> ClusterResult:
     return simulate_cluster(_chat(rate), [Pool(SERVER, 3)], fs.baselines.vllm(), routers, **options)  # type: ignore[arg-type]
 
 
+def test_a_kernel_that_differs_from_the_reference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check=True` runs the reference beside the kernel: another choice and another run are both named."""
+    choose = kernel_module.choose_replicas
+
+    def other_way(*arguments: Any, **options: Any) -> np.ndarray:
+        return (choose(*arguments, **options) + 1) % 3
+
+    monkeypatch.setattr(kernel_module, "choose_replicas", other_way)
+    with pytest.raises(SimulationError, match="other ones chosen"):
+        _cluster(60.0, fs.routers.join_shortest_queue(), horizon=2.0, replications=1, check=True)
+    run = kernel_module.run_kernel
+
+    def later(*arguments: Any, **options: Any) -> EngineRun:
+        found = run(*arguments, **options)
+        return dataclasses.replace(found, iterations=found.iterations + 1)
+
+    monkeypatch.setattr(kernel_module, "run_kernel", later)
+    with pytest.raises(SimulationError, match="the kernel's iterations"):
+        _cluster(60.0, fs.routers.round_robin(), horizon=2.0, replications=1, check=True)
+
+
 def test_relabelled_replicas_and_conservation() -> None:
     """Replica runs add up to the cluster; every request has the replica whose run holds it."""
-    runs = _cluster(60.0, ROUTERS, horizon=10.0, replications=2, check=True)
+    runs = _cluster(60.0, ROUTERS, horizon=4.0, replications=2, check=True)
     for k, policy in enumerate(runs.policies):
         for r in range(2):
             whole, parts = runs.whole.run(policy, r), runs.replica_runs[k][r]

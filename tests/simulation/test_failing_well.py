@@ -250,7 +250,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         "other",
-        [["--check"], ["--engine", "reference"], ["--records", "out"], ["--warmup", "mser5"], ["--replay"]],
+        [["--engine", "reference"], ["--records", "out"], ["--warmup", "mser5"], ["--replay"]],
     )
     def test_no_records_refuses_what_looks_at_requests(self, other):
         done = CliRunner().invoke(app, ["simulate", "vllm", "--no-records", *other])
@@ -261,7 +261,7 @@ class TestCommandLine:
         """The same paths: throughput equal, the p99 within 0.8 %."""
         command = ["simulate", "vllm", "--horizon", "120", "--replications", "1", "--load", "0.5", "--json"]
         measures = []
-        for more in ([], ["--no-records"]):
+        for more in ([], ["--no-records", "--check"]):
             done = CliRunner().invoke(app, [*command, *more])
             assert done.exit_code == 0
             measures.append(json.loads(done.stdout)["policies"][0]["measures"])

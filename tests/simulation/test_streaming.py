@@ -14,11 +14,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from simulation_cases import engine_table, path_of, server_of
 
 import fluidsched as fs
-from fluidsched.errors import InputError
+from fluidsched.errors import InputError, SimulationError
 from fluidsched.simulation import run as run_module
-from fluidsched.simulation import simulate
+from fluidsched.simulation import simulate, streaming
 from fluidsched.simulation.histogram import RELATIVE_ERROR
 from fluidsched.simulation.kernel import run_kernel
+from fluidsched.simulation.laws import Accounts
 from fluidsched.simulation.limits import forecasts, within_model_length
 from fluidsched.simulation.measures import DISTRIBUTIONS, QUANTILES, Requests
 from fluidsched.simulation.streaming import run_pieces
@@ -70,7 +71,7 @@ def cut(path: ArrivalPath, ends: list[float]) -> list[ArrivalPath]:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_pieces_make_the_run_of_the_whole(kind, data):
-    """Times that are exact in floating point: every request and counter equal, wherever the path is cut."""
+    """Times that are exact in floating point: every request and counter equal, wherever the path is cut; laws kept."""
     case = data.draw(cases(kind, dyadic=True))
     assume(not forecasts(case.table))  # runs without records refuse them
     case = dataclasses.replace(  # runs in pieces know no deadlines
@@ -85,7 +86,14 @@ def test_pieces_make_the_run_of_the_whole(kind, data):
     pieces = cut(path, [end for end in ends if end < horizon] + [horizon])
     tally = Collector(horizon)
     found = run_pieces(
-        pieces, case.server, case.table, tally, horizon=horizon, warmup=warmup, occupancy_points=case.points
+        pieces,
+        case.server,
+        case.table,
+        tally,
+        horizon=horizon,
+        warmup=warmup,
+        occupancy_points=case.points,
+        accounts=Accounts(case.server, warmup=warmup, lossless=case.table.preemption != "restart"),
     )
     whole = run_kernel(
         path, case.server, case.table, horizon=horizon, warmup=warmup, occupancy_points=case.points
@@ -171,7 +179,7 @@ def test_a_run_without_records_says_what_it_has_not(small_pieces):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"engine": "reference"}, "records"), ({"check": True}, "records"), ({"warmup": "mser5"}, "records")],
+    [({"engine": "reference"}, "records"), ({"warmup": "mser5"}, "records")],
 )
 def test_what_needs_records_is_refused(change, named):
     with pytest.raises(InputError, match=named):
@@ -181,6 +189,48 @@ def test_what_needs_records_is_refused(change, named):
 def test_a_replayed_path_needs_a_horizon():
     with pytest.raises(InputError, match="horizon"):
         simulate(path_of((0.0, 1, 1)), server_of(), engine_table(), records=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "law"),
+    [
+        ({"wasted_tokens": 1}, "tokens are conserved"),
+        ({"emitted_tokens": -1}, "every token but the first ends a gap"),
+        ({"waiting_s": 1.0}, "Little's law for requests"),
+        ({"kv_token_s": 1e9}, "no request holds more"),
+        ({"preempted": 1}, "preemptions add up"),
+        ({"peak_kv": 400}, "KV within capacity"),
+        ({"busy_s": 60.0}, "busy time"),
+        ({}, None),
+    ],
+)
+def test_a_run_without_records_that_breaks_a_law_is_found(small_pieces, monkeypatch, change, law):
+    """`check=True` needs no records for the laws of sums: one counter is falsified, and that law named."""
+    end = streaming._engine_run
+
+    def falsified(*arguments):
+        run = end(*arguments)
+        return dataclasses.replace(run, **{name: getattr(run, name) + more for name, more in change.items()})
+
+    monkeypatch.setattr(streaming, "_engine_run", falsified)
+    arguments = {"horizon": 60.0, "replications": 1, "records": False, "check": True}
+    if law is None:
+        assert simulate(FLAT, SERVER, engine_table(), **arguments).replications == 1
+        return
+    with pytest.raises(SimulationError, match=law):
+        simulate(FLAT, SERVER, engine_table(), **arguments)
+
+
+def test_a_request_out_of_order_is_found_before_it_is_forgotten(small_pieces, monkeypatch):
+    fold = streaming._fold
+
+    def falsified(tally, accounts, run, *others):
+        run.admitted[0] = run.arrival[0] - 1.0
+        fold(tally, accounts, run, *others)
+
+    monkeypatch.setattr(streaming, "_fold", falsified)
+    with pytest.raises(SimulationError, match="arrival ≤ admission"):
+        simulate(FLAT, SERVER, engine_table(), horizon=60.0, replications=1, records=False, check=True)
 
 
 def test_oversize_requests_are_named_or_rejected(small_pieces):

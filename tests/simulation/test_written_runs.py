@@ -39,6 +39,8 @@ def nested(trace: dict) -> None:
         assert {"name", "ph", "ts", "pid", "tid"} <= event.keys()
         assert event["ts"] >= before or event["ph"] == "M"
         before = event["ts"]
+        if event["ph"] in "be":
+            assert {"cat", "id"} <= event.keys()  # by both of which viewers join begin and end
         if event["ph"] == "b":
             stacks.setdefault(event["id"], []).append(event["name"])
             assert len(stacks[event["id"]]) <= 2
@@ -47,8 +49,10 @@ def nested(trace: dict) -> None:
         elif event["ph"] == "X":
             assert event["ts"] >= busy_until - 1e-2  # microseconds, rounded to a thousandth
             busy_until = event["ts"] + event["dur"]
+        elif event["ph"] == "C":  # a series per argument, and numbers only
+            assert all(isinstance(value, (int, float)) for value in event["args"].values())
         else:
-            assert event["ph"] in "CM"
+            assert (event["ph"], event["name"], [*event["args"]]) == ("M", "process_name", ["name"])
     assert not any(stacks.values())
 
 
