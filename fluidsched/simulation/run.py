@@ -647,11 +647,11 @@ def _given(
     """Paths drawn elsewhere, one per replication."""
     if not len(paths):
         raise InputError("workload", "no path", "hold at least one ArrivalPath")
-    if replications is not None and replications != len(paths):
-        raise InputError("replications", replications, f"be left out, or {len(paths)}, one per path")
     first = paths[0]
     if not isinstance(first, ArrivalPath):
         raise InputError("workload[0]", first, "be an ArrivalPath")
+    if replications is not None and replications != len(paths):
+        raise InputError("replications", replications, f"be left out, or {len(paths)}, one per path")
 
     def one(r: int) -> ArrivalPath:
         path = paths[r]

@@ -12,9 +12,9 @@ E[p² − c² | o], c what is cached of a prompt, alone.
 
 Rules with a fluid version, numbered as in `reference`: 10 (whole prompts; a request is infinitesimal, so a token budget
 only bounds how much is admitted), 11 and 12, 13 (first come, first served is a common arrival time θ up to which every
-row of one priority is served), 14, 15, 17, 18. Preemption takes the newest cohort first, all requests of a cohort alike
-(the engines take its latest arrivals first). A server with nobody to serve, and no gate that keeps it, runs an
-iteration of T(nothing) and serves what arrived in it.
+row of one priority is served), 14, 15, 16 (`prefill_interval`), 17, 18. Preemption takes the newest cohort first, all
+requests of a cohort alike (the engines take its latest arrivals first). A server with nobody to serve, and no gate that
+keeps it, runs an iteration of T(nothing) and serves what arrived in it.
 
 WAIT, rules 20 to 23: a row j is open when at least `gate` wait in it, a real number now, or its hold has expired; a
 block admits min(threshold, waiting) of every open row and runs their residents for `block_iterations` iterations, while
@@ -27,16 +27,16 @@ before each but the first a fluid pauses with its KV, and the first min(n_k, pau
 at least n_1, …, n_k stand before the segments 1, …, k. So an iteration costs O(types + segments).
 
 Waiting at the start counts, for holds, from time 0. Kinds "vllm", "capped", "gated", "wait" and "nested-wait" are
-covered; other kinds, chunks, prefill intervals, blocks of KV, swapping, orders by length, look-ahead, admission by
+covered; other kinds, chunks, blocks of KV, swapping, orders by length, look-ahead, admission by
 first chunk, and holds under Nested WAIT are refused.
 
-**Verdicts.** The second half of the run is looked at where decisions are taken: at iterations, with WAIT at the starts
-of blocks. The queue grows if its drift, by thirds of that half, is above 1e-3 of the arrivals both times. Otherwise the
-run repeats itself with the smallest period for which KV, residents and queue do so, to 1e-6 of their largest values,
-over three periods and at least the longest output; period 1 is an equilibrium. Rows of WAIT open in cycles of their
-own, n_j/λ_j, which may have no common period: a run that does not repeat itself, but whose queue, residents and KV have
-the same means in all thirds to 5 %, is bounded. Under Nested WAIT those who pause can fill the memory, so that whoever
-enters is preempted at once, for ever: the run is stuck, and ends there.
+**Verdicts.** The second half of the run is looked at where decisions are taken: at iterations that are not held (rule
+16), with WAIT at the starts of blocks. The queue grows if its drift, by thirds of that half, is above 1e-3 of the
+arrivals both times. Otherwise the run repeats itself with the smallest period for which KV, residents and queue do so,
+to 1e-6 of their largest values, over three periods and at least the longest output; period 1 is an equilibrium. Rows of
+WAIT open in cycles of their own, n_j/λ_j, which may have no common period: a run that does not repeat itself, but whose
+queue, residents and KV have the same means in all thirds to 5 %, is bounded. Under Nested WAIT those who pause can fill
+the memory, so that whoever enters is preempted at once, for ever: the run is stuck, and ends there.
 """
 
 from __future__ import annotations
@@ -261,6 +261,8 @@ class _Engine(_Demand):
         self.windows: list[deque[tuple[int, float]]] = [deque() for _ in table.types]
         self.kv = self.count = 0.0
         self.step = 0
+        self.prefilled = -math.inf  # the last step that did
+        self.queue_left = False
         self.cohorts: deque[_Cohort] = deque()
         self.stack: list[_Cohort] = []
         self.finishing: dict[int, list[tuple[_Cohort, int]]] = {}
@@ -380,6 +382,11 @@ class _Engine(_Demand):
         share = min((limit - a) / (b - a) for limit, a, b in zip(left, low, high, strict=True) if b > limit)
         return until(points[first - 1] + share * (points[first] - points[first - 1]))
 
+    def held(self) -> bool:
+        """Rule 16: whether this iteration is for decodes only."""
+        interval = self.table.prefill_interval or 1
+        return self.step - self.prefilled < interval and not self.queue_left and self.count > 0.0
+
     # -------------------------------------------------------------- one iteration
 
     def iterate(self) -> _Step:
@@ -387,7 +394,8 @@ class _Engine(_Demand):
         preempted = self.make_room()
         decodes, read, ended = self.count, self.kv + self.count, self.now
         _check_budget(self, decodes)
-        entering = [] if preempted else self.admit()
+        held_back = self.held()
+        entering = [] if preempted or held_back else self.admit()
         if not entering and self.count <= 0.0 and self.table.kind == "gated":
             for window in self.windows:
                 window.clear()
@@ -404,6 +412,10 @@ class _Engine(_Demand):
                 self.finishing.setdefault(end, []).append((cohort, c))
         duration = float(self.server.iteration_time(prefill, decodes, read, attention / 2))
         start, waiting = self.now, self.waiting()
+        if not held_back:
+            self.queue_left = waiting > 0.0
+        if admitted > 0.0:
+            self.prefilled = self.step
         self.kv = read + entered
         self.count += admitted
         held, residents, completed = self.kv, self.count, 0.0
@@ -422,7 +434,7 @@ class _Engine(_Demand):
         entries = (
             start, start - ended, duration, held, residents, waiting, admitted, completed, preempted,
         )  # fmt: skip
-        return _Step(entries, True, 0.0)
+        return _Step(entries, not held_back, 0.0)
 
     def place(self, index: Mapping[str, int], waiting: Mapping[str, float], residents: Residents) -> None:
         """The initial state."""
@@ -954,7 +966,7 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
         raise InputError(f"{place}kind", table.kind, f"be one of {', '.join(kinds)}", "Simulate it instead.")
     refused = [
         ("chunk_tokens", table.chunk_tokens is not None),
-        ("prefill_interval", table.prefill_interval not in (None, 1)),
+        ("prefill_interval", table.kind in ("wait", "nested-wait") and table.prefill_interval is not None),
         ("preemption", table.preemption == "swap"),
         ("order", table.order != "fcfs"),
         ("lookahead", table.lookahead.mode != "none"),

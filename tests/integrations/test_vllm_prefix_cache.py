@@ -1,4 +1,4 @@
-"""Prefix caching in vLLM's real scheduler beside rules 39 to 42: what is found, shared, dropped; and where they differ."""
+"""Prefix caching in vLLM's real scheduler beside rules 39 to 42: what is found, shared and dropped."""
 
 from __future__ import annotations
 
