@@ -33,6 +33,7 @@ from fluidsched.overload import Admission, offer
 from fluidsched.policy import PolicyTable, baselines, compile_policy
 from fluidsched.recommendation import (
     PRACTICAL,
+    RESOLUTION,
     Reach,
     Recommendation,
     Settled,
@@ -43,7 +44,7 @@ from fluidsched.recommendation import (
     keeps_up,
 )
 from fluidsched.server import Server, catalog
-from fluidsched.simulation.measures import check_targets, interval
+from fluidsched.simulation.measures import check_targets, in_words, interval
 from fluidsched.workload import ArrivalPath, Workload, workloads
 from fluidsched.workload.path import DrawnPaths
 
@@ -333,13 +334,12 @@ def plan(
             for load, at_load in sorted(by_load.items())
             for gain in gains_over(at_load, recommended.name, load, load * fluid.critical_rate)
         ]
-        holds, fails = _reach(trial, curve_runs, recommended, progress)
+        holds, fails = _reach(trial, curve_runs, tables, recommended, progress)
         highest = max(by_load)
         if highest > 1.0:
             throughput = by_load[highest].measures(recommended.name)["request_throughput"]
             overload_rate = float(throughput.mean())
-        if asked and holds == 0.0:
-            _refuse_targets(trial, tables)
+    reach = Reach(fluid.critical_rate, load_now, holds, fails, overload_rate, asked)
     return Plan(
         workload=workload,
         server=server,
@@ -351,9 +351,9 @@ def plan(
         curve=frame,
         recommendation=Recommendation(
             recommended,
-            _reason(runs, recommended.name, fluid, asked, admission),
+            _reason(runs, recommended.name, fluid, reach, admission),
             tuple(gains),
-            Reach(fluid.critical_rate, load_now, holds, fails, overload_rate, asked),
+            reach,
             paired,
         ),
         admission=admission,
@@ -567,8 +567,8 @@ def _admission(
 def _runs_by_load(
     trial: _Trial, tables: Sequence[PolicyTable], load_now: float, progress: Progress | None
 ) -> dict[float, tuple[SimulationResult, Settled]]:
-    """Run the tables, their numbers unchanged, at every load of the curve but the present one."""
-    loads = [load for load in CURVE_LOADS if abs(load - load_now) > 1e-9]
+    """Run the tables, their numbers unchanged, at every load of the curve that is not told from the present one."""
+    loads = [load for load in CURVE_LOADS if abs(load - load_now) > RESOLUTION]
     found = {}
     for done, load in enumerate(loads):
         if progress is not None:
@@ -596,10 +596,15 @@ def _load_curve(by_load: Mapping[float, SimulationResult], critical_rate: float)
 def _reach(
     trial: _Trial,
     by_load: Mapping[float, tuple[SimulationResult, Settled]],
+    tables: Sequence[PolicyTable],
     table: PolicyTable,
     progress: Progress | None,
 ) -> tuple[float, float]:
-    """Largest load at which a table holds and least at which it fails, from the curve's runs and some more."""
+    """Largest load at which a table holds and least at which it fails, from the curve's runs and some more.
+
+    Where it meets the targets at no load of the curve, lower ones are tried; if no table meets them on an almost idle
+    server, that is an `InfeasibleError`.
+    """
     tried = 0
 
     def at(load: float) -> bool | None:
@@ -613,13 +618,16 @@ def _reach(
         runs, settled = found
         return judge(runs, table.name, trial.targets, settled)
 
-    return bracket({load: judged(found) for load, found in by_load.items()}, at)
+    known = {load: judged(found) for load, found in by_load.items()}
+    if trial.targets and True not in known.values():
+        idle = trial.at(IDLE_LOAD, tables)
+        _refuse_targets(*idle, trial.targets)
+        known[IDLE_LOAD] = judged(idle)
+    return bracket(known, at)
 
 
-def _refuse_targets(trial: _Trial, tables: Sequence[PolicyTable]) -> None:
+def _refuse_targets(runs: SimulationResult, settled: Settled, targets: Mapping[str, float]) -> None:
     """Raise where every policy misses the targets on an almost idle server: no number of servers helps then."""
-    targets = trial.targets
-    runs, settled = trial.at(IDLE_LOAD, tables)
     if any(judge(runs, name, targets, settled) is not False for name in runs.policies):
         return
     missed = {
@@ -628,7 +636,7 @@ def _refuse_targets(trial: _Trial, tables: Sequence[PolicyTable]) -> None:
     }
     nearest = min(missed, key=lambda name: max(missed[name][m] / limit for m, limit in targets.items()))
     shown = " and ".join(
-        f"{m} {missed[nearest][m]:.3g} s (at most {limit:g} s)" for m, limit in targets.items()
+        f"{in_words(m)} {missed[nearest][m]:.3g} s (at most {limit:g} s)" for m, limit in targets.items()
     )
     raise InfeasibleError(
         f"no policy meets the targets even at {IDLE_LOAD:g} of the boundary; the nearest, {nearest}, has {shown}. "
@@ -714,7 +722,7 @@ def _reason(
     runs: SimulationResult,
     name: str,
     fluid: FluidSolution,
-    targets: Mapping[str, float],
+    reach: Reach,
     admission: Admission | None,
 ) -> str:
     """Why this policy, in sentences."""
@@ -731,8 +739,9 @@ def _reason(
         )
     latency = f"mean TTFT {_seconds(ttft)}, mean end-to-end latency {_seconds(e2e)}"
     choice = "the simplest to deploy safely of those within 5 % of the lowest end-to-end latency"
+    targets = reach.targets
     missed = [
-        f"{measure} {_seconds(value)}, not {limit:g} s"
+        f"{in_words(measure)} {_seconds(value)}, not {limit:g} s"
         for measure, limit in targets.items()
         if (value := float(np.mean(runs.measures(name)[measure]))) > limit
     ]
@@ -745,14 +754,23 @@ def _reason(
     if not keeps_up(runs, name):
         return f"No policy keeps up, though the mean load fits. Least bad: {name} ({latency}), {choice}."
     if missed:
-        return (
-            f"No policy meets the targets at this load. Least bad: {name} ({', '.join(missed)}; {latency})."
-        )
-    among = "that keep up and meet the targets" if targets else "that keep up"
+        return f"No policy meets the targets at this load. Nearest to them: {name} ({', '.join(missed)}; {latency})."
+    able = [
+        *(["keep up"] if "horizon" in runs.outcome(name).verdicts else []),  # else all were served in the end
+        *(["meet the targets"] if targets else []),
+    ]
+    among = f" among the policies that {' and '.join(able)}" if able else ""
     return (
-        f"Recommended table: {name} ({latency}), {choice} among the policies {among}."
-        f"{_lower_latency(runs, name, e2e)}{_sooner(runs, name, ttft)}"
+        f"Recommended table: {name} ({latency}), {choice}{among}."
+        f"{_lower_latency(runs, name, e2e)}{_sooner(runs, name, ttft)}{_outgrown(reach)}"
     )
+
+
+def _outgrown(reach: Reach) -> str:
+    """Says so where the load is one that the table does not carry in the long run."""
+    if reach.fails > reach.load + 1e-9:
+        return ""
+    return f" But that is more than one server carries for long: such paths at this load need {reach.in_servers()}."
 
 
 def _lower_latency(runs: SimulationResult, name: str, e2e: float) -> str:

@@ -2,7 +2,8 @@ r"""Which policy to run, what it gains over the engines as they come, and when o
 
 **Choice** (`choose`). Of the policies that keep up, and meet the targets if any does, those whose mean end-to-end
 latency is within 5 % of the lowest are as good as each other; among these the simplest to deploy safely is taken, in
-the order of `PREFERENCE`.
+the order of `PREFERENCE`. Where none meets the targets, those nearest to them stand for those that do: with the
+largest of the measures, each over its target, within 5 % of the least.
 
 **Gain** (`gains_over`). For a measure m and an engine e the differences on the R common paths,
 
@@ -37,7 +38,7 @@ from fluidsched._display import Tabular
 from fluidsched._files import to_jsonable
 from fluidsched.comparison import WIDTH
 from fluidsched.policy import PolicyTable
-from fluidsched.simulation.measures import UNITS, interval, latency_statistic
+from fluidsched.simulation.measures import UNITS, in_words, interval, latency_statistic
 from fluidsched.simulation.result import aligned
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ class Gain:
             return "–"
         percent = 100.0 / self.of_engine
         half = percent * (self.high - self.low) / 2
-        text = f"{percent * self.gain:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+        shown = round(percent * self.gain, 1) + 0.0  # no "-0.0"
+        text = f"{shown:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
         return f"{'~ ' if self.is_lower_bound else ''}{text}{' *' if self.verdict in ('better', 'worse') else '  '}"
 
 
@@ -164,24 +166,30 @@ class Reach:
 
     @property
     def largest_load(self) -> float:
-        """What one server is taken to carry, as a share of the boundary: `holds` where that is known, else 1."""
-        return min(self.holds, 1.0) if self.holds > 0.0 else 1.0
+        """What one server is taken to carry, as a share of the boundary: `holds` where that is known.
+
+        Else the least load at which it surely fails, at most 1, which it carries less than.
+        """
+        return min(self.holds if self.holds > 0.0 else self.fails, 1.0)
 
     @property
     def servers(self) -> int:
-        """Servers of this kind that the present load needs, each with an equal share of every type."""
+        """Servers of this kind that the present load needs, each with an equal share of every type.
+
+        At least, where `holds` is not known.
+        """
         return max(1, math.ceil(self.load / self.largest_load - 1e-9))
 
     @property
     def next_rate(self) -> float:
-        """Offered rate from which on one server is not enough, req/s."""
+        """Offered rate from which on one server is not enough, req/s; at the latest, where `holds` is not known."""
         return self.critical_rate * self.largest_load
 
     def lines(self, policy: str) -> list[str]:
         """What it says, in sentences."""
         critical = f"{self.critical_rate:.2f} req/s"
         aim = (
-            " with " + " and ".join(f"{name} ≤ {limit:g} s" for name, limit in self.targets.items())
+            " with " + " and ".join(f"{in_words(name)} ≤ {limit:g} s" for name, limit in self.targets.items())
             if self.targets
             else ""
         )
@@ -196,7 +204,7 @@ class Reach:
                 text += f"; from {self._at(self.fails)} on it does not"
             lines.append(text + ".")
         else:
-            text = f"By simulation {policy} keeps up{aim} to {self._at(self.holds)}"
+            text = f"By simulation {policy} keeps up{aim} as far as {self._at(self.holds)}"
             if math.isfinite(self.fails):
                 text += f" and no more from {self._at(self.fails)} on"
                 if self.fails - self.holds > 2 * RESOLUTION:
@@ -210,15 +218,23 @@ class Reach:
         if self.servers > 1:
             each = self.load / self.servers
             lines.append(
-                f"The present load, {self.load:.2f}, needs {self.servers} servers of this kind ({each:.2f} each)."
+                f"The present load, {self.load:.2f}, needs {self.in_servers()} of this kind ({each:.2f} each)."
             )
         elif self.load > 0.0:
             growth = self.next_rate / (self.load * self.critical_rate) - 1.0
             lines.append(
-                f"One more server is needed beyond {self.next_rate:.2f} req/s, when the present "
+                f"One more server is needed {self.beyond()}, when the present "
                 f"{self.load * self.critical_rate:.2f} req/s have grown by {growth:.0%}."
             )
         return lines
+
+    def in_servers(self) -> str:
+        """How many servers the present load needs, in words."""
+        return f"{'' if self.holds > 0.0 else 'at least '}{self.servers} servers"
+
+    def beyond(self) -> str:
+        """From which rate on one server is not enough, in words."""
+        return f"beyond {self.next_rate:.2f} req/s{'' if self.holds > 0.0 else ' at the latest'}"
 
     def _at(self, load: float) -> str:
         return f"{load * self.critical_rate:.2f} req/s ({load:.3f} of the boundary)"
@@ -462,20 +478,28 @@ def choose(runs: SimulationResult, targets: Mapping[str, float] | None = None) -
     ----------
     runs : SimulationResult
     targets : mapping, optional
-        Measure → what it may be at most, s. Policies that miss one in the mean are passed over while others do not.
+        Measure → what it may be at most, s. Policies that miss one in the mean are passed over while others do not;
+        if all do, those further from the targets are.
     """
     candidates = [name for name in PREFERENCE if name in runs.policies]
     candidates = [name for name in candidates if keeps_up(runs, name)] or candidates
-    within = [
-        name
-        for name in candidates
-        if all(float(np.mean(runs.measures(name)[m])) <= limit for m, limit in (targets or {}).items())
-    ]
-    candidates = within or candidates
+    if targets:
+        candidates = _nearest(runs, candidates, targets)
     latency = {name: float(np.mean(runs.measures(name)["mean_e2e"])) for name in candidates}
     if any(np.isnan(value) for value in latency.values()):
         return candidates[0]  # some run measured no request: nothing tells the policies apart
     return next(name for name in candidates if latency[name] <= NEARLY_EQUAL * min(latency.values()))
+
+
+def _nearest(runs: SimulationResult, names: list[str], targets: Mapping[str, float]) -> list[str]:
+    """Those that meet the targets in the mean; if none does, those nearest to them."""
+    ratio = {
+        name: max(float(np.mean(runs.measures(name)[m])) / limit for m, limit in targets.items())
+        for name in names
+    }
+    known = [value for value in ratio.values() if not math.isnan(value)]
+    limit = max(1.0, NEARLY_EQUAL * min(known)) if known and min(known) > 1.0 else 1.0
+    return [name for name in names if ratio[name] <= limit] or names
 
 
 def gains_over(runs: SimulationResult, policy: str, load: float, arrival_rate: float) -> list[Gain]:

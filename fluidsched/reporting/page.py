@@ -23,6 +23,7 @@ from fluidsched.recommendation import ENGINE_NAMES, PLUGIN_COMMAND
 from fluidsched.reporting.files import pictures
 from fluidsched.reporting.installation import show_versions
 from fluidsched.reporting.text import certificate_rows
+from fluidsched.simulation.measures import in_words
 
 if TYPE_CHECKING:
     from fluidsched.planning import Plan
@@ -182,7 +183,7 @@ def _question(plan: Plan, title: str) -> list[str]:
 
 def _answer(plan: Plan) -> list[str]:
     reach, fluid = plan.recommendation.reach, plan.fluid
-    needed = f"{reach.servers} servers" if reach.servers > 1 else f"beyond {reach.next_rate:.2f} req/s"
+    needed = reach.in_servers() if reach.servers > 1 else reach.beyond()
     cards = (
         ("load, share of what fits", f"{float(fluid.load.max()):.2f}"),
         ("the server carries at most", f"{fluid.critical_rate:.2f} req/s"),
@@ -302,7 +303,7 @@ def _basis(plan: Plan) -> list[str]:
             f"{asked['horizon_s']:,g} s each, the first {asked['warmup_s']:,g} s left out of the measures; "
             f"seed {asked['seed']}."
         )
-    targets = ", ".join(f"{name} ≤ {limit:g} s" for name, limit in asked["targets_s"].items())
+    targets = ", ".join(f"{in_words(name)} ≤ {limit:g} s" for name, limit in asked["targets_s"].items())
     rows = {
         "Simulation": how,
         "Objective": f"{asked['objective']}, as the fluid program maximises them",

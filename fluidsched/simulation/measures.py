@@ -80,6 +80,7 @@ __all__ = [
     "alone_s",
     "check_slo",
     "check_targets",
+    "in_words",
     "interval",
     "intervals",
     "jain_index",
@@ -130,6 +131,21 @@ UNITS = {
     "goodput": "req/s",
 }
 """Every measure and its unit, in the order of reports; `goodput` only where SLOs are stated."""
+
+
+def in_words(measure: str) -> str:
+    """The name of a measure for people.
+
+    Examples
+    --------
+    >>> in_words("p99_ttft"), in_words("request_throughput")
+    ('p99 TTFT', 'request throughput')
+    """
+    statistic, _, name = measure.partition("_")
+    return (
+        f"{statistic} {name.upper()}" if name in ("ttft", "tpot", "e2e", "itl") else measure.replace("_", " ")
+    )
+
 
 OF_REQUESTS = (
     *(f"{stat}_{name}" for name in (*LATENCIES, "slowdown") for stat in ("mean", *QUANTILES)),

@@ -66,7 +66,16 @@ def test_choice(latency: dict[str, list[float]], behind: tuple[str, ...], expect
 def test_policies_that_miss_a_target_are_passed_over_while_others_meet_it() -> None:
     runs = _Runs({"capped": [5.2, 5.2], "vllm": [5.0, 5.0]})  # p99 TTFT 0.52 and 0.50 s
     assert choose(runs, {"p99_ttft": 0.51}) == "vllm"  # type: ignore[arg-type]
-    assert choose(runs, {"p99_ttft": 0.1}) == "capped"  # type: ignore[arg-type]  # nobody: as without
+    assert choose(runs, {"p99_ttft": 0.1}) == "capped"  # type: ignore[arg-type]  # nobody, and equally near
+
+
+def test_where_no_policy_meets_the_targets_the_nearest_is_chosen() -> None:
+    """p99 TTFT 0.52, 0.70 and 0.90 s: within 5 % of the nearest only the first, whatever the preference."""
+    runs = _Runs({"sarathi": [5.2, 5.2], "vllm": [7.0, 7.0], "capped": [9.0, 9.0]})
+    assert choose(runs, {"p99_ttft": 0.1}) == "sarathi"  # type: ignore[arg-type]
+    assert choose(runs, {"p99_ttft": 0.6}) == "sarathi"  # type: ignore[arg-type]
+    runs = _Runs({"vllm": [math.nan, 1.0], "capped": [math.nan, 1.0]})  # a run without requests: all are left
+    assert choose(runs, {"p99_ttft": 0.1}) == "capped"  # type: ignore[arg-type]
 
 
 def test_a_gain_is_the_paired_difference_signed_so_that_positive_is_better() -> None:
@@ -162,6 +171,28 @@ def test_servers_needed_by_hand(load: float, holds: float, servers: int) -> None
     assert Reach(5.0, load, holds, math.inf, math.nan, {}).servers == servers
 
 
+def test_where_no_load_is_known_to_hold_the_least_that_fails_bounds_what_one_server_carries() -> None:
+    """Found to fail from 0.4 on, and at nothing to hold: 0.9 needs 3 servers at least, 0.3 may need more soon."""
+    words = " ".join(Reach(5.0, 0.9, 0.0, 0.4, math.nan, {"p99_ttft": 1.0}).lines("vllm"))
+    assert "needs at least 3 servers" in words
+    assert "with p99 TTFT ≤ 1 s cannot be told" in words
+    words = " ".join(Reach(5.0, 0.3, 0.0, 0.4, math.nan, {}).lines("vllm"))
+    assert "beyond 2.00 req/s at the latest" in words
+    assert "at the latest" not in " ".join(Reach(5.0, 0.3, 0.35, 0.4, math.nan, {}).lines("vllm"))
+
+
+def test_targets_missed_at_every_load_of_the_curve_are_sought_below_it() -> None:
+    """p99 TTFT is 0.0399 s on an idle server and 0.0424 s at half the boundary: the reach lies between."""
+    result = fs.plan(WORKLOAD, SERVER, load=0.6, horizon=600.0, replications=8, targets={"p99_ttft": 0.0415})
+    reach = result.recommendation.reach
+    assert planning.IDLE_LOAD <= reach.holds < reach.fails <= planning.CURVE_LOADS[0]
+    assert reach.servers >= 2
+    assert result.recommendation.reason.startswith(
+        "No policy meets the targets at this load. Nearest to them:"
+    )
+    assert "p99 TTFT" in result.recommendation.reason
+
+
 @pytest.fixture(scope="module")
 def result() -> planning.Plan:
     """A server near its boundary, where a cap in service is compiled: gains and reach from real runs."""
@@ -199,7 +230,7 @@ def test_the_printed_recommendation_and_the_summary_say_the_same(result: plannin
 def test_targets_nobody_can_meet_are_no_answer_and_show_the_nearest_miss() -> None:
     """A first token takes at least an iteration, 20 ms: no number of servers brings it in 1 ms."""
     with pytest.raises(
-        InfeasibleError, match=r"nearest, \w+, has p99_ttft 0\.\d+ s \(at most 0\.001 s\)"
+        InfeasibleError, match=r"nearest, \w+, has p99 TTFT 0\.\d+ s \(at most 0\.001 s\)"
     ) as caught:
         fs.plan(WORKLOAD, SERVER, load=0.6, horizon=300.0, replications=4, targets={"p99_ttft": 0.001})
     assert caught.value.reason == "slo"
@@ -215,7 +246,7 @@ def test_a_target_that_binds_lowers_the_load_one_server_carries(result: planning
         WORKLOAD, SERVER, load=0.6, horizon=900.0, replications=8, targets={"p99_ttft": (low + high) / 2}
     )
     assert 0.5 <= bound.recommendation.reach.holds < free.recommendation.reach.holds
-    assert "p99_ttft ≤" in repr(bound.recommendation)
+    assert "p99 TTFT ≤" in repr(bound.recommendation)
 
 
 def test_an_overloaded_server_needs_more_of_its_kind() -> None:

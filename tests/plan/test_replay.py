@@ -46,6 +46,7 @@ def test_replay_of_the_conversation_hour_near_its_boundary(data_root: Path) -> N
     preemptions = {name: result.runs.measures(name)["preemptions"][0] for name in ("capped", "vllm")}
     assert preemptions["capped"] < 0.1 * preemptions["vllm"]
     assert result.recommended == "capped"
+    assert "keep up" not in result.recommendation.reason  # the replay ends when all are served, at any load
 
 
 def test_other_loads_and_intervals_of_a_replay_come_from_its_pieces() -> None:
@@ -58,6 +59,8 @@ def test_other_loads_and_intervals_of_a_replay_come_from_its_pieces() -> None:
     assert result.curve is not None
     load = float(result.fluid.load.max())
     assert sorted(set(result.curve["load"])) == pytest.approx(sorted({*CURVE_LOADS, load}))
+    reach = result.recommendation.reach
+    assert ("more than one server carries for long" in result.recommendation.reason) is (reach.fails <= load)
     offered = result.curve[result.curve["measure"] == "request_throughput"]
     assert (offered["replications"] == 4).all()
     gains = [gain for gain in result.recommendation.gains if gain.load == load]
