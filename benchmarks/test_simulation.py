@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from fluidsched.policy import baselines
 from fluidsched.policy.table import Lookahead, Match, PolicyTable, TableType
 from fluidsched.server import IterationTime, Server, catalog
-from fluidsched.simulation import simulate
+from fluidsched.simulation import compiled, simulate
 from fluidsched.simulation.kernel import run_kernel, run_many
 from fluidsched.simulation.records import EngineRun
 from fluidsched.simulation.reference import run_reference
@@ -117,6 +118,56 @@ def test_five_thousand_requests_and_little_memory(
     run = benchmark(run_kernel, path, server, table, horizon=None)
     right = agrees(backlog_file(arrivals, CHECKED), server, table)
     note(seed=SEED, requests=len(path), iterations=run.iterations, preempted=run.preempted, right=right)
+    assert right
+
+
+class _Watched:
+    """A tree over ends that notes the nodes looked at."""
+
+    def __init__(self, leaves: int) -> None:
+        self.tree, self.looked = np.zeros(2 * leaves, compiled.NODE), set[int]()
+
+    def __getitem__(self, node: int) -> Any:
+        self.looked.add(node)
+        return self.tree[node]
+
+
+@pytest.mark.parametrize("leaves", [1 << k for k in range(6, 14)])
+@pytest.mark.parametrize("ends", ["drawn", "level"])
+def test_nodes_that_looking_ahead_visits(
+    ends: str, leaves: int, benchmark: Any, note: Callable[..., None]
+) -> None:
+    """Of one update and of one check that ends in admission, the limit at the very maximum of the forecast.
+
+    drawn: 128 residents of about 1 000 tokens, lengths uniform up to the leaves. level: a quarter as many residents as
+    leaves, whose ends keep the forecast at the limit: the worst case. Interpreted, so the time says nothing.
+    """
+    plant = getattr(compiled._plant, "py_func", compiled._plant)
+    first_excess = getattr(compiled._first_excess, "py_func", compiled._first_excess)
+    if ends == "drawn":
+        rng = np.random.default_rng(SEED)
+        output = rng.integers(3, leaves + 1, 128)
+        done = (rng.random(128) * (output - 2)).astype(np.int64)
+        readings, held = output - done - 1, rng.integers(500, 1_500, 128) + done
+    else:  # each holds at its end what the others grow by until the next
+        still = leaves // 8 + np.arange(leaves // 8)
+        readings = np.append(np.full(leaves // 8, leaves - 1), np.arange(leaves - 9, 0, -8))
+        held = np.append(np.ones(leaves // 8, np.int64), 8 * still[: len(readings) - leaves // 8])
+        held[leaves // 8 :] -= readings[leaves // 8 :]
+    tree, path = _Watched(leaves), 0
+    for reading, tokens in zip(readings.tolist(), held.tolist(), strict=True):
+        tree.looked.clear()
+        plant(tree, 0, leaves, reading, 1, tokens, compiled.NOBODY)
+        path = max(path, len(tree.looked))
+    limit = max(int((held[readings >= t] + t).sum()) for t in set(readings.tolist()))
+    ahead = SimpleNamespace(state=[SimpleNamespace(leaves=leaves, origin=0)], tree=tree)
+    tree.looked.clear()
+    found, _ = benchmark.pedantic(first_excess, (ahead, 1, -1, limit), rounds=1)
+    looked = len(tree.looked)
+    right = found == compiled.NOBODY and first_excess(ahead, 1, -1, limit - 1)[0] != compiled.NOBODY
+    note(
+        seed=SEED, leaves=leaves, residents=len(readings), of_update=path, of_check=looked, right=bool(right)
+    )
     assert right
 
 
