@@ -99,11 +99,11 @@ def latency_distribution(
     policies: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Empirical distribution of a latency after the warm-up, one line a policy; all replications pooled that were kept.
+    """Empirical distribution of a latency after the warm-up, all replications pooled, one line a policy.
 
-    The band is the 95 % interval of the share at each latency, from the replications; there is none with one
-    replication. Requests still without the event at the horizon are counted in the denominator, so a curve that
-    ends below 1 shows how many are missing (the legend says so from 0.1 % on); they are not dropped.
+    The band is the 95 % interval of the share at each latency, from the replications (those whose records were kept);
+    there is none with one replication. Requests still without the event at the horizon are counted in the denominator,
+    so a curve that ends below 1 shows how many are missing (the legend says so from 0.1 % on); they are not dropped.
 
     Parameters
     ----------

@@ -7,14 +7,15 @@ hold and R their number,
     M ← (M + R) + Σ x p − Σ finishers·(p + o − 1),   R ← R + Σ x − Σ finishers,   q_j ← q_j − x_j + λ_j ΔT.
 
 Finishers are known when they are admitted, so a ring of finishing times makes an iteration cost O(types) (for types
-with length laws, O(output lengths)), however long requests stay. Lengths enter by E[p | o], and E[p − c | o] and
-E[p² − c² | o], c what is cached of a prompt, alone.
+with length laws, O(output lengths); with chunks times those in prefill, O(prompts × outputs)), however long they stay.
+Lengths enter by E[p | o], and E[p − c | o] and E[p² − c² | o], c what is cached of a prompt, alone.
 
-Rules with a fluid version, numbered as in `reference`: 10 (whole prompts; a request is infinitesimal, so a token budget
-only bounds how much is admitted), 11 and 12, 13 (first come, first served is a common arrival time θ up to which every
-row of one priority is served), 14, 15, 16 (`prefill_interval`), 17, 18. Preemption takes the newest cohort first, all
-requests of a cohort alike (the engines take its latest arrivals first). A server with nobody to serve, and no gate that
-keeps it, runs an iteration of T(nothing) and serves what arrived in it.
+Rules with a fluid version, numbered as in `reference`: 10 (a request is infinitesimal, so a token budget only bounds
+how much is admitted, and whole prompts or first chunks fit alike; `chunk_tokens` cuts prompts into ⌈p/c⌉ iterations),
+11 and 12, 13 (first come, first served is a common arrival time θ up to which every row of one priority is served), 14,
+15, 16 (`prefill_interval`), 17, 18. Preemption takes the newest cohort first, all requests of a cohort alike (the
+engines take its latest arrivals first). A server with nobody to serve, and no gate that keeps it, runs an iteration of
+T(nothing) and serves what arrived in it.
 
 WAIT, rules 20 to 23: a row j is open when at least `gate` wait in it, a real number now, or its hold has expired; a
 block admits min(threshold, waiting) of every open row and runs their residents for `block_iterations` iterations, while
@@ -27,8 +28,8 @@ before each but the first a fluid pauses with its KV, and the first min(n_k, pau
 at least n_1, …, n_k stand before the segments 1, …, k. So an iteration costs O(types + segments).
 
 Waiting at the start counts, for holds, from time 0. Kinds "vllm", "capped", "gated", "wait" and "nested-wait" are
-covered; other kinds, chunks, blocks of KV, swapping, orders by length, look-ahead, admission by
-first chunk, and holds under Nested WAIT are refused.
+covered; other kinds, chunks of prompts of which part is cached or beside prefill intervals, residents' chunks beyond
+the token budget, blocks of KV, swapping, orders by length, look-ahead, and holds under Nested WAIT are refused.
 
 **Verdicts.** The second half of the run is looked at where decisions are taken: at iterations that are not held (rule
 16), with WAIT at the starts of blocks. The queue grows if its drift, by thirds of that half, is above 1e-3 of the
@@ -133,13 +134,14 @@ Residents = Mapping[tuple[str, int], float]
 class _Cohort:
     """Requests that entered together: `mass` per class, `produced` tokens each when step `entered` began.
 
+    With chunks both may differ by class: of residents at the start, and of those preempted among prefills.
     WAIT: of one `row`, on whose clock `entered` is, with `left` classes in it; preempted ones were last `served`
     then, s.
     """
 
     mass: Floats
-    produced: int
-    entered: int
+    produced: Any
+    entered: Any
     row: int = 0
     served: float = 0.0
     left: int = 0
@@ -160,6 +162,8 @@ class _Step(NamedTuple):
 class _Demand:
     """Who comes and waits. A class is what one (type, row of the table, output length) have in common.
 
+    With chunks also one prompt length, which says how many iterations a prefill takes.
+
     Requests waiting at the start count as having arrived at a constant rate in [-1, 0); `since` is the arrival
     time up to which a row has been admitted.
     """
@@ -167,6 +171,7 @@ class _Demand:
     def __init__(self, workload: Workload, server: Server, table: PolicyTable):
         self.server, self.table = server, table
         self.limits = effective_limits(server, table)
+        self.chunk = math.inf if table.chunk_tokens is None else float(table.chunk_tokens)
         self.capacity = float(server.kv_capacity)
         classes = _classes(workload, table)
         self.kind, self.row, self.output, self.rate, self.prompt, self.computed, self.attention = classes
@@ -202,9 +207,12 @@ class _Demand:
         first = np.where(self.newcomers() > 0.0, np.maximum(self.since, 0.0), self.now)
         return np.asarray(first + self.hold)
 
-    def needs(self, mass: Floats, produced: int) -> Floats:
+    def needs(self, mass: Floats, produced: Any) -> Floats:
         """Memory, tokens of the iteration and slots that requests with so many tokens produced take to enter."""
         number = float(mass.sum())
+        if self.chunk < math.inf:
+            first = float(mass @ np.minimum(self.prompt + produced, self.chunk))
+            return np.array([first, first, number])
         more = number * produced
         return np.array([float(mass @ self.prompt) + more, float(mass @ self.computed) + more, number])
 
@@ -213,6 +221,9 @@ class _Demand:
         total = np.zeros(4)
         for cohort in entering:
             total[:3] += self.needs(cohort.mass, cohort.produced)
+            if self.chunk < math.inf:
+                total[3] += float(cohort.mass @ np.minimum(self.prompt + cohort.produced, self.chunk) ** 2)
+                continue
             again = cohort.produced * (2 * self.prompt + cohort.produced)
             total[3] += float(cohort.mass @ (self.attention + again))
         return total
@@ -264,6 +275,7 @@ class _Engine(_Demand):
         self.prefilled = -math.inf  # the last step that did
         self.queue_left = False
         self.cohorts: deque[_Cohort] = deque()
+        self.filling: list[tuple[_Cohort, NDArray[Any]]] = []  # with the steps at which its prefills end
         self.stack: list[_Cohort] = []
         self.finishing: dict[int, list[tuple[_Cohort, int]]] = {}
 
@@ -272,14 +284,43 @@ class _Engine(_Demand):
 
     # -------------------------------------------------------------- decision
 
+    def prefill_steps(self, produced: Any) -> Any:
+        """Iterations of a prefill, per class; 1 without chunks."""
+        return (
+            1 if self.chunk == math.inf else np.ceil((self.prompt + produced) / self.chunk).astype(np.int64)
+        )
+
+    def standing(self, cohort: _Cohort) -> tuple[Any, Any, Any]:
+        """KV held by each request of a cohort, tokens of its next iteration, and tokens produced, per class."""
+        served = self.step - cohort.entered
+        if self.chunk == math.inf:
+            produced = cohort.produced + served
+            return self.prompt + (produced - 1), 1, produced
+        steps, target = self.prefill_steps(cohort.produced), self.prompt + cohort.produced
+        fills = served < steps
+        produced = cohort.produced + np.maximum(served - steps + 1, 0)
+        held = np.where(fills, self.chunk * served, self.prompt + (produced - 1))
+        return held, np.where(fills, np.minimum(target - held, self.chunk), 1.0), produced
+
+    def prefills_go_on(self) -> Floats:
+        """Number of residents that prefill, KV they hold, tokens of their next chunks, and attention of these."""
+        total = np.zeros(4)
+        for cohort, ends in self.filling:
+            mass = np.where(self.step <= ends, cohort.mass, 0.0)
+            held, chunk, _ = self.standing(cohort)
+            columns = (np.ones_like(mass), held, chunk, chunk * (2.0 * held + chunk))
+            total += [float(mass @ column) for column in columns]
+        return total
+
     def make_room(self) -> float:
-        """Rules 8 and 11: preempt the newest until one token each of those left fits; returns how many."""
+        """Rules 8 and 11: preempt the newest until what those left compute fits; returns how many."""
         preempted = 0.0
-        shortage = self.kv + self.count - self.capacity
+        number, _, chunks, _ = self.prefills_go_on().tolist()
+        shortage = self.kv + (self.count - number) + chunks - self.capacity
         while shortage > 1e-9 * self.capacity:
             cohort = self.cohorts[-1]
-            produced = cohort.produced + self.step - cohort.entered
-            frees = float(cohort.mass @ (self.prompt + produced))
+            held, more, produced = self.standing(cohort)
+            frees = float(cohort.mass @ (held + more))
             share = 1.0 if frees <= shortage else shortage / frees
             lost = cohort.mass * share
             if share < 1.0:
@@ -287,7 +328,7 @@ class _Engine(_Demand):
             else:
                 cohort.mass[:] = 0.0
                 self.cohorts.pop()
-            self.kv -= float(lost @ (self.prompt + (produced - 1)))
+            self.kv -= float(lost @ held)
             self.count -= float(lost.sum())
             shortage -= share * frees
             preempted += float(lost.sum())
@@ -296,11 +337,11 @@ class _Engine(_Demand):
                 self.stack.append(_Cohort(lost, kept, self.step))
         return preempted
 
-    def admit(self) -> list[_Cohort]:
-        """Rules 13 to 15 and 17: the stack, then newcomers up to a common arrival time."""
+    def admit(self, growth: float) -> list[_Cohort]:
+        """Rules 13 to 15 and 17: the stack, then newcomers up to a common arrival time; residents grow by `growth`."""
         limit = min(self.capacity, float(self.limits.admission))
         left = np.array(  # memory, tokens of the iteration, slots
-            [limit - self.kv - self.count, self.limits.budget - self.count, self.limits.slots - self.count]
+            [limit - self.kv - growth, self.limits.budget - growth, self.limits.slots - self.count]
         )
         entering = []
         while self.stack and (left > 0.0).all():
@@ -392,31 +433,41 @@ class _Engine(_Demand):
     def iterate(self) -> _Step:
         """Decide and run one iteration."""
         preempted = self.make_room()
-        decodes, read, ended = self.count, self.kv + self.count, self.now
-        _check_budget(self, decodes)
+        filling, filled, chunks, of_chunks = self.prefills_go_on().tolist()
+        decodes, ended = self.count - filling, self.now
+        read, growth = self.kv - filled + decodes, decodes + chunks
+        _check_budget(self, growth)
         held_back = self.held()
-        entering = [] if preempted or held_back else self.admit()
+        entering = [] if preempted or held_back else self.admit(growth)
         if not entering and self.count <= 0.0 and self.table.kind == "gated":
             for window in self.windows:
                 window.clear()
-            entering = self.admit()
+            entering = self.admit(growth)
             opens = float(self.gates_open().min())
             if not entering and opens > self.now:
                 self.now = _in_time(opens, self.table)
-                entering = self.admit()
+                entering = self.admit(growth)
         entered, prefill, admitted, attention = self.prefill(entering).tolist()
         for cohort in entering:
             self.cohorts.append(cohort)
+            first = self.step + self.prefill_steps(cohort.produced) - 1  # the iteration of its next token
+            ends = np.broadcast_to(first + self.output - cohort.produced - 1, self.output.shape)
             for c in np.flatnonzero(cohort.mass).tolist():
-                end = self.step + int(self.output[c]) - cohort.produced - 1
-                self.finishing.setdefault(end, []).append((cohort, c))
-        duration = float(self.server.iteration_time(prefill, decodes, read, attention / 2))
+                self.finishing.setdefault(int(ends[c]), []).append((cohort, c))
+            if (
+                (first > self.step)
+                if isinstance(first, int)
+                else (first[cohort.mass > 0.0] > self.step).any()
+            ):
+                self.filling.append((cohort, first))
+        attention = (attention + of_chunks) / 2
+        duration = float(self.server.iteration_time(prefill + chunks, decodes, read, attention))
         start, waiting = self.now, self.waiting()
         if not held_back:
             self.queue_left = waiting > 0.0
         if admitted > 0.0:
             self.prefilled = self.step
-        self.kv = read + entered
+        self.kv += growth + entered
         self.count += admitted
         held, residents, completed = self.kv, self.count, 0.0
         for cohort, c in self.finishing.pop(self.step, ()):
@@ -430,6 +481,7 @@ class _Engine(_Demand):
         if not self.cohorts:
             self.kv = self.count = 0.0
         self.step += 1
+        self.filling = [(cohort, ends) for cohort, ends in self.filling if (ends >= self.step).any()]
         self.now += duration
         entries = (
             start, start - ended, duration, held, residents, waiting, admitted, completed, preempted,
@@ -440,7 +492,8 @@ class _Engine(_Demand):
         """The initial state."""
         self.place_waiting(index, waiting)
         for (name, produced), number in sorted(residents.items(), key=lambda item: -item[0][1]):
-            cohort = _Cohort(self.share(index[name], produced, number), produced, 0)
+            entered = -(self.prefill_steps(0) + produced - 1)
+            cohort = _Cohort(self.share(index[name], produced, number), 0, entered)
             self.cohorts.append(cohort)
             self.kv += float(cohort.mass @ (self.prompt + (produced - 1)))
             self.count += number
@@ -827,8 +880,8 @@ def _check_budget(fluid: _Demand, tokens: float) -> None:
         raise InputError(
             f"table {fluid.table.name!r}: token_budget",
             fluid.limits.budget,
-            f"cover all decodes, and with WAIT all that enter, {tokens:,.0f} at {fluid.now:g} s: beyond it there is "
-            "no fluid version",
+            f"cover decodes and chunks of all residents, and with WAIT all that enter, {tokens:,.0f} at "
+            f"{fluid.now:g} s: beyond it there is no fluid version",
         )
 
 
@@ -852,7 +905,8 @@ def _classes(workload: Workload, table: PolicyTable) -> tuple[NDArray[Any], ...]
             type_names=(kind.name,),
         )
         row = table.classify(path)
-        keys, which = np.unique(np.stack([row, output]), axis=1, return_inverse=True)
+        of_class = [row, output] if table.chunk_tokens is None else [row, output, prompt]
+        keys, which = np.unique(np.stack(of_class), axis=1, return_inverse=True)
         which = which.reshape(-1)
         share = np.bincount(which, weight)
         first, second = kind.cached_moments()[:, np.searchsorted(kind.law.prompt_law.values, prompt)]
@@ -860,7 +914,7 @@ def _classes(workload: Workload, table: PolicyTable) -> tuple[NDArray[Any], ...]
             np.bincount(which, weight * values) / share
             for values in (prompt, prompt - first, prompt.astype(np.float64) ** 2 - second)
         )
-        parts.append((np.full(len(share), j), *keys, kind.arrival_rate * share, *means))
+        parts.append((np.full(len(share), j), *keys[:2], kind.arrival_rate * share, *means))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
@@ -910,6 +964,13 @@ def fluid_trajectory(
     ('equilibrium', 1382)
     """
     _check_rules(server, table)
+    if table.chunk_tokens is not None and any(member.cached_prefix_fraction for member in workload.types):
+        raise InputError(
+            f"table {table.name!r}: chunk_tokens",
+            table.chunk_tokens,
+            "be None where part of the prompts is cached",
+            "Simulate it.",
+        )
     index = {name: j for j, name in enumerate(workload.type_names)}
     waiting, residents = dict(waiting or {}), dict(residents or {})
     for j, rate in enumerate(workload.arrival_rate):
@@ -965,12 +1026,12 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
     if table.kind not in kinds:
         raise InputError(f"{place}kind", table.kind, f"be one of {', '.join(kinds)}", "Simulate it instead.")
     refused = [
-        ("chunk_tokens", table.chunk_tokens is not None),
-        ("prefill_interval", table.kind in ("wait", "nested-wait") and table.prefill_interval is not None),
+        ("chunk_tokens", table.freeze and table.chunk_tokens is not None),
+        ("prefill_interval", table.freeze and table.prefill_interval is not None),
+        ("chunk_tokens beside prefill_interval", bool(table.chunk_tokens and table.prefill_interval)),
         ("preemption", table.preemption == "swap"),
         ("order", table.order != "fcfs"),
         ("lookahead", table.lookahead.mode != "none"),
-        ("whole_prompt_admission", not table.whole_prompt_admission),
         ("types[0].max_hold_s", table.kind == "nested-wait" and table.types[0].max_hold_s is not None),
     ]
     for name, wrong in refused:
