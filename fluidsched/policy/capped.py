@@ -9,8 +9,8 @@ and standard deviation σ. For independent lengths N residents hold N κ̄ + z_�
 about 1 − δ in the normal approximation. The cap is the largest whole N for which that is within C and the tail of
 the actual law, P(KV of N residents > C), at most δ (`fluidsched.policy.tails`; KV is skewed to the right, which at
 small δ costs a resident or two), or the server's largest batch if smaller. With δ = 0 every resident is taken as
-large as the largest request ever gets. Where rates may be off, the cap is that of the normal approximation in the
-worst mix.
+large as the largest request ever gets. Where rates may be off, the same holds in the worst mixes: that in which
+mean + z sd is largest, and that in which Chernoff's bound on the tail is (`fluidsched.policy.robust`).
 
 **Time.** While more wait than are let in, N are in service. Completions then come at rates θa with one
 iteration in N / (θ Σ a_j S_j) seconds, and T = max_i (c0_i + θ T Σ a_j w_ij); the queue shrinks iff θ > 1,
@@ -37,8 +37,8 @@ import numpy as np
 from fluidsched.errors import InfeasibleError
 from fluidsched.policy.problem import Problem, Slack, boundary_problem, entry
 from fluidsched.policy.profiles import FloatArray, normal_quantile
-from fluidsched.policy.robust import largest_kv, top_sum
-from fluidsched.policy.tails import Tail, resident_transform, tail_of
+from fluidsched.policy.robust import CLOSE, largest_kv, largest_ratio, top_sum
+from fluidsched.policy.tails import Tail, resident_moments, resident_transform, tail_of
 
 if TYPE_CHECKING:
     from fluidsched.fluid import FluidSolution
@@ -72,7 +72,7 @@ def _law_of(problem: Problem, iterations: Any, kv: Any, squares: Any) -> tuple[A
 
 def plan_cap(problem: Problem) -> tuple[float, int | None]:
     """The real N at which memory is full at mean + z sd, and the cap: whole, within the largest batch, or None."""
-    by_law = False
+    by_law = problem.overflow_probability > 0.0 and not math.isinf(problem.capacity)
     if math.isinf(problem.capacity):
         real = math.inf
     elif problem.overflow_probability == 0.0:
@@ -83,7 +83,7 @@ def plan_cap(problem: Problem) -> tuple[float, int | None]:
         mean, deviation = resident_kv_law(problem)
         half = normal_quantile(problem.overflow_probability) * deviation / 2.0
         root = (math.sqrt(half * half + mean * problem.capacity) - half) / mean
-        real, by_law = root * root, True
+        real = root * root
     cap = min(real * (1 + 1e-12), problem.slots)
     if math.isinf(cap):
         return real, None
@@ -91,7 +91,28 @@ def plan_cap(problem: Problem) -> tuple[float, int | None]:
 
 
 def overflow(problem: Problem, cap: int) -> Tail:
-    """P(KV of `cap` residents > C) at a random iteration, for independent lengths."""
+    """P(KV of `cap` residents > C) at a random iteration, for independent lengths.
+
+    Where rates may be off, the probability in that of the mixes allowed in which Chernoff's bound is largest; the
+    bound holds in every mix.
+    """
+    known = problem.without_errors()
+    tail = _overflow_of_mix(known, cap)
+    if problem.rate_error is None or math.isinf(tail.theta):
+        return tail
+    iterations, level = problem.workload.iterations, math.floor(problem.capacity) + 1.0
+    while True:  # between θ and mixes: the bound is least in one and largest in the other
+        moments = resident_moments(known, tail.theta)
+        _, mix = largest_ratio(problem.rate * iterations, moments, problem.rate_error, problem.error_budget)
+        worst = known.at_rate(mix / iterations)
+        found = _overflow_of_mix(worst, cap)
+        if found.chernoff <= tail.chernoff * (1.0 + CLOSE):
+            exponent = cap * float(resident_transform(worst)[0](tail.theta)) - tail.theta * level
+            return Tail(max(found.probability, tail.probability), math.exp(min(exponent, 0.0)), tail.theta)
+        tail = found
+
+
+def _overflow_of_mix(problem: Problem, cap: int) -> Tail:
     mean, deviation = resident_kv_law(problem)
     transform, largest = resident_transform(problem)
     return tail_of(
@@ -214,7 +235,10 @@ def _overflow_entry(problem: Problem, cap: int | None, by_law: bool) -> dict[str
     delta = problem.overflow_probability
     if not by_law or cap is None or math.isinf(problem.capacity):
         return entry(0.0, "per iteration", "0: what N residents hold at most is within C", "certain")
-    tail = overflow(problem.without_errors(), cap)
+    tail = overflow(problem, cap)
+    mixes = "in the admitted proportions"
+    if problem.rate_error is not None:
+        mixes = "in any proportions the rate errors allow: of the mix in which `chernoff` is largest; it bounds all"
     return entry(
         tail.probability,
         "per iteration",
@@ -223,7 +247,7 @@ def _overflow_entry(problem: Problem, cap: int | None, by_law: bool) -> dict[str
         "probability",
         target=delta,
         chernoff=tail.chernoff,
-        holds_for="independent requests in the admitted proportions",
+        holds_for=f"independent requests {mixes}",
     )
 
 
@@ -263,7 +287,7 @@ def capped_certificate(problem: Problem, real: float, cap: int | None, token_bud
             cap,
             "requests",
             "largest N ≤ `real` with P(KV of N residents > C) ≤ δ, at most the largest batch"
-            if by_law and problem.rate_error is None
+            if by_law
             else "⌊N⌋ of `real`, at most the largest batch",
             "probability" if by_law else "certain",
             real=real,

@@ -4,7 +4,8 @@ The solution says how fast each type may be admitted (a_j) for the server to kee
 adds what makes that true at every moment: limits on how many are let in at a time, such that memory holds
 them, and slack, such that queues stay short. `fluidsched.policy.capped`, `.wait` and `.gated` derive them;
 each table's certificate states what it guarantees, entry by entry: value, unit, formula, and whether it is
-"certain" (on every path), holds with "probability" 1 − δ, or in "expectation" (long-run means).
+"certain" (on every path), holds with "probability" 1 − δ by the tail of the actual law, by "approximation" (the normal
+law in its place), or in "expectation" (long-run means).
 
 Types that the optimum refuses (a_j = 0, in overload) get threshold 0: they are never admitted. Types it
 rations (a_j < λ_j) are admitted at a_j; as long as all their demand is offered their queue grows. Thin the

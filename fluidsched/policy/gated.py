@@ -409,7 +409,7 @@ def gated_certificate(
             plan.in_service,
             "requests",
             "Σ_j n_j Σ_i max of P(S_j > s) over the i-th k_j ages" + ("" if certain else " + z sd"),
-            problem.guarantee,
+            "certain" if certain else "approximation",
             limit=problem.server.max_batch_size,
         ),
         "iteration_time": entry(

@@ -33,8 +33,9 @@ and −(p + x) at x = o, …, β − 1 if β > o; b and v sum its powers, in clo
 **Reserve.** Every resident counts p + R − 1, R the smallest length that an output exceeds with probability δ at most;
 with δ = 0 the longest output, and memory holds on every path.
 
-The normal law for N residents, their independence and memory being full are approximations; so the probability
-is that of one iteration's memory, as for caps, and the tests hold it against simulations.
+The normal law for N residents, their independence and memory being full are approximations: the certificate says
+"approximation" where that of a cap, whose residents' law is known, says "probability". It is that of one iteration's
+memory, and the tests hold it against simulations.
 """
 
 from __future__ import annotations
@@ -292,7 +293,7 @@ _FORMULA = {
 def lookahead_certificate(problem: Problem, plan: LookaheadPlan, multiple: float) -> dict[str, Any]:
     """What look-ahead guarantees; entries as in `fluidsched.policy.problem.entry`."""
     mode, headroom = plan.lookahead.mode, plan.lookahead.headroom_tokens
-    guarantee = "certain" if plan.is_certain else "probability"
+    guarantee = "certain" if plan.is_certain else ("probability" if mode == "reserve" else "approximation")
     worst: FloatArray | float = problem.capacity
     if not plan.is_certain:  # everybody who is in service in the mean as large as the largest gets
         workload = problem.workload

@@ -421,8 +421,8 @@ def expected_largest(mean: FloatArray, variance: FloatArray) -> FloatArray:
 def entry(value: Any, unit: str, formula: str, guarantee: str, **more: Any) -> dict[str, Any]:
     """One line of a certificate: value, unit, the formula it comes from, and what kind of guarantee it is.
 
-    `guarantee` is "certain" (on every path), "probability" (up to the stated overflow probability), or
-    "expectation" (for long-run means).
+    `guarantee` is "certain" (on every path), "probability" (up to the stated overflow probability), "approximation"
+    (the same, if the normal law stood for the actual one) or "expectation" (for long-run means).
     """
     return {"value": value, "unit": unit, "formula": formula, "guarantee": guarantee, **more}
 

@@ -43,7 +43,9 @@ in place of T. It is monotone in n, so the smallest thresholds are climbed to as
 **A cap** sees rates in its load and in the mix of its residents. Load: with u_il = w_il + c0_i S_l / N the
 multiple carried is 1 / (Σ_l a_l u_il + the Γ largest of d_l a_l u_il). Mix: one resident holds κ̄ + z σ / √N, a
 concave function of its first two moments, which move over a convex set; each of its tangents, maximised over the
-errors by Dinkelbach's iteration, is an upper bound, and tangents at the maximisers lead to the largest value.
+errors by Dinkelbach's iteration, is an upper bound, and tangents at the maximisers lead to the largest value. The tail
+of the actual law: at one θ, Chernoff's bound grows with E e^{θX} of a resident, which is such a ratio, too, so the same
+iteration finds the mix in which it is largest, and a bound for all.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ from numpy.typing import NDArray
 from fluidsched._checks import check_real
 from fluidsched.errors import InputError
 
-__all__ = ["checked_budget", "checked_errors", "largest_kv", "protected_rates", "top_sum"]
+__all__ = ["checked_budget", "checked_errors", "largest_kv", "largest_ratio", "protected_rates", "top_sum"]
 
 FloatArray = NDArray[np.float64]
 TANGENTS = 50  # most tangents of the resident's KV; a few suffice
@@ -148,10 +150,10 @@ def protected_rates(rate: FloatArray, slope: FloatArray, errors: FloatArray, bud
         return np.asarray(np.where(most > 0.0, rate / most, math.inf))
 
 
-def _largest_ratio(
+def largest_ratio(
     weight: FloatArray, value: FloatArray, errors: FloatArray, budget: float
 ) -> tuple[float, FloatArray]:
-    """max over the errors of Σ w_l (1 + e_l) c_l / Σ w_l (1 + e_l), and the weights that reach it."""
+    """max over the errors of Σ w_l (1 + e_l) c_l / Σ w_l (1 + e_l), and the weights w_l (1 + e_l) that reach it."""
     mix = weight
     ratio = float(weight @ value / weight.sum())
     while True:
@@ -187,7 +189,7 @@ def largest_kv(
     errors, budget
         d_j and Γ.
     """
-    value, mix = _largest_ratio(weight, mean, errors, budget)
+    value, mix = largest_ratio(weight, mean, errors, budget)
     if deviations == 0.0:
         return value
     bound, best = math.inf, -math.inf
@@ -198,7 +200,7 @@ def largest_kv(
         best = max(best, centre + deviations * spread)
         # √(m₂ − m²) ≤ (m₂ − 2 m c + c² + s²) / (2s) for every c and s, with equality at c = m, s the sd
         slope = mean + deviations / (2.0 * spread) * (square - 2.0 * centre * mean)
-        reached, corner = _largest_ratio(weight, slope, errors, budget)
+        reached, corner = largest_ratio(weight, slope, errors, budget)
         bound = min(bound, reached + deviations / (2.0 * spread) * (centre * centre + spread * spread))
         if bound <= best * (1.0 + CLOSE):
             break

@@ -42,7 +42,16 @@ from fluidsched.policy.problem import Problem, entry
 from fluidsched.policy.profiles import FloatArray
 from fluidsched.workload.lengths import IndependentLengths, JointLaw, LengthLaw
 
-__all__ = ["Held", "Tail", "negligible", "overflow_entry", "resident_transform", "sized", "tail_of"]
+__all__ = [
+    "Held",
+    "Tail",
+    "negligible",
+    "overflow_entry",
+    "resident_moments",
+    "resident_transform",
+    "sized",
+    "tail_of",
+]
 
 IntArray = NDArray[np.int64]
 DAMPING = 30.0  # −log of what the trapezoidal rule's copies are damped by
@@ -262,35 +271,69 @@ class _Line(NamedTuple):
     scale: FloatArray
 
 
-def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
-    """log E e^{zX} of the KV of one resident at a random iteration, and the most it can hold, tokens."""
-    stack = problem.workload.stacked_points
-    points = [(stack.prompt_tokens, stack.output_tokens, problem.rate[stack.law_of_point] * stack.weights)]
+class _ResidentPoints(NamedTuple):
+    """Points of all types' laws, and the laws that are products of too many to write out, with their types."""
+
+    kind: IntArray
+    prompt: FloatArray
+    output: FloatArray
+    weight: FloatArray
+    products: list[tuple[int, IndependentLengths]]
+    most: float  # tokens of the longest request and one more
+
+
+def _resident_points(problem: Problem) -> _ResidentPoints:
+    stack, workload = problem.workload.stacked_points, problem.workload
+    parts = [(stack.law_of_point, stack.prompt_tokens, stack.output_tokens, stack.weights)]
     products = []
-    for j in np.setdiff1d(np.arange(len(problem.workload)), stack.law).tolist():
-        rate, law = float(problem.rate[j]), problem.workload.types[j].law
+    for j in np.setdiff1d(np.arange(len(workload)), stack.law).tolist():
+        law = workload.types[j].law
         if _is_product(law):
-            products.append((rate, law))
+            products.append((j, law))
         else:
             p, o, w = law.atoms()
-            points.append((p, o, rate * w))
-    prompt, output, weight = (np.concatenate(part).astype(np.float64) for part in zip(*points, strict=True))
+            parts.append((np.full(len(p), j), p, o, w))
+    kind, *points = (np.concatenate(part) for part in zip(*parts, strict=True))
+    prompt, output, weight = (part.astype(np.float64) for part in points)
+    most = float((workload.max_prompt_tokens + workload.max_output_tokens).max())
+    return _ResidentPoints(kind, prompt, output, weight, products, most)
+
+
+def _product_moment(law: IndependentLengths, z: Any, most: float) -> Any:
+    """E[e^{zp}(e^{zo} − 1)] over e^{Re z most}."""
+    real = np.real(z)
+    p, o = (axis.values.astype(np.float64) for axis in (law.prompt, law.output))
+    first = law.prompt.weights @ np.exp(z * p - real * p.max())
+    second = law.output.weights @ (np.exp(z * o - real * o.max()) * -np.expm1(-z * o))
+    return first * second * np.exp(real * (p.max() + o.max() - most))
+
+
+def resident_moments(problem: Problem, theta: float) -> FloatArray:
+    """E e^{θX} of the KV of a resident of each type at a random iteration, but for a common factor, (A,)."""
+    points = _resident_points(problem)
+    grown = np.exp(theta * (points.prompt + points.output - points.most)) * -np.expm1(-theta * points.output)
+    moments = np.bincount(points.kind, points.weight * grown, len(problem.rate))
+    for j, law in points.products:
+        moments[j] += _product_moment(law, theta, points.most)
+    return np.asarray(moments / problem.workload.iterations)
+
+
+def resident_transform(problem: Problem) -> tuple[Callable[[Any], Any], float]:
+    """log E e^{zX} of the KV of one resident at a random iteration, and the most it can hold, tokens."""
+    kind, prompt, output, share, products, most = _resident_points(problem)
+    weight = problem.rate[kind] * share
     total = float(problem.rate @ problem.workload.iterations)
 
     def transform(z: Any) -> Any:
         # e^{zp}(e^{zo} − 1) = e^{z(p + o)}(1 − e^{−zo}), over e^{z most} so that neither factor overflows.
         real = np.real(z)
         moment = weight @ (np.exp(z * (prompt + output) - real * most) * -np.expm1(-z * output))
-        for rate, law in products:
-            p, o = (axis.values.astype(np.float64) for axis in (law.prompt, law.output))
-            first = law.prompt.weights @ np.exp(z * p - real * p.max())
-            second = law.output.weights @ (np.exp(z * o - real * o.max()) * -np.expm1(-z * o))
-            moment = moment + rate * first * second * np.exp(real * (p.max() + o.max() - most))
+        for j, law in products:
+            moment = moment + problem.rate[j] * _product_moment(law, z, most)
         above = np.exp(z - real) * -np.expm1(-z) * total  # (e^z − 1) S, over e^{Re z}
         with np.errstate(divide="ignore"):  # it may be 0, as e^K then is
             return np.log(moment / above) + real * (most - 1.0) + z * problem.padding
 
-    most = float((problem.workload.max_prompt_tokens + problem.workload.max_output_tokens).max())
     return transform, most - 1.0 + problem.padding
 
 
@@ -326,7 +369,7 @@ def tail_of(
     def exponent(theta: float) -> float:
         return float(transform(theta)) - theta * beyond
 
-    theta, lowest = _near_minimum(exponent, deviation, largest)
+    theta, lowest = _near_minimum(exponent, float(deviation), float(largest))
     if lowest > CERTAIN:
         return Tail(1.0, 1.0, theta)
     chernoff = math.exp(min(lowest, 0.0)) or sys.float_info.min

@@ -657,7 +657,7 @@ def wait_certificate(
             plan.in_service,
             "requests",
             "Σ_j n_j Σ_i P(S_j > ik)" + ("" if problem.is_certain else " + z sd"),
-            problem.guarantee,
+            "certain" if problem.is_certain else "approximation",
             limit=problem.server.max_batch_size,
         ),
         "cycle_time": entry(

@@ -18,6 +18,7 @@ __all__ = ["catalog_text", "certificate_rows", "plan_text"]
 _GUARANTEES = {
     "certain": "always",
     "probability": "up to the overflow probability",
+    "approximation": "about up to it: a normal approximation",
     "expectation": "in the mean, in the long run",
 }
 

@@ -146,6 +146,10 @@ def test_true_lengths_and_longest_reserves_never_overflow() -> None:
     quantile = compile_policy(fluid, "lookahead", mode="reserve", overflow_probability=0.1)
     assert quantile.lookahead.headroom_tokens < 200.0
     assert quantile.certificate["memory"]["guarantee"] == "probability"
+    law = compile_policy(_fluid(0.5), "lookahead").certificate
+    assert {law[name]["guarantee"] for name in ("memory", "overflow_probability", "headroom")} == {
+        "approximation"
+    }
 
 
 def test_tables_survive_files_and_say_what_they_are() -> None:

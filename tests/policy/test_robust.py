@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fluidsched as fs
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy import compile_policy, largest_load
-from fluidsched.policy.capped import plan_cap, resident_kv_law
+from fluidsched.policy.capped import overflow, plan_cap, resident_kv_law
 from fluidsched.policy.problem import Problem
 from fluidsched.policy.profiles import normal_quantile
 from fluidsched.policy.robust import largest_kv, protected_rates, top_sum
@@ -151,22 +151,31 @@ def test_no_errors_change_nothing():
         assert "robust" not in compile_policy(fluid, kind).certificate
 
 
-def test_a_cap_fits_memory_in_every_mix():
-    """At every vertex N κ̄ + z σ √N ≤ C, with N + 1 no longer."""
-    fluid = fluid_of(TIMES[0], capacity=30_000.0)
+@pytest.mark.parametrize(("capacity", "delta"), [(30_000.0, 0.01), (30_000.0, 1e-4), (90_000.0, 0.2)])
+def test_a_cap_fits_memory_in_every_mix(capacity, delta):
+    """At every vertex N κ̄ + z σ √N ≤ C and P(KV > C) ≤ δ by the actual law, and one more breaks one of the two."""
+    fluid = fluid_of(TIMES[0], capacity=capacity)
     errors, budget = np.array([0.4, 0.3, 0.5]), 1.5
-    table = compile_policy(fluid, "capped", rate_error=errors.tolist(), error_budget=budget)
-    problem = Problem.of(fluid, 0.01)
-    plain = plan_cap(problem)[1]
-    held = []
+    asked = {"overflow_probability": delta, "rate_error": errors.tolist(), "error_budget": budget}
+    table = compile_policy(fluid, "capped", **asked)
+    line = table.certificate["overflow_probability"]
+    known, problem = Problem.of(fluid, delta), Problem.of(fluid, delta, 0.0, None, errors.tolist(), budget)
+    worst = []
     for cap in (table.max_in_service, table.max_in_service + 1):
-        worst = 0.0
+        held = over = 0.0
         for e in vertices(errors, budget, (1.0, -1.0)):
-            mean, deviation = resident_kv_law(problem.at_rate(problem.rate * (1 + e)))
-            worst = max(worst, cap * mean + normal_quantile(0.01) * deviation * np.sqrt(cap))
-        held.append(worst)
-    assert table.max_in_service < plain
-    assert held[0] <= 30_000.0 < held[1]
+            mix = known.at_rate(known.rate * (1 + e))
+            mean, deviation = resident_kv_law(mix)
+            held = max(held, cap * mean + normal_quantile(delta) * deviation * np.sqrt(cap))
+            tail = overflow(mix, cap)
+            over = max(over, tail.probability)
+            assert tail.probability <= overflow(problem, cap).chernoff
+        worst.append((held, over))
+    assert table.max_in_service < plan_cap(known)[1]
+    assert worst[0][0] <= capacity
+    assert worst[0][1] == pytest.approx(line["value"], rel=1e-9)
+    assert line["value"] <= delta < line["chernoff"]
+    assert worst[1][0] > capacity or worst[1][1] > delta
 
 
 def test_beyond_the_robust_reach_the_error_says_how_far():

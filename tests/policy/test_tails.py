@@ -12,7 +12,7 @@ import fluidsched as fs
 from fluidsched.policy import capped, compile_policy
 from fluidsched.policy.problem import Problem
 from fluidsched.policy.profiles import normal_quantile
-from fluidsched.policy.tails import Held, negligible, tail_of
+from fluidsched.policy.tails import Held, negligible, resident_moments, resident_transform, tail_of
 
 TIME = fs.IterationTime.affine(0.01, 1e-6, 1e-6, 1e-9)
 
@@ -111,6 +111,29 @@ def test_drawn_blocks_overflow_as_often_as_stated():
             held += np.where(o > stage, p + stage, 0).reshape(draws, n).sum(axis=1)
         worst = max(worst, int((held > 60_000).sum()))
     assert binomtest(worst, draws, stated).pvalue > 1e-4
+
+
+def test_moments_by_type_are_those_of_all() -> None:
+    """Weighed by how many residents are of each type they add up to the transform; a product law among them."""
+    product = fs.RequestType("a", 2.0, fs.lengths.uniform(3, 30), fs.lengths.uniform(1, 50))
+    joint = fs.RequestType("b", 1.0, lengths=fs.lengths.joint([2, 9, 4], [2, 4, 7], [0.5, 0.3, 0.2]))
+    problem = Problem.of(fs.solve_fluid(fs.Workload([product, joint]), fs.Server(1e6, TIME)), 0.01)
+    weight, transform = problem.rate * problem.workload.iterations, resident_transform(problem)[0]
+    for theta in (0.01, 0.3):
+        alone = [transform_of_type(problem, j, theta) for j in range(2)]
+        moments = resident_moments(problem, theta)
+        assert moments[0] / moments[1] == pytest.approx(alone[0] / alone[1], rel=1e-12)
+        assert np.exp(transform(theta)) == pytest.approx(float(weight @ alone) / weight.sum(), rel=1e-12)
+
+
+def transform_of_type(problem: Problem, j: int, theta: float) -> float:
+    """E e^{θX} of a resident of the type, added up iteration by iteration."""
+    p, o, w = problem.workload.types[j].law.atoms()
+    total = sum(
+        weight * np.exp(theta * (prompt + np.arange(output))).sum()
+        for prompt, output, weight in zip(p.tolist(), o.tolist(), w.tolist(), strict=True)
+    )
+    return float(total) / float(problem.workload.iterations[j])
 
 
 def test_cells_multiplied_together_are_those_taken_one_by_one() -> None:
