@@ -23,6 +23,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from fluidsched.errors import InputError
+
 __all__ = ["memory_prices"]
 
 _Int = npt.NDArray[np.int64]
@@ -32,6 +34,7 @@ _SPAN = 32  # rounds: shorter spans mean more rows, longer ones a wider band
 _GAP = 1e-8  # relative, between primal and dual values
 _STEPS = 200
 _TO_THE_BOUNDARY = 0.995  # share of the way that a step goes
+_MOST_ENTRIES = 3 * 10**8  # of the band, 8 bytes each
 _LOST = 1e-30  # of the largest diagonal: a pivot that rounding has lost
 
 
@@ -52,7 +55,10 @@ def memory_prices(arrivals: _Real, held: _Real, length: _Int, capacity: float, t
     """
     deadline = time.monotonic() + time_limit
     program = _Columns(arrivals, held, length, capacity)
-    return program.solve(deadline)
+    with np.errstate(
+        all="ignore"
+    ):  # the last steps divide by slacks that vanish; what is not finite ends them
+        return program.solve(deadline) / capacity
 
 
 class _Columns:
@@ -75,7 +81,10 @@ class _Columns:
         place[np.argsort(middle, kind="stable")] = np.arange(rounds + spans)
         self.memory, self.balance = place[:rounds], place[rounds:]  # positions of the rows
         self.kinds, self.starts, self.row = kinds, starts, self.balance[span]
-        self.held, self.length = held, length
+        self.held, self.length = (
+            held / capacity,
+            length,
+        )  # shares of the memory: the start takes all columns alike
         link = np.flatnonzero(~last)  # y of these spans goes on to the next
         self.before, self.after = self.balance[link], self.balance[link + 1]
         self.link = link
@@ -83,12 +92,19 @@ class _Columns:
             [starts.astype(np.float64), np.where(last, float(rounds), 0.0), np.zeros(rounds)]
         )
         self.right = np.empty(rounds + spans)
-        self.right[self.memory] = capacity
+        self.right[self.memory] = 1.0
         self.right[self.balance] = arrivals[of_class, begin]
         self.shape = (len(starts), spans, rounds)
         self.band = _bandwidth(kinds, starts, self.row, self.memory, length)
         if len(link):
             self.band = max(self.band, int(np.abs(self.before - self.after).max()))
+        if self.band * len(self.right) > _MOST_ENTRIES:
+            raise InputError(
+                "path",
+                f"{len(self.right):,} equations with a band of {self.band:,}",
+                f"have at most {_MOST_ENTRIES:,} entries in the relaxation's equations",
+                'Take hindsight_bound(method="combinatorial"), or a shorter path.',
+            )
 
     def times(self, v: _Real) -> _Real:
         """A v."""
@@ -150,7 +166,10 @@ class _Columns:
             dv, dw, dz = self._direction(factor, theta, over, primal, dual)
             along = min(1.0, _TO_THE_BOUNDARY * _longest(v, dv))
             across = min(1.0, _TO_THE_BOUNDARY * _longest(z, dz))
-            v, w, z = v + along * dv, w + across * dw, z + across * dz
+            after = v + along * dv, w + across * dw, z + across * dz
+            if not all(np.isfinite(part).all() for part in after):
+                break
+            v, w, z = after
         return np.asarray(np.maximum(-w[self.memory], 0.0))
 
     def _direction(

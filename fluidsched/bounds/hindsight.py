@@ -70,6 +70,9 @@ _Int = npt.NDArray[np.int64]
 _Real = npt.NDArray[np.float64]
 
 _SOURCE = "arXiv 2502.07115"
+_MOST_ROUNDS = 2**53
+_MOST_HELD = 10**8  # entries of (K, longest)
+_MOST_STARTS = 3 * 10**7  # of (K, H), of which a search for prices holds a dozen arrays
 _GRID = 1e-9  # relative distance from whole rounds that counts as rounding of the arrival times
 _BEAMS = ((2_000, 0.5, 0.5), (20_000, 0.5, 0.5), (20_000, 0.3, 0.65), (20_000, 0.5, 0.3))
 # (width, weight, decay) of the searches, tuned on the named family: no ranking is the best on all instances.
@@ -300,6 +303,12 @@ def _instance(path: ArrivalPath, server: Server) -> _Instance:
         )
     round_s = server.iteration_time.empty
     exact = (path.arrival_s - path.arrival_s[0]) / round_s
+    if exact[-1] > _MOST_ROUNDS:
+        raise InputError(
+            "path.arrival_s[-1]",
+            float(path.arrival_s[-1]),
+            f"lie at most {_MOST_ROUNDS:,} iterations of {round_s:g} s after the first arrival",
+        )
     arrival = np.rint(exact).astype(np.int64)
     off = np.abs(exact - arrival) > _GRID * np.maximum(exact, 1.0)
     if np.any(off):
@@ -312,7 +321,14 @@ def _instance(path: ArrivalPath, server: Server) -> _Instance:
         )
     pairs = np.stack([path.prompt_tokens, path.output_tokens], axis=1)
     classes, kind = np.unique(pairs, axis=0, return_inverse=True)
-    k = np.arange(int(classes[:, 1].max()))
+    longest = int(classes[:, 1].max())
+    if len(classes) * longest > _MOST_HELD:
+        raise InputError(
+            "path",
+            f"{len(classes):,} pairs of lengths, the longest output {longest:,} tokens",
+            f"have at most {_MOST_HELD:,} pairs times longest output",
+        )
+    k = np.arange(longest)
     served = k < classes[:, 1:]
     held = np.where(served, server.block_rounded(classes[:, :1] + k), 0.0)
     capacity = server.usable_kv_capacity
@@ -391,6 +407,14 @@ class _Program:
     """The start-time program of an instance over a window of H rounds; `arrivals` (K, H) of each class."""
 
     def __init__(self, case: _Instance, window: int) -> None:
+        size = len(case.length) * window
+        if size > _MOST_STARTS:
+            raise InputError(
+                "path",
+                f"{len(case.length):,} pairs of lengths over {window:,} rounds",
+                f"have at most {_MOST_STARTS:,} possible starts, one per pair and round",
+                'Take hindsight_bound(method="combinatorial"), or a shorter path.',
+            )
         self.case, self.window = case, window
         self.arrivals = np.zeros((len(case.length), window))
         np.add.at(self.arrivals, (case.kind, case.arrival), 1.0)
@@ -402,7 +426,9 @@ class _Program:
         case = self.case
         price = memory_prices(self.arrivals, case.held, case.length, case.capacity, time_limit)
         value = self.lagrangian(price)
-        if value < float(case.output.sum()):  # cut short: no prices at all are better
+        if not value >= float(
+            case.output.sum()
+        ):  # cut short, or lost to rounding: no prices at all are better
             price = np.zeros(self.window)
             value = self.lagrangian(price)
         return price, value

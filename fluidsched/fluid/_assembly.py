@@ -19,8 +19,7 @@ __all__ = ["ASSEMBLY_TOLERANCE", "Assembly", "Minimum"]
 #: Tolerance of certificates of scaled programs; HiGHS itself works to 1e-10.
 ASSEMBLY_TOLERANCE = 1e-7
 
-#: HiGHS's choice of an irreducible infeasible set: found from the linear program, then reduced.
-_IRREDUCIBLE = int(highspy.IisStrategy.kIisStrategyFromLp) | int(highspy.IisStrategy.kIisStrategyIrreducible)
+_INFEASIBLE = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
 
 
 class Minimum(NamedTuple):
@@ -119,24 +118,46 @@ class Assembly:
         return lp, SparseRows(row, column, value), scale
 
     def contradiction(self) -> tuple[str, ...]:
-        """Return the names of an irreducible set of rows that contradict each other; () where HiGHS gives none.
+        """Return the names of an irreducible set of rows that contradict each other; () where nothing does.
 
-        Bounds of columns hold throughout and are not named.
+        Bounds of columns hold throughout and are not named; integer columns may take any value between theirs. Rows
+        are dropped in halves and for good where the rest still contradicts; a row that has to stay once has to stay
+        among fewer. (HiGHS's own search gave up on a third of programs whose floors a few pools cannot meet.)
         """
         lp, _, _ = self.program()
+        lp.col_cost_, lp.integrality_ = np.zeros(self._columns), []
+        lower, upper = np.array(lp.row_lower_), np.array(lp.row_upper_)
         highs = new_highs()
         highs.passModel(lp)
-        return self._contradiction(highs)
 
-    def _contradiction(self, highs: highspy.Highs) -> tuple[str, ...]:
-        if highs.setOptionValue("iis_strategy", _IRREDUCIBLE) != highspy.HighsStatus.kOk:
-            return ()  # an older HiGHS
-        status, found = highs.getIis()
-        if status != highspy.HighsStatus.kOk or not found.valid_:
+        def contradicts(without: range) -> bool:
+            for row in without:
+                highs.changeRowBounds(row, -highspy.kHighsInf, highspy.kHighsInf)
+            highs.setOptionValue("presolve", "off")
+            run(highs)
+            if highs.getModelStatus() not in (highspy.HighsModelStatus.kOptimal, *_INFEASIBLE):
+                highs.clearSolver()  # the simplex method did not come to an end from there
+                highs.setOptionValue("presolve", "on")
+                run(highs)
+            if highs.getModelStatus() in _INFEASIBLE:
+                return True
+            for row in without:
+                highs.changeRowBounds(row, lower[row], upper[row])
+            return False
+
+        def needed(rows: range) -> list[int]:
+            if contradicts(rows):
+                return []
+            if len(rows) == 1:
+                return [rows[0]]
+            half = len(rows) // 2
+            return needed(rows[:half]) + needed(rows[half:])
+
+        if not contradicts(range(0)):
             return ()
         starts = [first for first, _ in self._named]
         names = []
-        for row in sorted(found.row_index_):
+        for row in needed(range(self._rows)):
             first, name = self._named[bisect.bisect_right(starts, row) - 1]
             names.append(name(row - first))
         return tuple(dict.fromkeys(names))
@@ -147,7 +168,7 @@ class Assembly:
         Raises
         ------
         InfeasibleError
-            If nothing satisfies the rows; names an irreducible set of them where HiGHS finds one.
+            If nothing satisfies the rows; names an irreducible set of them where columns need not be whole.
         SolverError
             If HiGHS ends without an optimum for another reason.
         """
@@ -159,9 +180,8 @@ class Assembly:
             raise SolverError(f"HiGHS refused {what}")
         run(highs)
         status = highs.getModelStatus()
-        infeasible = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
-        if status in infeasible:
-            names = self._contradiction(highs)
+        if status in _INFEASIBLE:
+            names = self.contradiction()
             together = f"; these contradict each other: {', '.join(names)}" if names else ""
             raise InfeasibleError(f"{what} has no solution{together}")
         if status != highspy.HighsModelStatus.kOptimal:

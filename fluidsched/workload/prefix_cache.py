@@ -76,7 +76,7 @@ class PromptBlocks:
 
     def __post_init__(self) -> None:
         tokens = check_count("block_tokens", self.block_tokens, minimum=1)
-        first, names = (np.array(given, dtype=np.int64) for given in (self.first, self.names))
+        first, names = (_whole_numbers(field, getattr(self, field)) for field in ("first", "names"))
         if (
             first.ndim != 1
             or not len(first)
@@ -118,6 +118,14 @@ class PromptBlocks:
         """SHA-256 of tokens, beginnings and names."""
         columns = (np.array([self.block_tokens]), self.first, self.names)
         return fingerprint([fingerprint(column.astype("<i8").tobytes()) for column in columns])
+
+
+def _whole_numbers(field: str, given: Any) -> IntArray:
+    """A copy; rounding names would make prompts share what they do not."""
+    array = np.array(given)
+    if array.size and (array.dtype.kind not in "iu" or int(array.max()) >= 2**63):
+        raise InputError(field, given, "hold whole numbers below 2^63")
+    return array.astype(np.int64)
 
 
 def lru_cached_tokens(

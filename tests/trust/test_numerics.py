@@ -21,6 +21,7 @@ from fluidsched.fluid import fluid_variables
 from fluidsched.policy import tails
 from fluidsched.policy.problem import Problem
 from fluidsched.queues.lundberg import exponents_at_most
+from fluidsched.workload.prefix_cache import PromptBlocks, lru_cached_tokens
 
 # --------------------------------------------------------------------------- the linear program
 
@@ -345,3 +346,133 @@ def test_counters_of_tokens_do_not_overflow(prompt: int, output: int, count: int
     last = first + (output - 1) * base + count * ((output - 1) * per_decode + per_kv * read)
     np.testing.assert_allclose(records["first_token_s"], float(first), rtol=1e-12)
     np.testing.assert_allclose(records["finish_s"], float(last), rtol=1e-12)
+
+
+# --------------------------------------------------------------------------- hindsight
+
+
+def identical(count: int, prompt: int, output: int, at_once: int) -> tuple[fs.ArrivalPath, fs.Server, int]:
+    """Requests of one length that come together, memory for `at_once`, and their total time batch after batch."""
+    path = fs.ArrivalPath.from_arrays(np.zeros(count), [prompt] * count, [output] * count)
+    server = fs.Server(at_once * (prompt + output - 1), fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+    return path, server, sum(output * (i // min(at_once, count) + 1) for i in range(count))
+
+
+@pytest.mark.parametrize("method", ["lp", "combinatorial"])
+@pytest.mark.parametrize("prompt", [1, 2**31 - 1])
+@pytest.mark.parametrize("at_once", [1, 7, 20, 10**6])
+def test_hindsight_bounds_of_identical_requests(method: Any, prompt: int, at_once: int) -> None:
+    """Never above batch after batch; equal to it where a request has one token, or all fit at once."""
+    for output in (1, 12):
+        path, server, total = identical(20, prompt, output, at_once)
+        lower = fs.bounds.hindsight_bound(path, server, method=method).lower
+        assert 20 * output * (1 - 1e-12) <= lower <= total * (1 + 1e-12)
+        if at_once >= 20 or (method == "lp" and output == 1):
+            assert lower == pytest.approx(total, rel=1e-6)
+
+
+def test_hindsight_bounds_of_lengths_over_nine_orders() -> None:
+    """Prompts of 1 to 2e9 tokens; in memory that holds all of them nobody waits, and units do not matter."""
+    rng = np.random.default_rng(1)
+    arrival = np.sort(rng.integers(0, 60, 25)).astype(np.float64)
+    prompt, output = (10 ** rng.uniform(0, 9.3, 25)).astype(int), rng.integers(1, 20, 25)
+    largest = int((prompt + output).max())
+    bounds = []
+    for capacity in (largest, 3 * largest, 10**15):
+        scaled = [
+            fs.bounds.hindsight_bound(
+                fs.ArrivalPath.from_arrays(arrival * unit, prompt, output),
+                fs.Server(capacity, fs.IterationTime.affine(unit, 0.0, 0.0, 0.0)),
+            ).lower
+            / unit
+            for unit in (1.0, 2.0**-20)
+        ]
+        assert scaled[0] == scaled[1]
+        bounds.append(scaled[0])
+    assert bounds[0] > bounds[1] >= bounds[2] * (1 - 1e-9)
+    assert bounds[2] == pytest.approx(float(output.sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arrival", "output", "message"),
+    [
+        ([0.0, 1e8], 3, "possible starts"),
+        ([0.0, 1e17], 3, "iterations of 1 s after the first"),
+        ([0.0, 1.0], 2**31 - 1, "times longest output"),
+    ],
+)
+def test_hindsight_of_what_takes_the_machine_is_refused(
+    arrival: list[float], output: int, message: str
+) -> None:
+    """Windows and outputs of hundreds of millions of rounds: an error that says the limit, and no array of them."""
+    path = fs.ArrivalPath.from_arrays(arrival, [5, 5], [output, 3])
+    server = fs.Server(10**12, fs.IterationTime.affine(1.0, 0.0, 0.0, 0.0))
+    with pytest.raises(InputError, match=message):
+        fs.bounds.hindsight_bound(path, server)
+
+
+# --------------------------------------------------------------------------- first passages
+
+
+def test_first_passages_of_tiny_shares_against_fractions() -> None:
+    """Shares of 1e-3, 1e-15 and 1e-100: every cycle stepped through in fractions, to 1e-10 of values down to 1e-300."""
+    for share in (Fraction(1, 1000), Fraction(1, 10**15), Fraction(1, 10**100)):
+        trials, threshold, level = 3, 2, 2
+        law = [math.comb(trials, y) * share**y * (1 - share) ** (trials - y) for y in range(trials + 1)]
+        alive = {0: Fraction(1)}
+        for _ in range(12):
+            after: dict[int, Fraction] = {}
+            for v, mass in alive.items():
+                for y, chance in enumerate(law):
+                    left = v + y - threshold if v + y >= threshold else v + y
+                    if left <= level:
+                        after[left] = after.get(left, Fraction(0)) + mass * chance
+            alive = after
+        exact = 1 - sum(alive.values())
+        found = fs.bounds.first_passage_probability(trials, float(share), threshold, level=level, cycles=12)
+        assert found == pytest.approx(float(exact), rel=1e-10)
+
+
+def test_first_passages_of_endless_runs() -> None:
+    """1e18 cycles, loads up to 1 − 1e-9: probabilities that rise with the cycles, fall with the level, end at 1."""
+    for trials, share, threshold in (
+        (10, 0.3, 4),
+        (100, 0.00999, 1),
+        (50, 0.499999999, 25),
+        (1000, 1e-12, 2),
+    ):
+        found = np.array(
+            [
+                [
+                    fs.bounds.first_passage_probability(trials, share, threshold, level=level, cycles=cycles)
+                    for cycles in (1, 10**6, 10**12, 10**18)
+                ]
+                for level in (1, 20, 60)
+            ]
+        )
+        assert np.all((found >= 0.0) & (found <= 1.0))
+        assert np.all(np.diff(found, axis=1) >= -1e-12)
+        assert np.all(np.diff(found, axis=0) <= 1e-12)
+    assert found[0, 3] < 1.0  # of shares of 1e-12 three in one cycle hardly ever come
+
+
+# --------------------------------------------------------------------------- prefix caches
+
+
+def test_caches_of_any_size_find_no_more_than_all_but_a_token() -> None:
+    """Prompts of 2³¹ − 1 tokens in blocks of 2²⁹ to 2⁵³, caches from nothing to without end."""
+    prompt = np.array([2**31 - 1, 2**31 - 1, 5])
+    for block in (2**29, 2**30, 2**31 - 1, 2**53):
+        for size in (0.0, 0.5, 2.0**29, 2.0**30, 2.0**31, 1e300, math.inf):
+            found = lru_cached_tokens(
+                prompt, [[1, 2, 3], [1, 2, 3], [4]], block_tokens=block, cache_tokens=size
+            )
+            kept = min(size // block if size < math.inf else 3, (2**31 - 2) // block)
+            assert found.tolist() == [0, block * int(kept), 0]
+
+
+@pytest.mark.parametrize("names", [[2**70], [2**63], [1.5], [math.nan], ["a"]])
+def test_names_of_blocks_are_whole_numbers(names: list[Any]) -> None:
+    """Rounded or cut names would make two prompts share what they do not."""
+    with pytest.raises(InputError, match="names"):
+        PromptBlocks(16, [0, 1], names)  # type: ignore[arg-type]
