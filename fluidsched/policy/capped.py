@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluidsched.errors import InfeasibleError
-from fluidsched.policy.problem import Problem, Slack, boundary_problem, entry
+from fluidsched.policy.problem import INSIDE, Problem, Slack, boundary_problem, entry
 from fluidsched.policy.profiles import FloatArray, normal_quantile
 from fluidsched.policy.robust import CLOSE, largest_kv, largest_ratio, top_sum
 from fluidsched.policy.tails import Tail, resident_moments, resident_transform, tail_of
@@ -226,7 +226,8 @@ def check_carried(
     allowed = "no limit on requests in service" if cap is None else f"a cap of {cap:,}, which memory allows,"
     raise InfeasibleError(
         f"at load {float(np.max(fluid.load)):.3f} {allowed} carries {multiple:.3f} times the admitted rates, "
-        f"not {1.0 + margin:g} times. A cap exists below {share:.3f} of the fluid boundary.",
+        f"not {1.0 + margin:g} times. A cap exists below {share:.3f} of the fluid boundary."
+        + (INSIDE if share > 0.0 and float(np.max(fluid.load)) > 1.0 else ""),
         "time",
     )
 

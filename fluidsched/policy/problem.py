@@ -438,6 +438,13 @@ _REASONS = {  # the least severe first
 }
 
 
+_WAYS_OUT = {"segments": "fewer segments"}
+INSIDE = (
+    ' What the optimum admits lies on the boundary: admitted_share="auto" (--admitted-share auto) goes as little '
+    "inside as a table needs."
+)
+
+
 def boundary_problem(fluid: FluidSolution, problem: Problem) -> Problem:
     """The same server, limits and errors at the fluid boundary along the offered mix."""
     offered = np.asarray(fluid.workload.arrival_rate)
@@ -507,8 +514,10 @@ def no_table(
     until = (
         f"One exists up to {share:.3f} of the fluid boundary."
         if share > 0.0
-        else "None exists at any load: fewer types or more memory would help."
+        else f"None exists at any load: {_WAYS_OUT.get(reason, 'fewer types or more memory')} would help."
     )
+    if share > 0.0 and float(np.max(fluid.load)) > 1.0:
+        until += INSIDE
     margin_text = f" with slack {margin:g}" if margin else ""
     return InfeasibleError(
         f"no {what}{margin_text} exists at load {float(np.max(fluid.load)):.3f}: {_REASONS[reason]}. {until}",

@@ -24,7 +24,7 @@ def overloaded() -> fs.FluidSolution:
 def test_inside_the_boundary_a_table_exists_and_says_how_far(overloaded, kind):
     """At the optimum's own rates no table has slack; with "auto" one has, for nearly those rates."""
     options = {} if kind == "capped" else {"block_iterations": 8}
-    with pytest.raises(InfeasibleError):
+    with pytest.raises(InfeasibleError, match='admitted_share="auto"'):
         compile_policy(overloaded, kind, slack=0.05, **options)
     table = compile_policy(overloaded, kind, slack=0.05, admitted_share="auto", **options)
     share = table.certificate["admitted_share"]["value"]
