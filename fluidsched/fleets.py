@@ -55,7 +55,7 @@ from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.fluid import CapacityPlan
 from fluidsched.policy import PolicyTable, baselines
 from fluidsched.server import Server
-from fluidsched.simulation.measures import check_targets
+from fluidsched.simulation.measures import Settled, check_targets
 from fluidsched.workload import Workload
 
 if TYPE_CHECKING:
@@ -378,15 +378,15 @@ class _Sampling(NamedTuple):
     replications: int
 
 
-_Simulated = Callable[[int, float, _Sampling, np.random.SeedSequence], "SimulationResult"]
-"""(replicas, end of the runs in s, sampling, seed) → runs of one policy."""
+_Simulated = Callable[[int, float, _Sampling, np.random.SeedSequence, Settled], "SimulationResult"]
+"""(replicas, end of the runs in s, sampling, seed, what sees every run) → runs of one policy."""
 
 
 def _pool_alone(workload: Workload, server: Server, policy: PolicyTable) -> _Simulated:
     """One replica with its share of what is routed to the pool."""
 
     def simulated(
-        replicas: int, end: float, sampling: _Sampling, seed: np.random.SeedSequence
+        replicas: int, end: float, sampling: _Sampling, seed: np.random.SeedSequence, settled: Settled
     ) -> SimulationResult:
         from fluidsched.simulation import simulate
 
@@ -398,6 +398,8 @@ def _pool_alone(workload: Workload, server: Server, policy: PolicyTable) -> _Sim
             warmup=sampling.warmup,
             replications=sampling.replications,
             seed=seed,
+            kept_replications=0,
+            on_run=settled.seen,
         )
 
     return simulated
@@ -415,7 +417,7 @@ def _pair(
     """The whole fleet, with so many prefill replicas and the number of decode replicas to be tried."""
 
     def simulated(
-        replicas: int, end: float, sampling: _Sampling, seed: np.random.SeedSequence
+        replicas: int, end: float, sampling: _Sampling, seed: np.random.SeedSequence, settled: Settled
     ) -> SimulationResult:
         from fluidsched.simulation import routers
         from fluidsched.simulation.cluster import simulate_cluster
@@ -424,7 +426,7 @@ def _pair(
             dataclasses.replace(plan.pools[k], replicas=number)
             for k, number in ((prefill, prefills), (decode, replicas))
         ]
-        return simulate_cluster(
+        runs = simulate_cluster(
             plan.workload.with_rates(plan.routing.routed_rate[prefill]),
             pools,
             policy,
@@ -436,6 +438,10 @@ def _pair(
             replications=sampling.replications,
             seed=seed,
         ).whole
+        (name,) = runs.policies
+        for r, path in enumerate(runs.paths):
+            settled.seen(name, r, path, runs.run(name, r))
+        return runs
 
     return simulated
 
@@ -536,19 +542,15 @@ class _PoolTrial:
         self, replicas: int, seed: np.random.SeedSequence
     ) -> tuple[dict[str, NDArray[np.float64]], dict[str, bool], bool]:
         """Return measure → values (R,), measure → whether they are lower bounds, and whether backlog grows."""
-        from fluidsched.simulation.measures import latency_statistic
-
         horizon, warmup, _ = self._sampling
         longer = horizon / 6
         for _ in range(_DOUBLINGS):
-            runs = self._simulated(replicas, horizon + longer, self._sampling, seed)
+            settled = Settled(self._targets, warmup, horizon)
+            runs = self._simulated(replicas, horizon + longer, self._sampling, seed, settled)
             (name,) = runs.policies
             values, is_bound = {}, {}
             for measure in self._targets:
-                judged = [
-                    latency_statistic(path, runs.run(name, r), warmup, horizon, measure)
-                    for r, path in enumerate(runs.paths)
-                ]
+                judged = settled.of(name, measure)
                 values[measure] = np.array([value for value, _ in judged])
                 is_bound[measure] = any(bound for _, bound in judged)
             verdict = runs.verdict(name)

@@ -36,15 +36,15 @@ from fluidsched.recommendation import (
     RESOLUTION,
     Reach,
     Recommendation,
-    Settled,
     bracket,
     choose,
     gains_over,
     judge,
     keeps_up,
+    settled_until,
 )
 from fluidsched.server import Server, catalog
-from fluidsched.simulation.measures import check_targets, in_words, interval
+from fluidsched.simulation.measures import Settled, check_targets, in_words, interval
 from fluidsched.workload import ArrivalPath, Workload, workloads
 from fluidsched.workload.path import DrawnPaths
 
@@ -521,7 +521,7 @@ class _Trial:
 
         speed = self._speed(load)
         end, start = self.horizon / speed, self.warmup / speed
-        settled = Settled(self.targets, end, start)
+        settled = Settled(self.targets, start, settled_until(end, start))
         runs = simulate(
             self.paths(load),
             self.server,

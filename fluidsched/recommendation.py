@@ -28,7 +28,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from fluidsched._display import Tabular
 from fluidsched._files import to_jsonable
 from fluidsched.comparison import WIDTH
 from fluidsched.policy import PolicyTable
-from fluidsched.simulation.measures import UNITS, in_words, interval, latency_statistic
+from fluidsched.simulation.measures import UNITS, Settled, in_words, interval
 from fluidsched.simulation.result import aligned
 
 if TYPE_CHECKING:
@@ -46,19 +46,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from fluidsched.simulation import SimulationResult
-    from fluidsched.simulation.records import EngineRun
-    from fluidsched.workload import ArrivalPath
 
 __all__ = [
     "Gain",
     "Reach",
     "Recommendation",
-    "Settled",
     "bracket",
     "choose",
     "gains_over",
     "judge",
     "keeps_up",
+    "settled_until",
 ]
 
 #: Between tables of nearly equal latency the earlier one is recommended: the compiled cap, a stock engine's flag
@@ -554,40 +552,16 @@ def gains_over(runs: SimulationResult, policy: str, load: float, arrival_rate: f
 # ------------------------------------------------------------------ reach
 
 
-class Settled:
-    """Latencies that have targets, of every run, before it is forgotten: `seen` is an `on_run` of `simulate`.
-
-    Of the requests that arrived before the last sixth of the measured time: those after it are still in service at the
-    end.
-
-    Parameters
-    ----------
-    measures : iterable of str
-        Statistics of latencies, such as "p99_ttft".
-    horizon : float or None
-        End of the runs, s; None: run until empty.
-    warmup : float
-        Start of the measured window, s.
-    """
-
-    def __init__(self, measures: Iterable[str], horizon: float | None, warmup: float) -> None:
-        self._measures = tuple(measures)
-        self._window = warmup, math.inf if horizon is None else horizon - (horizon - warmup) / 6
-        self._found: dict[tuple[str, str], list[tuple[float, bool]]] = {}
-
-    def seen(self, policy: str, replication: int, path: ArrivalPath, run: EngineRun) -> None:
-        """Measure one run."""
-        for measure in self._measures:
-            found = latency_statistic(path, run, *self._window, measure)
-            self._found.setdefault((policy, measure), []).append(found)
-
-    def of(self, policy: str, measure: str) -> list[tuple[float, bool]]:
-        """Value in each replication, s, and whether it is a lower bound."""
-        return self._found[policy, measure]
+def settled_until(horizon: float, warmup: float) -> float:
+    """Up to when requests arrive that targets are judged by, s: the last sixth may still be in service."""
+    return horizon - (horizon - warmup) / 6
 
 
 def judge(runs: SimulationResult, policy: str, targets: Mapping[str, float], settled: Settled) -> bool | None:
-    """Whether a policy keeps up and meets the targets: True and False with confidence, None if it cannot be told."""
+    """Whether a policy keeps up and meets the targets: True and False with confidence, None if it cannot be told.
+
+    `settled`: the latencies that have targets, of the requests that arrived up to `settled_until`.
+    """
     outcome = runs.outcome(policy)
     if "stuck" in outcome.verdicts:
         return False

@@ -53,7 +53,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -77,6 +77,7 @@ __all__ = [
     "QUANTILES",
     "UNITS",
     "Requests",
+    "Settled",
     "alone_s",
     "check_slo",
     "check_targets",
@@ -333,6 +334,33 @@ def latency_statistic(
         return quantile(np.sort(observed), at_least, QUANTILES[word])
     together = np.concatenate([observed, at_least])
     return (float(together.mean()) if len(together) else math.nan), len(at_least) > 0
+
+
+class Settled:
+    """Statistics of latencies of every run, kept when the run is forgotten: `seen` is an `on_run` of `simulate`.
+
+    Parameters
+    ----------
+    measures : iterable of str
+        Statistics of latencies, such as "p99_ttft".
+    start, until : float
+        Of the requests that arrived in [start, until), s.
+    """
+
+    def __init__(self, measures: Iterable[str], start: float, until: float) -> None:
+        self.measures = tuple(measures)
+        self.start, self.until = start, until
+        self._found: dict[tuple[str, str], list[tuple[float, bool]]] = {}
+
+    def seen(self, policy: str, replication: int, path: ArrivalPath, run: EngineRun) -> None:
+        """Measure one run."""
+        for measure in self.measures:
+            found = latency_statistic(path, run, self.start, self.until, measure)
+            self._found.setdefault((policy, measure), []).append(found)
+
+    def of(self, policy: str, measure: str) -> list[tuple[float, bool]]:
+        """Value in each replication, s, and whether it is a lower bound."""
+        return self._found[policy, measure]
 
 
 def check_slo(slo: Mapping[str, float] | None) -> dict[str, float]:

@@ -21,12 +21,13 @@ from fluidsched.recommendation import (
     RESOLUTION,
     Reach,
     Recommendation,
-    Settled,
     bracket,
     choose,
     gains_over,
     judge,
+    settled_until,
 )
+from fluidsched.simulation.measures import Settled
 
 SERVER = fs.Server(20_000, fs.IterationTime.affine(0.02, 1e-5, 1e-5, 1e-7), max_batch_size=16)
 WORKLOAD = fs.Workload([fs.RequestType("chat", 4.0, 100, 50)])
@@ -155,7 +156,8 @@ def test_what_a_capped_server_carries_is_its_closed_form() -> None:
     table = fs.baselines.vllm(max_in_service=cap)
     for share, expected in ((0.9, True), (1.1, False)):
         offered = fs.Workload([fs.RequestType("chat", share * capacity, 100, output)])
-        settled = Settled(["p99_ttft"], 20_000.0, 20_000.0 / 6)
+        start = 20_000.0 / 6
+        settled = Settled(["p99_ttft"], start, settled_until(20_000.0, start))
         options: dict[str, Any] = {"kept_replications": 0, "on_run": settled.seen, "seed": 5}
         runs = fs.simulate(offered, SERVER, table, horizon=20_000.0, replications=8, **options)
         assert judge(runs, "vllm", {}, settled) is expected
