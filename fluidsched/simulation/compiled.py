@@ -90,7 +90,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numba import config, njit
+from llvmlite.ir import Constant, IntType  # type: ignore[import-untyped]
+from numba import config, njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fluidsched.simulation.code_cache import cached
@@ -131,6 +133,49 @@ _inline = _compile(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=T
 NOBODY = -1
 FAR = 1 << 62
 BENT = -1.0
+TINY = 1e-300
+
+
+def _count_trailing_zeros() -> Callable[[int], int]:
+    """Position of the lowest one of 64 bits, any if there is none: an instruction that numba gives no name."""
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return lambda word: (int(word & -word) & (2**64 - 1)).bit_length() - 1
+
+    @intrinsic
+    def lowest(context: Any, word: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.cttz(arguments[0], Constant(IntType(1), 0))
+
+        return types.int64(types.int64), generate
+
+    found: Any = lowest
+    return found
+
+
+_lowest = _count_trailing_zeros()
+
+
+def _promise() -> Callable[[int], int]:
+    """An index, promised not to be negative: else every access is compiled to count from the end if it is."""
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return lambda index: index
+
+    @intrinsic
+    def at(context: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            builder.assume(builder.icmp_signed(">=", arguments[0], Constant(arguments[0].type, 0)))
+            return arguments[0]
+
+        return types.int64(types.int64), generate
+
+    promised: Any = at
+    return promised
+
+
+_at = _promise()
+
+#: A number that is no literal: numba compiles a function once more for a literal argument.
+_int: Any = np.int64
 
 
 # --------------------------------------------------------------------------- durations of runs
@@ -139,8 +184,8 @@ BENT = -1.0
 @_inline
 def batch_time(coef: Floats, n_pf: int, n_dec: int, k_dec: int, q_pf: float) -> float:
     """Duration of one iteration, s: the largest of the affine pieces."""
-    longest = -math.inf
-    for i in range(coef.shape[0]):
+    longest = coef[0, 0] + coef[0, 1] * n_pf + coef[0, 2] * n_dec + coef[0, 3] * k_dec + coef[0, 4] * q_pf
+    for i in range(1, coef.shape[0]):
         duration = (
             coef[i, 0] + coef[i, 1] * n_pf + coef[i, 2] * n_dec + coef[i, 3] * k_dec + coef[i, 4] * q_pf
         )
@@ -151,8 +196,10 @@ def batch_time(coef: Floats, n_pf: int, n_dec: int, k_dec: int, q_pf: float) -> 
 @_inline
 def _stretch(coef: Floats, n: int, m: int, r: int, last: int) -> tuple[float, float, int]:
     """Duration and slope of iteration r; the first one after it, at most `last`, with another piece."""
-    a = b = value = -math.inf
-    for i in range(coef.shape[0]):
+    b = coef[0, 3] * n
+    a = coef[0, 0] + coef[0, 2] * n + coef[0, 3] * m
+    value = a + b * r
+    for i in range(1, coef.shape[0]):
         b_i = coef[i, 3] * n
         a_i = coef[i, 0] + coef[i, 2] * n + coef[i, 3] * m
         value_i = a_i + b_i * r
@@ -178,8 +225,30 @@ def decode_run(
     of iterations, their duration (s), the integral of KV over them (token·s), the durations of the first
     and the last of them, and by how much each is longer than the one before, `BENT` if that is not one number.
     """
+    value, slope, stop = _stretch(coef, n, m, _int(0), k)
+    q = float(k)
+    pairs = 0.5 * q * (q - 1.0)
+    duration = q * value + slope * pairs
+    if stop < k or start + duration >= instant:
+        return _bent_run(coef, n, m, held, start, instant, k)
+    area = _area(value, slope, n, float(held), q, pairs)
+    return k, duration, area, value, value + slope * (q - 1.0), slope
+
+
+@_inline
+def _area(value: float, slope: float, n: int, kv: float, q: float, pairs: float) -> float:
+    """Integral of KV over q iterations, `pairs` pairs of which, that begin with `kv` tokens, token·s."""
+    area = value * kv * q + (value * n + slope * kv) * pairs
+    return area + slope * n * (pairs * (2.0 * q - 1.0) * (1.0 / 3.0))
+
+
+@_part
+def _bent_run(
+    coef: Floats, n: int, m: int, held: int, start: float, instant: float, k: int
+) -> tuple[int, float, float, float, float, float]:
+    """`decode_run` over several stretches, or one that the instant ends."""
     duration = area = first = 0.0
-    r = 0
+    r = _int(0)
     while True:
         value, slope, stop = _stretch(coef, n, m, r, k)
         straight = r == 0
@@ -192,10 +261,7 @@ def decode_run(
             q = _first_end(value, slope, start, duration, instant, q)
             through = duration + (q * value + slope * (0.5 * q * (q - 1.0)))
         duration = through
-        kv = float(held + n * r)
-        pairs = 0.5 * q * (q - 1.0)
-        area += value * kv * q + (value * n + slope * kv) * pairs
-        area += slope * n * (pairs * (2.0 * q - 1.0) * (1.0 / 3.0))
+        area += _area(value, slope, n, float(held + n * r), q, 0.5 * q * (q - 1.0))
         r += int(q)
         if reached or r == k:
             return r, duration, area, first, value + slope * (q - 1.0), slope if straight else BENT
@@ -228,11 +294,6 @@ def _first_end(value: float, slope: float, start: float, before: float, instant:
 
 _WORD = 64
 _LARGEST = 1 << 17
-_DE_BRUIJN = 0x03F79D71B4CB0A89
-
-_TRAILING = np.zeros(_WORD, dtype=np.int64)
-for _position in range(_WORD):
-    _TRAILING[(((1 << _position) * _DE_BRUIJN) & (2**64 - 1)) >> 58] = _position
 
 
 def calendar_days(longest: int, calendars: int) -> int:
@@ -243,46 +304,74 @@ def calendar_days(longest: int, calendars: int) -> int:
     return days
 
 
+def calendar_words(days: int) -> int:
+    """Return how many words the bits of a calendar take: one per 64 days, then one per 64 of these."""
+    return (days >> 6) + max(days >> 12, 1)
+
+
+_words = _inline(calendar_words)
+
+
 @_inline
-def calendar_add(heads: Ints, bits: Ints, slots: Records, day: int, slot: int) -> None:
-    """Put `slot` on `day` (counted over all calendars)."""
+def calendar_add(heads: Ints, bits: Ints, slots: Records, days: int, group: int, key: int, slot: int) -> None:
+    """Put `slot` on the day of `key` in the group's calendar of so many days."""
+    place = _at(key & (days - 1))
+    day = _at(group * days + place)
     head = heads[day]
     slots[slot].later = head
     slots[slot].earlier = NOBODY
     if head == NOBODY:
-        bits[day >> 6] |= 1 << (day & 63)
+        first = group * _words(days)
+        bits[_at(first + (place >> 6))] |= 1 << (place & 63)
+        bits[_at(first + (days >> 6) + (place >> 12))] |= 1 << ((place >> 6) & 63)
     else:
-        slots[head].earlier = slot
+        slots[_at(head)].earlier = slot
     heads[day] = slot
 
 
 @_inline
-def calendar_remove(heads: Ints, bits: Ints, slots: Records, day: int, slot: int) -> None:
-    """Take `slot` off `day`."""
+def calendar_remove(
+    heads: Ints, bits: Ints, slots: Records, days: int, group: int, key: int, slot: int
+) -> None:
+    """Take `slot` off the day of `key`."""
     before, after = slots[slot].earlier, slots[slot].later
     if after != NOBODY:
-        slots[after].earlier = before
+        slots[_at(after)].earlier = before
     if before != NOBODY:
-        slots[before].later = after
-    else:
-        heads[day] = after
-        if after == NOBODY:
-            bits[day >> 6] &= ~(1 << (day & 63))
+        slots[_at(before)].later = after
+        return
+    place = _at(key & (days - 1))
+    heads[_at(group * days + place)] = after
+    if after == NOBODY:
+        first = group * _words(days)
+        word, upper = _at(first + (place >> 6)), _at(first + (days >> 6) + (place >> 12))
+        left = bits[word] & ~(1 << (place & 63))
+        bits[word] = left
+        bits[upper] &= ~(int(left == 0) << ((place >> 6) & 63))
 
 
 @_inline
-def calendar_next(bits: Ints, first: int, days: int, clock: int) -> int:
-    """Ticks from `clock` to the next day with anybody on it, 1 … days; the calendar begins at `first`."""
-    start = (clock + 1) & (days - 1)
-    base = first >> 6
-    words = days >> 6
+def calendar_next(bits: Ints, days: int, group: int, clock: int) -> int:
+    """Ticks from `clock` to the next day with anybody on it, 1 … days, in the group's calendar of so many days.
+
+    Whether it is in the same word as tomorrow no processor foresees, so both answers are computed and one is chosen
+    by arithmetic.
+    """
+    start = _at((clock + 1) & (days - 1))
+    first = _at(group * _words(days))
     word = start >> 6
-    pattern = bits[base + word] & (-1 << (start & 63))
-    while pattern == 0:
-        word = (word + 1) & (words - 1)
-        pattern = bits[base + word]
-    lowest = pattern & -pattern
-    day = (word << 6) + _TRAILING[((lowest * _DE_BRUIJN) >> 58) & 63]
+    ahead = -1 << (start & 63)
+    near = bits[_at(first + word)] & ahead
+    upper = word >> 6
+    far = bits[_at(first + (days >> 6) + upper)] & (-2 << (word & 63))
+    if near | far == 0:
+        far = 0
+        while far == 0:
+            upper = (upper + 1) & (max(days >> 12, 1) - 1)
+            far = bits[_at(first + (days >> 6) + upper)]
+    beyond = -int(near == 0)
+    word = (word & ~beyond) | (((upper << 6) + _lowest(far)) & beyond)
+    day = (word << 6) + _lowest(bits[_at(first + word)] & (ahead | beyond))
     return ((day - clock - 1) & (days - 1)) + 1
 
 
@@ -465,7 +554,7 @@ class Ahead(NamedTuple):
 def _bucket(rules: Pointer, gap: float) -> int:
     """The bucket of `histogram` that a gap of this many seconds lies in."""
     place = (np.float64(gap).view(np.int64) >> rules.gap_shift) - rules.gap_first
-    return min(max(place, 0), rules.gap_last)
+    return _at(min(max(place, 0), rules.gap_last))
 
 
 @_inline
@@ -475,30 +564,38 @@ def _edge(rules: Pointer, place: int) -> float:
 
 
 @_inline
+def _below(rules: Pointer, place: int, first: float, slope: float, k: int) -> int:
+    """How many of k iterations that last first, first + slope, … are shorter than where this bucket begins."""
+    quotient = (_edge(rules, place) - first) / max(slope, TINY)
+    return math.ceil(min(quotient, float(k)))
+
+
+@_inline
 def _spread_gaps(rules: Pointer, gaps: Ints, first: float, last: float, slope: float, n: int, k: int) -> None:
     """Count n gaps for each of k iterations that last first, first + slope, … last.
 
-    The number of iterations below an edge is a quotient, off by one at most, so its neighbours decide; by
-    additions, since no branch could be foreseen.
+    How many buckets a run crosses no processor foresees, so up to two are counted without asking.
     """
     place, end = _bucket(rules, first), _bucket(rules, last)
-    counted = 0
-    if place < end:
-        per_second = 1.0 / slope
+    if end > place + 2 or place + 2 > rules.gap_last:
+        counted = 0
         for j in range(place, end):
-            edge = _edge(rules, j + 1)
-            below = math.ceil(min((edge - first) * per_second, float(k)))
-            above = int(first + slope * (below - 1) >= edge)
-            below += (1 - above) * int(first + slope * below < edge) - above
+            below = _below(rules, j + 1, first, slope, k)
             gaps[j] += n * (below - counted)
             counted = below
-    gaps[end] += n * (k - counted)
+        gaps[end] += n * (k - counted)
+    else:
+        below = _below(rules, place + 1, first, slope, k)
+        counted = _below(rules, place + 2, first, slope, k)
+        gaps[place] += n * below
+        gaps[place + 1] += n * (counted - below)
+        gaps[place + 2] += n * (k - counted)
 
 
 @_part
 def _spread_gaps_bent(gaps: Ints, coef: Floats, limits: Records, n: int, m: int, k: int) -> None:
     """Count n gaps for each of k iterations of which the first reads m tokens, stretch by stretch."""
-    r = 0
+    r = _int(0)
     while r < k:
         value, slope, stop = _stretch(coef, n, m, r, k)
         _spread_gaps(limits[0], gaps, value, value + slope * (stop - r - 1), slope, n, stop - r)
@@ -527,23 +624,23 @@ def _count_gap(run: Run, gap: float) -> None:
 
 
 @_inline
-def _lengthen_gaps(run: Run, n: int, first: float, missed: float) -> None:
+def _lengthen_gaps(s: Pointer, rules: Pointer, gaps: Ints, n: int, first: float, missed: float) -> None:
     """Of the gaps counted as `first`, n lasted `missed` seconds more."""
-    rules, gaps = run.rules[0], run.gaps
     gaps[_bucket(rules, first)] -= n
     gaps[_bucket(rules, first + missed)] += n
-    run.state[0].gap_s += n * missed
+    s.gap_s += n * missed
 
 
 @_part
-def _end_stalls(run: Run, first: float, now: float, counted: bool) -> None:
+def _end_stalls(
+    s: Pointer, rules: Pointer, slots: Records, gaps: Ints, first: float, now: float, counted: bool
+) -> None:
     """Stalled decodes that run in the iteration from now on, of `first` seconds, emit at last."""
-    s, slots = run.state[0], run.slots
     slot = s.oldest
     while slot != NOBODY:
         if slots[slot].decodes == 1 and slots[slot].stalled != AT_ONCE:
             if counted:
-                _lengthen_gaps(run, 1, first, now - slots[slot].stalled)
+                _lengthen_gaps(s, rules, gaps, 1, first, now - slots[slot].stalled)
             slots[slot].stalled = AT_ONCE
             s.stalls -= 1
         slot = slots[slot].newer
@@ -555,7 +652,7 @@ def _end_stalls(run: Run, first: float, now: float, counted: bool) -> None:
 @_inline
 def _enter(s: Pointer, slots: Records, request: int) -> int:
     """Give `request` a vacant slot, as the most recently admitted resident."""
-    slot = s.vacant
+    slot = _at(s.vacant)
     s.vacant = slots[slot].newer
     slots[slot].request = request
     slots[slot].stalled = AT_ONCE
@@ -564,7 +661,7 @@ def _enter(s: Pointer, slots: Records, request: int) -> int:
     if s.newest == NOBODY:
         s.oldest = slot
     else:
-        slots[s.newest].newer = slot
+        slots[_at(s.newest)].newer = slot
     s.newest = slot
     s.residents += 1
     return slot
@@ -577,11 +674,11 @@ def _leave(s: Pointer, slots: Records, slot: int) -> None:
     if older == NOBODY:
         s.oldest = newer
     else:
-        slots[older].newer = newer
+        slots[_at(older)].newer = newer
     if newer == NOBODY:
         s.newest = older
     else:
-        slots[newer].older = older
+        slots[_at(newer)].older = older
     slots[slot].newer = s.vacant
     s.vacant = slot
     s.residents -= 1
@@ -605,7 +702,7 @@ def _cached(run: Run, request: int) -> int:
 def _finish(run: Run, slot: int, now: float) -> None:
     """The last iteration of the resident in `slot`, which does not decode any more, ended now."""
     s, rules, slots = run.state[0], run.rules[0], run.slots
-    request = slots[slot].request
+    request = _at(slots[slot].request)
     run.finish[request] = now
     if rules.reserve > 0:
         s.reserved -= _units(rules, run.prompt[request] + rules.reserve - 1)
@@ -629,8 +726,7 @@ def _start_decode(
     if block > 1:
         groups[group].units += (held + block - 1) // block
         calendars.phase[group, base % block] += 1
-    day = group * calendars.days + (key & (calendars.days - 1))
-    calendar_add(calendars.heads, calendars.bits, slots, day, slot)
+    calendar_add(calendars.heads, calendars.bits, slots, calendars.days, group, key, slot)
 
 
 @_inline
@@ -645,8 +741,7 @@ def _stop_decode(slots: Records, groups: Records, calendars: Calendars, group: i
     if block > 1:
         groups[group].units -= (held + block - 1) // block
         calendars.phase[group, base % block] -= 1
-    day = group * calendars.days + (slots[slot].key & (calendars.days - 1))
-    calendar_remove(calendars.heads, calendars.bits, slots, day, slot)
+    calendar_remove(calendars.heads, calendars.bits, slots, calendars.days, group, slots[slot].key, slot)
     return held
 
 
@@ -684,7 +779,7 @@ def _tick(groups: Records, calendars: Calendars, group: int, ticks: int) -> None
 @_inline
 def _to_completion(groups: Records, calendars: Calendars, group: int) -> int:
     """Ticks to the next day of the group's calendar with anybody on it; the group has decodes."""
-    return calendar_next(calendars.bits, group * calendars.days, calendars.days, groups[group].clock)
+    return calendar_next(calendars.bits, calendars.days, group, groups[group].clock)
 
 
 @_inline
@@ -692,8 +787,9 @@ def _complete(run: Run, group: int, now: float) -> None:
     """Let those decodes of the group leave whose last iteration ended now."""
     slots, groups, calendars = run.slots, run.groups, run.calendars
     clock = groups[group].clock
-    slot = calendars.heads[group * calendars.days + (clock & (calendars.days - 1))]
+    slot = calendars.heads[_at(group * calendars.days + (clock & (calendars.days - 1)))]
     while slot != NOBODY:
+        slot = _at(slot)
         following = slots[slot].later
         if slots[slot].key == clock:
             _stop_decode(slots, groups, calendars, group, slot)
@@ -705,7 +801,7 @@ def _complete(run: Run, group: int, now: float) -> None:
 def _emit(run: Run, group: int, slot: int, now: float) -> None:
     """The prefill of `slot` is complete: it emits a token, then decodes or, if that was its last, leaves."""
     slots, groups, calendars = run.slots, run.groups, run.calendars
-    request = slots[slot].request
+    request = _at(slots[slot].request)
     resumed = slots[slot].resumed
     if resumed == 0:
         run.first_token[request] = now
@@ -725,9 +821,9 @@ def _emit(run: Run, group: int, slot: int, now: float) -> None:
 def _join(run: Run, now: float) -> None:
     """Rule 1: arrivals up to and at the instant have joined."""
     s, rows = run.state[0], run.rows
-    arrived = s.arrived
+    arrived = _at(s.arrived)
     while arrived < run.arrival.size and run.arrival[arrived] <= now:
-        rows[run.row[arrived]].tail += 1
+        rows[_at(run.row[arrived])].tail += 1
         arrived += 1
     s.waiting += arrived - s.arrived
     s.arrived = arrived
@@ -741,12 +837,9 @@ def _newcomers(rows: Records, row: int) -> int:
 
 
 @_part
-def _pass_over_gone(run: Run, row: int) -> None:
+def _pass_over_gone(rows: Records, order: Ints, fate: Ints, row: int) -> None:
     """Let the row's queue begin with one that is there; one by length is left to `_pass_over_shortest`."""
-    rows = run.rows
-    if run.rules[0].by_length:
-        return
-    while rows[row].head < rows[row].tail and run.fate[run.order[rows[row].head]] != 0:
+    while rows[row].head < rows[row].tail and fate[order[rows[row].head]] != 0:
         rows[row].head += 1
         rows[row].gone -= 1
 
@@ -830,14 +923,16 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
         since = returned[request].since
         produced = returned[request].produced
     else:
-        request = run.order[rows[row].head]
+        request = run.order[_at(rows[row].head)]
         rows[row].head += 1
         s.waiting -= 1
+        request = _at(request)
         since = run.arrival[request]
         produced = rules.handed
         run.admitted[request] = now
-        if rows[row].gone > 0:
-            _pass_over_gone(run, row)
+        if rows[row].gone > 0 and not rules.by_length:
+            _pass_over_gone(rows, run.order, run.fate, row)
+    request = _at(request)
     waited = now - max(since, rules.warmup)
     if waited > 0.0:
         s.waiting_area += waited
@@ -848,28 +943,27 @@ def _admit(run: Run, stack: int, row: int, now: float) -> int:
     slots[slot].done = _cached(run, request)
     s.cached += slots[slot].done
     slots[slot].decodes = 0
-    slots[s.partials].partial = slot
+    slots[_at(s.partials)].partial = slot
     s.partials += 1
     return slot
 
 
 @_part
-def _next_hold(run: Run, row: int, now: float) -> float:
+def _next_hold(rows: Records, order: Ints, arrival: Floats, fate: Ints, row: int, now: float) -> float:
     """Smallest arrival + hold of the row's newcomers that is later than now."""
-    rows = run.rows
     low, high = rows[row].head, rows[row].tail
     while low < high:
         middle = (low + high) // 2
-        if run.arrival[run.order[middle]] + rows[row].hold > now:
+        if arrival[order[middle]] + rows[row].hold > now:
             high = middle
         else:
             low = middle + 1
     if rows[row].gone > 0:
-        while low < rows[row].tail and run.fate[run.order[low]] != 0:
+        while low < rows[row].tail and fate[order[low]] != 0:
             low += 1
     if low == rows[row].tail:
         return math.inf
-    return run.arrival[run.order[low]] + rows[row].hold
+    return arrival[order[low]] + rows[row].hold
 
 
 # --------------------------------------------------------------------------- leaving before the end
@@ -959,20 +1053,19 @@ def _leave_stack(run: Run, request: int) -> None:
 
 
 @_part
-def _sample(run: Run, held: int, now: float) -> None:
+def _sample(s: Pointer, occupancy: Floats, held: int, now: float) -> None:
     """Rule 25: a row of the occupancy series at the first decision at or after each point of the grid."""
-    s = run.state[0]
     count = s.samples
-    run.occupancy[count, 0] = now
-    run.occupancy[count, 1] = held
-    run.occupancy[count, 2] = s.residents
-    run.occupancy[count, 3] = s.waiting + s.returned
+    occupancy[count, 0] = now
+    occupancy[count, 1] = held
+    occupancy[count, 2] = s.residents
+    occupancy[count, 3] = s.waiting + s.returned
     count += 1
-    if count == run.occupancy.shape[0]:
+    if count == occupancy.shape[0]:
         count //= 2
         for i in range(count):
             for column in range(4):
-                run.occupancy[i, column] = run.occupancy[2 * i, column]
+                occupancy[i, column] = occupancy[2 * i, column]
         s.sample_step *= 2.0
     s.samples = count
     s.sample_at = (now // s.sample_step + 1.0) * s.sample_step
@@ -1041,16 +1134,17 @@ def _account(
 
 
 @_part
-def _close(run: Run, now: float, held: int, verdict: int) -> None:
+def _close(
+    s: Pointer, warmup: float, groups: Records, returned: Records, now: float, held: int, verdict: int
+) -> None:
     """End the run now: verdict, KV, and the waiting of the preempted who still wait."""
-    s, rules, groups, returned = run.state[0], run.rules[0], run.groups, run.returned
     s.verdict = verdict
     s.kv_end = held
     s.end = s.now = now
     for stack in range(groups.size):
         request = groups[stack].top
         while request != NOBODY:
-            s.waiting_area += max(0.0, now - max(returned[request].since, rules.warmup))
+            s.waiting_area += max(0.0, now - max(returned[request].since, warmup))
             request = returned[request].below
 
 
@@ -1288,7 +1382,7 @@ def _note(run: Run, ahead: Ahead, slot: int, base: int, birth: int, first: int) 
     forecasts[slot].first = first
     forecasts[slot].date = date
     ahead.state[0].counted += 1
-    calendar_add(ahead.days, ahead.bits, forecasts, date & (ahead.days.size - 1), slot)
+    calendar_add(ahead.days, ahead.bits, forecasts, ahead.days.size, 0, date, slot)
 
 
 @_part
@@ -1307,7 +1401,7 @@ def _forget(run: Run, ahead: Ahead, slot: int) -> None:
     if forecasts[slot].counted == 1:
         forecasts[slot].counted = 0
         ahead.state[0].counted -= 1
-        calendar_remove(ahead.days, ahead.bits, forecasts, forecasts[slot].date & (ahead.days.size - 1), slot)
+        calendar_remove(ahead.days, ahead.bits, forecasts, ahead.days.size, 0, forecasts[slot].date, slot)
         request = run.slots[slot].request
         base, birth, first = forecasts[slot].origin, forecasts[slot].birth, forecasts[slot].first
         _spread(run, ahead, request, base, birth, first, -_weight(ahead, first))
@@ -1319,7 +1413,7 @@ def _outlive(run: Run, ahead: Ahead, slot: int) -> None:
     forecasts = ahead.forecasts
     request = run.slots[slot].request
     base, birth, before = forecasts[slot].origin, forecasts[slot].birth, forecasts[slot].first
-    calendar_remove(ahead.days, ahead.bits, forecasts, forecasts[slot].date & (ahead.days.size - 1), slot)
+    calendar_remove(ahead.days, ahead.bits, forecasts, ahead.days.size, 0, forecasts[slot].date, slot)
     ahead.state[0].counted -= 1
     first = _first_length(run, ahead, request, base, birth)
     if first < ahead.lengths.size:
@@ -1390,7 +1484,7 @@ def _pass_ahead(run: Run, ahead: Ahead, gone: int, ticks: int, walked: bool) -> 
     days = ahead.days.size
     day = clock - ticks
     while a.counted > 0:
-        day += calendar_next(ahead.bits, 0, days, day)
+        day += calendar_next(ahead.bits, days, 0, day)
         if day > clock:
             break
         slot = ahead.days[day & (days - 1)]
@@ -1478,7 +1572,8 @@ def _depart(run: Run, ahead: Ahead | None, now: float) -> None:
         if math.isnan(run.admitted[request]):
             row = run.row[request]
             rows[row].gone += 1
-            _pass_over_gone(run, row)
+            if not rules.by_length:
+                _pass_over_gone(rows, run.order, run.fate, row)
             if ahead is not None:
                 _pass_over_shortest(run, ahead, row)
             s.waiting -= 1
@@ -1628,13 +1723,14 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
                 request = first = NOBODY
                 for j in range(rows.size):
                     if rows[j].quota > 0 and rows[j].head < rows[j].tail:
-                        head = place = run.order[rows[j].head]
+                        head = place = run.order[_at(rows[j].head)]
                         if ahead is not None:
                             place = ahead.place[head]
                         if row == NOBODY or (rows[j].rank, place) < (rows[row].rank, first):
                             row, request, first = j, head, place
                 if row == NOBODY:
                     return _NOBODY_MAY
+            request = _at(request)
             target = run.prompt[request] + produced
             holds = _cached(run, request)  # as soon as it enters
             stored = 0
@@ -1660,7 +1756,7 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
                 s.reserved += reserved
             if ahead is not None and not _foresee(run, ahead, request, produced, target, holds + chunk):
                 return _NO_MEMORY
-            slot = _admit(run, 0, max(row, 0), now)
+            slot = _admit(run, 0, _at(max(row, 0)), now)
             slots[slot].chunk = chunk
             used += _units(rules, holds + chunk)
             budget -= chunk
@@ -1669,7 +1765,7 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
             if rare and stored > 0:
                 _bring_back(run, slot, stored, row == NOBODY, 0, now)
             if row != NOBODY:
-                rows[row].quota -= 1
+                rows[_at(row)].quota -= 1
                 if rules.gated:
                     size = rows[row].size
                     run.recent[rows[row].first + rows[row].admissions % size] = s.iterations
@@ -1691,7 +1787,7 @@ def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
     partials = s.partials
     decodes = groups[0].decodes
     budget = rules.budget - decodes
-    used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, 1)
+    used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, _int(1))
     simple = budget >= 0
     if partials > 0 and simple:
         wanted = 0
@@ -1712,7 +1808,7 @@ def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
             groups[0].last = now
             _preempt(run, 0, now)
             budget += 1
-            used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, 1)
+            used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, _int(1))
     if simple:
         return used, budget, False
     used = _units_held(groups, calendars, 0)
@@ -1723,9 +1819,8 @@ def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
 
 
 @_part
-def _fit(run: Run, room: int, k: int) -> int:
+def _fit(groups: Records, calendars: Calendars, room: int, k: int) -> int:
     """Most ticks, at most k, that the chosen groups may run within `room` units."""
-    groups, calendars = run.groups, run.calendars
     decodes = 0
     for group in range(groups.size):
         decodes += groups[group].chosen * groups[group].decodes
@@ -1745,9 +1840,8 @@ def _fit(run: Run, room: int, k: int) -> int:
 
 
 @_part
-def _pause(run: Run, now: float) -> None:
+def _pause(s: Pointer, slots: Records, groups: Records, calendars: Calendars, now: float) -> None:
     """Stop the decodes the budget did not reach (`chunk` 0) from now on; `_resume` lets them go on."""
-    s, slots, groups, calendars = run.state[0], run.slots, run.groups, run.calendars
     slot = s.oldest
     while slot != NOBODY:
         if slots[slot].decodes == 1 and slots[slot].chunk == 0:
@@ -1761,13 +1855,13 @@ def _pause(run: Run, now: float) -> None:
 
 
 @_part
-def _resume(run: Run) -> None:
+def _resume(s: Pointer, slots: Records, groups: Records, calendars: Calendars) -> None:
     """Let those that paused decode from the next iteration on, with as much to go as before."""
-    s, slots, groups, calendars = run.state[0], run.slots, run.groups, run.calendars
+    group = _int(0)
     slot = s.oldest
     while slot != NOBODY:
         if slots[slot].decodes == _PAUSED:
-            _start_decode(slots, groups, calendars, 0, slot, slots[slot].done, slots[slot].target)
+            _start_decode(slots, groups, calendars, group, slot, slots[slot].done, slots[slot].target)
         slot = slots[slot].newer
 
 
@@ -1794,7 +1888,7 @@ def _prefill(run: Run, now: float) -> None:
     s, slots, groups = run.state[0], run.slots, run.groups
     left = 0
     for i in range(s.partials):
-        slot = slots[i].partial
+        slot = _at(slots[i].partial)
         slots[slot].done += slots[slot].chunk
         if slots[slot].done == slots[slot].target:
             group = 0 if groups.size == 1 else run.row[slots[slot].request]
@@ -1803,6 +1897,116 @@ def _prefill(run: Run, now: float) -> None:
             slots[left].partial = slot
             left += 1
     s.partials = left
+
+
+@_part
+def _glide(run: Run, now: float) -> float:
+    """Go on from decision to decision while all fit: who is in service runs, who is admitted runs whole.
+
+    The decisions of `continuous` for one row that nothing holds up, after the warm-up. The first that asks for more
+    (a preemption, a part of a prompt, nobody in service, the end) is left to it, with whom this one admitted so far.
+    """
+    if now < run.rules[0].warmup:
+        return now
+    s, rules, slots = run.state[0], run.rules[0], run.slots
+    group, calendars, row, coef = run.groups[0], run.calendars, run.rows[0], run.coefficients
+    block = calendars.phase.shape[1]
+    busy, kv_area, resident_area, gap_s = s.busy, s.kv_area, s.resident_area, s.gap_s
+    iterations = sizes = tokens = 0
+    peak = held_before = residents_before = 0
+    stop = min(s.until, s.sample_at)
+    first_row = _int(0)
+    while True:
+        _join(run, now)
+        decodes, reads = group.decodes, group.held + group.decodes
+        budget = rules.budget - decodes
+        used = reads
+        if block > 1:
+            used = group.units + _growth(run.groups, calendars, 0, _int(1))
+        if now >= stop or budget < 0 or used > rules.capacity:
+            break
+        holds = reads
+        prompts = _int(0)
+        attention = 0.0
+        ended = False
+        whole = True
+        while budget > 0 and s.residents < rules.slots and row.head < row.tail and not ended:
+            request = _at(run.order[_at(row.head)])
+            cached = _cached(run, request)
+            chunk = run.prompt[request] - cached
+            units = _units(rules, run.prompt[request])
+            limit = rules.admission if s.residents > 0 else rules.capacity
+            ended = used + units > limit
+            whole = chunk <= min(budget, rules.chunk)
+            if rules.reserve > 0 and whole and not ended:
+                reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
+                ended = s.residents > 0 and s.reserved + reserved > limit
+                if not ended:
+                    s.reserved += reserved
+            if not whole:
+                break
+            if not ended:
+                slot = _admit(run, 0, first_row, now)
+                slots[slot].chunk = chunk
+                used += units
+                budget -= chunk
+                prompts += chunk
+                holds += cached + chunk
+                attention += chunk * (cached + 0.5 * chunk)
+        residents, partials = s.residents, s.partials
+        if residents == 0 or not whole:
+            break
+        if partials == 0:
+            k = _to_completion(run.groups, calendars, 0)
+            room = rules.capacity - _units_held(run.groups, calendars, 0)
+            if decodes * (k if block == 1 else k // block + 1) > room:
+                k = _fit(run.groups, calendars, room, k)
+            wake = stop
+            if not ended and budget > 0 and residents < rules.slots and s.arrived < run.arrival.size:
+                wake = min(wake, run.arrival[s.arrived])
+            k, duration, area, first, last, slope = decode_run(coef, decodes, reads, reads, now, wake, k)
+            if now + duration > rules.horizon:
+                break
+            holds = reads + decodes * (k - 1)
+            if slope == BENT:
+                _spread_gaps_bent(run.gaps, coef, run.rules, decodes, reads, k)
+            else:
+                _spread_gaps(rules, run.gaps, first, last, slope, decodes, k)
+        else:
+            k = 1
+            duration = batch_time(coef, prompts, decodes, reads, attention)
+            if now + duration > rules.horizon:
+                break
+            area = duration * holds
+            run.gaps[_bucket(rules, duration)] += decodes
+        now += duration
+        busy += duration
+        kv_area += area
+        resident_area += duration * residents
+        gap_s += decodes * duration
+        iterations += k
+        sizes += k * decodes + partials
+        tokens += prompts - partials
+        peak = max(peak, holds)
+        held_before = holds
+        residents_before = residents
+        _tick(run.groups, calendars, 0, k)
+        _complete(run, 0, now)
+        for i in range(partials):
+            slot = _at(slots[i].partial)
+            slots[slot].done = slots[slot].target
+            _emit(run, first_row, slot, now)
+        s.partials = 0
+    s.busy, s.kv_area, s.resident_area, s.gap_s = busy, kv_area, resident_area, gap_s
+    if iterations > 0:
+        s.iterations += iterations
+        s.batch_sizes += sizes
+        s.batch_tokens += sizes + tokens
+        s.emitted += sizes
+        s.peak_kv = max(s.peak_kv, peak)
+        s.held_before = held_before
+        s.residents_before = residents_before
+    return now
 
 
 def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
@@ -1818,7 +2022,15 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
         overtaken = rows.size > 1  # who arrives may come before those who wait
         if ahead is not None:
             overtaken = overtaken or ahead.state[0].shortest == 1
+        plain = rows.size == 1 and rules.interval == 1 and not (rules.gated or rules.static)
+        turns = 0  # until it is worth asking `_glide` again
         while True:
+            turns -= 1
+            if not rare and ahead is None and plain and turns < 0 and s.partials + s.returned + s.stalls == 0:
+                iterations = s.iterations
+                now = _glide(run, now)
+                if s.iterations == iterations:
+                    turns = 8
             arrived = s.arrived
             _join(run, now)
             if ahead is not None:
@@ -1828,14 +2040,14 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 _depart(run, ahead, now)
             held = groups[0].held
             for i in range(s.partials):
-                held += slots[slots[i].partial].done
+                held += slots[_at(slots[i].partial)].done
             if now >= s.until:
                 s.now = now
                 if now >= rules.horizon:
-                    _close(run, now, held, AT_HORIZON)
+                    _close(s, rules.warmup, groups, run.returned, now, held, _int(AT_HORIZON))
                 return
             if now >= s.sample_at:
-                _sample(run, held, now)
+                _sample(s, run.occupancy, held, now)
 
             # The decision.
             preempted = s.preempted
@@ -1877,7 +2089,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 cleared = True
             held = groups[0].held
             for i in range(s.partials):
-                held += slots[slots[i].partial].done
+                held += slots[_at(slots[i].partial)].done
             if not held_back:
                 s.queue_left = s.waiting + s.returned > 0
 
@@ -1890,26 +2102,26 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                     wake = run.arrival[s.arrived]
                 for j in range(rows.size):
                     if rules.gated and rows[j].threshold > 0:
-                        wake = min(wake, _next_hold(run, j, now))
+                        wake = min(wake, _next_hold(rows, run.order, run.arrival, run.fate, j, now))
                 if rare:
                     wake = min(wake, _next_deadline(run))
                 wake = min(wake, s.until)
                 if wake == math.inf:
                     verdict = FINISHED if s.waiting == 0 else STUCK
-                    _close(run, now, 0, verdict)
+                    _close(s, rules.warmup, groups, run.returned, now, held, verdict)
                     return
                 now = wake
                 continue
 
             if walked:
-                _pause(run, now)
+                _pause(s, slots, groups, calendars, now)
             decodes = 0 if resting else groups[0].decodes
             reads = 0 if resting else groups[0].held + decodes
             if s.partials == 0 and not walked:
                 # Decodes only: as many iterations as nothing can change in.
                 k = _to_completion(groups, calendars, 0)
                 if rules.capacity < FAR:
-                    k = _fit(run, rules.capacity - _units_held(groups, calendars, 0), k)
+                    k = _fit(groups, calendars, rules.capacity - _units_held(groups, calendars, 0), k)
                 wake = s.sample_at
                 if rare:
                     wake = min(wake, _next_deadline(run))
@@ -1923,7 +2135,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                     if rules.gated:
                         for j in range(rows.size):
                             if rows[j].threshold > 0 and rows[j].head < rows[j].tail:
-                                wake = min(wake, _next_hold(run, j, now))
+                                wake = min(wake, _next_hold(rows, run.order, run.arrival, run.fate, j, now))
                                 if _in_window(run, j) == rows[j].threshold:
                                     size = rows[j].size
                                     oldest = run.recent[rows[j].first + rows[j].passed % size]
@@ -1939,11 +2151,11 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             else:
                 # One iteration with prompts, or with residents that pause.
                 k = 1
-                prompts = 0
+                prompts = _int(0)
                 size = emitted = decodes
                 attention = 0.0
                 for i in range(s.partials):
-                    slot = slots[i].partial
+                    slot = _at(slots[i].partial)
                     chunk = slots[slot].chunk
                     if chunk > 0:
                         size += 1
@@ -1952,7 +2164,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                         emitted += slots[slot].done + chunk == slots[slot].target
                 tokens = decodes + prompts
                 if tokens == 0:
-                    _resume(run)
+                    _resume(s, slots, groups, calendars)
                     continue  # rule 12
                 slope = 0.0
                 duration = first = last = batch_time(coef, prompts, decodes, reads, attention)
@@ -1968,7 +2180,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             s.residents_before = s.residents
             if not _account(run, now, duration, area, holds, size, tokens, emitted, k):
                 if walked:
-                    _resume(run)
+                    _resume(s, slots, groups, calendars)
                 now = rules.horizon
                 continue
             counted = now + duration > rules.warmup
@@ -1977,7 +2189,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             if rare and resting:
                 _rest(run, now)
             elif s.stalls > 0:
-                _end_stalls(run, first, now, counted)
+                _end_stalls(s, rules, slots, run.gaps, first, now, counted)
             if rare:
                 s.moved = 0
             now += duration
@@ -1986,7 +2198,7 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 _tick(groups, calendars, 0, k)
                 _complete(run, 0, now)
             if walked:
-                _resume(run)
+                _resume(s, slots, groups, calendars)
             _prefill(run, now)
             if ahead is not None:
                 _pass_ahead(run, ahead, s.residents_before - s.residents, k, walked)
@@ -2029,7 +2241,7 @@ def _next_timer(run: Run, now: float) -> float:
         hold = rows[j].hold
         if hold == math.inf or rows[j].threshold == 0:
             continue
-        wake = min(wake, _next_hold(run, j, now))
+        wake = min(wake, _next_hold(rows, run.order, run.arrival, run.fate, j, now))
         if groups[j].decodes > 0 and groups[j].last + hold > now:
             wake = min(wake, groups[j].last + hold)
         request = groups[j].top
@@ -2317,13 +2529,13 @@ def _lengthen_nested(run: Run, first: float, now: float) -> None:
         if groups[k].chosen == 1 and groups[k].last < now:
             longer = groups[k].decodes - groups[k].entered
             if longer > 0:
-                _lengthen_gaps(run, longer, first, now - groups[k].last)
+                _lengthen_gaps(s, run.rules[0], run.gaps, longer, first, now - groups[k].last)
     for i in range(s.entered):
         slot = slots[i].entered
         if slots[slot].decodes == 1:  # else it was preempted at once
             missed = now - run.returned[slots[slot].request].served
             if missed > 0.0:
-                _lengthen_gaps(run, 1, first, missed)
+                _lengthen_gaps(s, run.rules[0], run.gaps, 1, first, missed)
 
 
 # --------------------------------------------------------------------------- blocks: wait and nested-wait
@@ -2346,7 +2558,7 @@ def _serving(segmented: bool) -> Callable[[Run, float], tuple[int, int]]:
                 if groups[j].chosen == 1 and groups[j].decodes > 0:
                     decodes += groups[j].decodes
                     reads += groups[j].held + groups[j].decodes
-                    needed += _growth(groups, calendars, j, 1)
+                    needed += _growth(groups, calendars, j, _int(1))
             for i in range(s.partials):
                 needed += _units(rules, slots[slots[i].partial].target)
             if needed <= rules.capacity or decodes + s.partials == 0:
@@ -2377,21 +2589,21 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
             _join(run, now)
             if rare and (now < s.until or now >= rules.horizon):
                 _depart(run, None, now)
-            held = 0
+            held = _int(0)
             for j in range(groups.size):
                 held += groups[j].held
                 if segmented:
                     held += segments[j].held
             for i in range(s.partials):  # none but where the horizon cut their iteration
-                held += slots[slots[i].partial].done
+                held += slots[_at(slots[i].partial)].done
             if now >= s.until:
                 s.now = now
                 s.left = left
                 if now >= rules.horizon:
-                    _close(run, now, held, AT_HORIZON)
+                    _close(s, rules.warmup, groups, run.returned, now, held, _int(AT_HORIZON))
                 return
             if now >= s.sample_at:
-                _sample(run, held, now)
+                _sample(s, run.occupancy, held, now)
 
             # The decision.
             decodes = reads = 0
@@ -2408,13 +2620,13 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                 else:
                     _start_block(run, now)
                     decodes, reads = _serve_rows(run, now)
-            held = 0
+            held = _int(0)
             for j in range(groups.size):
                 held += groups[j].held
                 if segmented:
                     held += segments[j].held
             for i in range(s.partials):
-                held += slots[slots[i].partial].done
+                held += slots[_at(slots[i].partial)].done
 
             # Nobody to serve: wait for an arrival, a timer or a deadline.
             if decodes + s.partials == 0:
@@ -2430,7 +2642,7 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                 wake = min(wake, s.until)
                 if wake == math.inf:
                     verdict = FINISHED if s.waiting + s.returned + s.residents == 0 else STUCK
-                    _close(run, now, held, verdict)
+                    _close(s, rules.warmup, groups, run.returned, now, held, verdict)
                     return
                 idle = wake - max(now, rules.warmup)
                 if idle > 0.0:
@@ -2449,7 +2661,7 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                     if groups[j].chosen == 1 and groups[j].decodes > 0:
                         k = min(k, _to_completion(groups, calendars, j))
                 if rules.capacity < FAR and k > 1:
-                    k = _fit(run, room, k)
+                    k = _fit(run.groups, calendars, room, k)
                 wake = s.sample_at
                 if rare:
                     wake = min(wake, _next_deadline(run))
@@ -2461,7 +2673,7 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                 size = tokens = emitted = decodes
             else:
                 k = 1
-                prompts = 0
+                prompts = _int(0)
                 emitted = size = decodes + s.partials
                 attention = 0.0
                 for i in range(s.partials):
@@ -2492,7 +2704,9 @@ def _blocks(segmented: bool, rare: bool) -> Callable[[Run], None]:
                 else:
                     for j in range(groups.size):
                         if groups[j].chosen == 1 and groups[j].decodes > 0 and groups[j].last < now:
-                            _lengthen_gaps(run, groups[j].decodes, first, now - groups[j].last)
+                            _lengthen_gaps(
+                                s, run.rules[0], run.gaps, groups[j].decodes, first, now - groups[j].last
+                            )
             if rare and s.stalls > 0:
                 _end_returns(run, first, now, counted)
             if rare:
@@ -2530,7 +2744,8 @@ SHORTEST_QUEUE, LEAST_KV, TWO_CHOICES = range(3)
 #: Where the slots of a replica lie, its calendars' `phase`, which is as wide as its blocks, the calendar and the
 #: trees of its forecasts, and the deadlines under its timeouts.
 REPLICA = _record_type(
-    "first_slot last_slot first_phase block first_day last_day first_node last_node first_deadline last_deadline"
+    "first_slot last_slot first_phase block first_day last_day first_word last_word first_node last_node"
+    " first_deadline last_deadline"
 )
 
 
@@ -2545,7 +2760,7 @@ def _replica(runs: Run, phase: Ints, layout: Records, p: int) -> Run:
     places = runs.order.size // count
     segments = runs.segments.size // count
     days = runs.calendars.days
-    words = groups * (days // 64)
+    words = groups * _words(days)
     at = layout[p]
     first = at.first_phase
     return Run(
@@ -2597,7 +2812,7 @@ def _replica_ahead(ahead: Ahead, layout: Records, p: int) -> Ahead:
         lengths=ahead.lengths,
         forecasts=ahead.forecasts[at.first_slot : at.last_slot],
         days=ahead.days[at.first_day : at.last_day],
-        bits=ahead.bits[at.first_day // 64 : at.last_day // 64],
+        bits=ahead.bits[at.first_word : at.last_word],
         tree=ahead.tree[at.first_node : at.last_node],
         place=ahead.place,
         requests=ahead.requests,

@@ -260,8 +260,10 @@ def _stacked_ahead(
     if not parts:
         return None
     days = np.cumsum([0] + [part.days.size for part in parts])
+    words = np.cumsum([0] + [part.bits.size for part in parts])
     nodes = np.cumsum([0] + [part.tree.size for part in parts])
     layout["first_day"], layout["last_day"] = days[:-1], days[1:]
+    layout["first_word"], layout["last_word"] = words[:-1], words[1:]
     layout["first_node"], layout["last_node"] = nodes[:-1], nodes[1:]
     names = ("state", "forecasts", "days", "bits", "tree", "heaps", "heap")
     return parts[0]._replace(
@@ -356,7 +358,7 @@ def _prepare(
         calendars=compiled.Calendars(
             days=days,
             heads=np.full(len(groups) * days, compiled.NOBODY, dtype=np.int64),
-            bits=np.zeros(len(groups) * days // 64, dtype=np.int64),
+            bits=np.zeros(len(groups) * compiled.calendar_words(days), dtype=np.int64),
             phase=np.zeros((len(groups), int(rules["block"][0])), dtype=np.int64),
         ),
         returned=returned,
@@ -417,7 +419,7 @@ def _ahead(
         lengths=lengths,
         forecasts=np.zeros(len(run.slots), dtype=compiled.FORECAST),
         days=np.full(days, compiled.NOBODY, dtype=np.int64),
-        bits=np.zeros(days // 64, dtype=np.int64),
+        bits=np.zeros(compiled.calendar_words(days) if days else 0, dtype=np.int64),
         tree=np.zeros(nodes, dtype=compiled.NODE),
         place=place,
         requests=requests,

@@ -151,6 +151,18 @@ def test_lengths_beyond_one_calendar() -> None:
     assert run.iterations == 300_002
 
 
+def test_completions_far_apart_and_gaps_that_grow() -> None:
+    """Ends in the same word of the calendar, in later words and thousands of days away; runs across no, one and many
+    buckets of gaps, with one bend."""
+    output = np.array([1, 2, 60, 63, 64, 65, 700, 4_090, 4_100, 4_101, 9_000])
+    path = ArrivalPath.from_arrays(np.zeros(len(output)), np.full(len(output), 3), output)
+    time = IterationTime.pieces([[0.25, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0**-15, 0.0]])
+    server = Server(math.inf, time)
+    kernel_run = run_kernel(path, server, baselines.vllm(), horizon=None)
+    assert np.count_nonzero(kernel_run.gap_counts) > 10
+    assert_same_run(kernel_run, run_reference(path, server, baselines.vllm(), horizon=None), exact=True)
+
+
 def test_counters_beyond_32_bits() -> None:
     """The longest output a path can have: token counters pass 2^31 exactly."""
     output = 2**31 - 1
