@@ -295,10 +295,10 @@ def plan(
             "replay",
             "a Workload",
             "come with an ArrivalPath",
-            "Read one with fluidsched.read_trace, or drop replay.",
+            "Read one with fluidsched.read_trace, or drop `replay`.",
         )
     if replay and load is not None:
-        raise InputError("load", load, "be left out with replay", "A replayed path keeps its own rate.")
+        raise InputError("load", load, "be left out with `replay`", "A replayed path keeps its own rate.")
     if load is not None:
         own_rate = workload.total_arrival_rate
         workload = workload.at_load(check_real("load", load, above=0.0), server)

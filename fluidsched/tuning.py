@@ -27,8 +27,10 @@ that misses it is given up for a winner that does not.
 
 Aims: ``"goodput"`` (requests per second, of those that arrive, that meet every SLO), a latency such as
 ``"mean_ttft"`` or ``"p99_e2e"`` at the workload's own rate, and ``"stable_rate"``, the largest rate of the same
-mix at which the backlog does not grow. For the first two every path starts from an empty server and is served
-until it is empty again, so nothing is censored; a table that gets stuck is out.
+mix at which the backlog does not grow: from the middle to the end of the measured time by no more than 1 % of what
+arrives in it, and chance, 2 √(2 X) requests of a mean number X in the system (the difference of two Poisson counts, as
+of a system with no queue). A longer horizon makes chance count for less. For the first two every path starts from an
+empty server and is served until it is empty again, so nothing is censored; a table that gets stuck is out.
 """
 
 from __future__ import annotations
@@ -72,6 +74,9 @@ AIMS = (
 
 GROWTH = 0.01
 """Backlog growth, as a share of the rate, from which on a rate counts as not carried."""
+
+CHANCE = 2.0
+"""Standard deviations of a Poisson backlog's growth that are taken for chance."""
 
 BISECTIONS = 8
 
@@ -122,6 +127,8 @@ def _hold(table: PolicyTable, seconds: float) -> PolicyTable:
 
 def _boundary(table: PolicyTable, factor: float) -> PolicyTable:
     """The segments' cuts but the last times a factor, on the grid of blocks; cuts that meet merge."""
+    if not table.segments:
+        return table
     block = table.block_iterations or 1
     last = table.segments[-1]
     kept: list[Segment] = []
@@ -335,7 +342,10 @@ def _stable_rate(
     seed: np.random.SeedSequence,
     rates: Sequence[float],
 ) -> float:
-    """Bisection for the largest factor on the rate with a backlog that does not grow; returned in req/s."""
+    """Bisection for the largest factor on the rate with a backlog that does not grow; returned in req/s.
+
+    The backlog's growth is measured over the second half of what follows the first fifth.
+    """
     low, high, unit = rates
 
     def carried(factor: float) -> bool:
@@ -343,10 +353,11 @@ def _stable_rate(
         runs = simulate(path, server, table, horizon=horizon, warmup=0.2 * horizon, oversize="reject")
         values = runs.measures(table.name)
         growth, rate = float(values["backlog_growth"][0]), len(path) / horizon
-        return growth <= GROWTH * rate
+        number = float(values["mean_residents"][0] + values["mean_waiting"][0])
+        return growth <= GROWTH * rate + CHANCE * math.sqrt(2 * number) / (0.4 * horizon)
 
     if not carried(low):
-        return low * unit
+        low, high = 0.0, low
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if carried(middle) else (low, middle)
@@ -479,9 +490,15 @@ class Tuning(Tabular):
         if self.attainment_verdict is None:
             return self._difference()
         share, low, high = self.attained
+        asked = f"{100 * self.attainment:.4g}%"
+        verdict = {
+            "holds": f"the {asked} asked for are attained",
+            "missed": f"the {asked} asked for are missed",
+            "cannot be told": f"whether the {asked} asked for are attained cannot be told from so few, short paths",
+        }[self.attainment_verdict]
         return (
             f"{self._difference()} Of the requests on fresh paths {share:.1%} [{low:.1%}, {high:.1%}] meet every SLO "
-            f"with the table kept; whether {self.attainment:.4g} of them do: {self.attainment_verdict}."
+            f"with the table kept: {verdict}."
         )
 
     def _difference(self) -> str:
@@ -566,7 +583,7 @@ def tune(
     attainment : float
         Share of requests that must meet every SLO, in [0, 1]; candidates that do not are out.
     knobs : mapping, optional
-        Knob → (lowest, highest); default `knobs_of(table, server)`.
+        Knob → (lowest, highest), which changes the table; default `knobs_of(table, server)`.
     candidates : int
         Tables tried beside the start.
     replications : int
@@ -612,7 +629,7 @@ def tune(
     if aim == "goodput" and not limits:
         raise InputError("slo", slo, 'be given for the aim "goodput", such as {"ttft": 1.0, "tpot": 0.1}')
     if attainment and not limits:
-        raise InputError("attainment", attainment, "come with slo")
+        raise InputError("attainment", attainment, "come with `slo`")
     attainment = check_real("attainment", attainment, minimum=0.0, maximum=1.0)
     count = check_count("candidates", candidates, minimum=1, maximum=2**16)
     first = check_count("replications", replications, minimum=1)
@@ -621,7 +638,8 @@ def tune(
     confidence = check_real("confidence", confidence, above=0.0)
     if confidence >= 1.0:
         raise InputError("confidence", confidence, "be below 1")
-    ranges = _check_ranges(table, knobs_of(table, server) if knobs is None else knobs)
+    default = knobs_of(table, server)
+    ranges = _check_ranges(table, default if knobs is None else knobs, default)
     tried = [({}, table), *_design(table, ranges, count, seed)]
     with tempfile.TemporaryDirectory() as scratch:
         place = make_directory("directory", scratch if directory is None else directory)
@@ -683,7 +701,7 @@ def _attains(share: tuple[float, float, float], target: float) -> str:
 
 
 def _check_ranges(
-    table: PolicyTable, knobs: Mapping[str, tuple[float, float]]
+    table: PolicyTable, knobs: Mapping[str, tuple[float, float]], default: Mapping[str, tuple[float, float]]
 ) -> dict[str, tuple[float, float]]:
     if not knobs:
         raise InputError("knobs", knobs, f"name at least one of {', '.join(KNOBS)}")
@@ -692,17 +710,28 @@ def _check_ranges(
         check_choice("knobs", name, tuple(KNOBS))
         if not isinstance(given, (tuple, list)) or len(given) != 2:
             raise InputError(f"knobs[{name!r}]", given, "be a pair (lowest, highest)")
-        low = check_real(f"knobs[{name!r}][0]", given[0])
-        high = check_real(f"knobs[{name!r}][1]", given[1], minimum=low)
+        low, high = (check_real(f"knobs[{name!r}]", end) for end in given)
+        if low > high:
+            raise InputError(
+                f"knobs[{name!r}]", f"{low:g} and {high:g}", "be a range, the lowest value first"
+            )
+        changed = False
         for end in (low, high):
             try:
-                KNOBS[name](table, end)
+                changed |= KNOBS[name](table, end) != table
             except InputError as error:
                 raise InputError(
                     f"knobs[{name!r}]",
                     end,
                     f"suit a table of kind {table.kind!r}: {error.argument} must {error.required}",
                 ) from None
+        if not changed and knobs is not default:
+            raise InputError(
+                f"knobs[{name!r}]",
+                f"{low:g} to {high:g}",
+                f"change the table {table.name!r} at one of its ends",
+                f"The knobs of such a table are {', '.join(default)}." if default else "",
+            )
         ranges[name] = (low, high)
     return ranges
 
@@ -858,12 +887,19 @@ class _Search:
         nearest = min(
             ran, key=lambda i: (-shares[i], max(means[i][name] / max(slo[name], 1e-12) for name in slo))
         )
-        wanted = f"{100 * attainment:.4g}%" if attainment else "any"
-        reached = ", ".join(
-            f"mean {name} {means[nearest][name]:.4g} s (limit {slo[name]:.4g} s)" for name in slo
+        wanted = f"{100 * attainment:.4g}% of the requests" if attainment else "a single request"
+        reached = " and ".join(
+            f"mean {name.upper().replace('_', ' ')} {means[nearest][name]:.4g} s, "
+            f"{means[nearest][name] / max(slo[name], 1e-12):.3g} times the {slo[name]:.4g} s that a request may take"
+            for name in slo
         )
         knobs = _settings(tried[nearest][0]) or "the start itself"
+        share = (
+            f"meets them for {100 * shares[nearest]:.3g}%, the largest share"
+            if shares[nearest] > 0.0
+            else "meets them for none, like all others, and is nearest by its means"
+        )
         return (
-            f"no candidate meets the SLOs for {wanted} of the requests; the nearest ({knobs}) meets them for "
-            f"{shares[nearest]:.1%}: {reached}. Loosen the SLOs, lower the load, or add servers."
+            f"no candidate meets the SLOs for {wanted}; the nearest ({knobs}) {share}: {reached}. "
+            "Loosen the SLOs, lower the load, or add servers."
         )

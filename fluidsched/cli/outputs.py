@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,12 +56,51 @@ def options_of(function: Callable[..., object]) -> dict[str, str]:
     return found
 
 
-def in_options(error: InputError, options: dict[str, str]) -> str:
-    """The sentence of an error of the library, its argument called as on the command line."""
-    argument = error.argument if error.argument in options else LIBRARY_NAMES.get(error.argument)
-    if argument not in options:
-        return str(error)
-    return str(InputError(options[argument], error.received, error.required, error.remedy))
+_MENTIONED = re.compile(
+    r"""(?<![\w.'"\[-])            # no part of a longer name, a path, a subscript or a literal
+    (?P<mark>`?)(?P<name>[a-z]\w*)(?P=mark)
+    (?:=(?P<value>"[^"]*"|[\d,.]*\d|\w+))?
+    (?![\w'"\]])""",
+    re.VERBOSE,
+)
+"""A word of a sentence that may be an argument of the library, as `slo`, token_budget or load=0.8."""
+
+
+def option_for(argument: str, options: dict[str, str]) -> str | None:
+    """The option for an argument of the library, or for an entry of one (`knobs['gate']`: --knob gate)."""
+    name = argument if argument in options else LIBRARY_NAMES.get(argument)
+    if name in options:
+        return options[name]
+    entry = re.fullmatch(r"(\w+)\['(\w+)'\]", argument)
+    whole = None if entry is None else option_for(entry[1], options)
+    return None if entry is None or whole is None else f"{whole} {entry[2]}"
+
+
+def in_options(text: str, options: dict[str, str]) -> str:
+    """A sentence of the library with its arguments called as on the command line.
+
+    A word counts as an argument if it is in backquotes, has a value, or has an underscore, as no word of English.
+    """
+
+    def called(found: re.Match[str]) -> str:
+        meant = found["mark"] or found["value"] or "_" in found["name"]
+        option = option_for(found["name"], options) if meant else None
+        if option is None:
+            return found[0]
+        value = (found["value"] or "").strip('"').replace(",", "")
+        return f"{option} {value}".rstrip()
+
+    return _MENTIONED.sub(called, text)
+
+
+def in_command_words(error: InputError, options: dict[str, str]) -> str:
+    """The sentence of an error of the library as the command says it."""
+    argument = option_for(error.argument, options) or error.argument
+    return str(
+        InputError(
+            argument, error.received, in_options(error.required, options), in_options(error.remedy, options)
+        )
+    )
 
 
 def answers(function: Callable[P, R]) -> Callable[P, R]:
@@ -73,9 +113,9 @@ def answers(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except InputError as error:
-            leave(in_options(error, options), EXIT_INPUT)
+            leave(in_command_words(error, options), EXIT_INPUT)
         except InfeasibleError as error:
-            leave(str(error), EXIT_NO_ANSWER)
+            leave(in_options(str(error), options), EXIT_NO_ANSWER)
         except FluidschedError as error:
             leave(f"{type(error).__name__}: {error}", EXIT_FAILURE)
         except KeyboardInterrupt:

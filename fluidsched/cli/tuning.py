@@ -82,11 +82,12 @@ def tune(
     types = demand.types(server)
     path: ArrivalPath | None = None
     if trace:
-        given = load_workload(demand.workload or "azure_conv")
-        if not isinstance(given, ArrivalPath) or check_load(demand.load) is not None:
-            raise InputError(
-                "--trace", demand.workload, "come with a trace file as --workload and without --load"
-            )
+        if check_load(demand.load) is not None:
+            raise InputError("--load", demand.load, "be left out with --trace", "A trace keeps its own rate.")
+        name = demand.workload or "azure_conv"
+        given = load_workload(name)
+        if not isinstance(given, ArrivalPath):
+            raise InputError("--trace", f"--workload {name}", "come with a trace file as --workload")
         path = given
     start = (
         compile_policy(solve_fluid(types, server), kind or "capped") if table is None else load_table(table)
