@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fluidsched import _files
+from fluidsched.cli.inputs import load_server
 from fluidsched.cli.options import ForceOption, Shown
 from fluidsched.cli.outputs import check_new, emit, write_new
 from fluidsched.errors import InputError
+
+if TYPE_CHECKING:
+    from fluidsched.server import Server
 
 
 def catalog(
@@ -60,6 +64,18 @@ def calibrate(
     largest_extrapolation: Annotated[
         float, typer.Option(help="Refuse limits of the server beyond so many times what was measured.")
     ] = 100.0,
+    longest_decode: Annotated[
+        float,
+        typer.Option(help="Refuse a table whose shortest decode takes longer, s: whole generations do."),
+    ] = 0.25,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            "--like",
+            metavar="GPU:MODEL[:TP]|SPEC",
+            help="Refuse times of another order than this server's, such as a100:llama-2-7b.",
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the server.")] = "server",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the server spec (for --server) to this file.")
@@ -73,7 +89,7 @@ def calibrate(
 
     Example:
 
-    fluidsched calibrate points.csv --kv-capacity 120000 --out server.json
+    fluidsched calibrate points.csv --kv-capacity 120000 --like a100:llama-2-7b --out server.json
     """
     from fluidsched.server import calibrate as fit
 
@@ -87,6 +103,8 @@ def calibrate(
         max_batch_tokens=max_batch_tokens,
         largest_mean_error=largest_mean_error,
         largest_extrapolation=largest_extrapolation,
+        longest_decode=longest_decode,
+        like=None if like is None else _like(like),
         name=name,
     )
     if plot is not None:
@@ -106,3 +124,18 @@ def calibrate(
         with _files.whole_file(plot) as temporary:
             figure.savefig(temporary)
     emit(fitted.to_json() if shown.as_json else repr(fitted))
+
+
+def _like(text: str) -> Server:
+    """The server of GPU:MODEL, GPU:MODEL:TP or a spec."""
+    if Path(text).suffix.lower() in (".toml", ".json"):
+        return load_server(None, None, None, Path(text))
+    gpu, _, rest = text.partition(":")
+    model, _, degree = rest.partition(":")
+    if not model or (degree and not degree.isdecimal()):
+        raise InputError("--like", text, "be GPU:MODEL, GPU:MODEL:TP or a spec, such as a100:llama-2-7b")
+    try:
+        return load_server(gpu, model, int(degree) if degree else None, None)
+    except InputError as error:
+        named = f"--like {text}: {error.argument}"
+        raise InputError(named, error.received, error.required, error.remedy) from None

@@ -14,13 +14,22 @@ the knee included.
 
 What the points cannot tell is refused, not guessed: a column without spread, or that follows from the others,
 leaves its coefficient undetermined; a slope that wants to be negative, or a large error, says that the points
-are not iterations of this form. The errors say nothing beyond the measured range; `remarks` says where the
+are not iterations of this form.
+
+Times of whole generations are as many times too long as these have iterations, and of one length they fit as well as
+iterations do. They show by what an iteration cannot do: a decode reads the weights once, as an iteration that prefills
+does too, and so does not take several times as long as the shortest of those; and the weights in a GPU's memory are
+read in tens of milliseconds. What the points cannot show, a server like the one measured (`like`) does. Generations of
+several lengths do not fit; if dividing the times by a further column of the table mends that, the refusal names it.
+
+The errors of a fit say nothing beyond the measured range; `remarks` says where the
 server reaches beyond it.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import io
 import math
@@ -56,10 +65,14 @@ SCHEMA = "fluidsched.calibration/1"
 #: Columns read from a table, in the order of `IterationPoints`; others are ignored.
 COLUMNS = ("n_tok", "batch_decode", "kv_tok", "pre_attn", "t_s")
 
-LONGEST_SHORT_DECODE = 1.0  # s; reading the weights once takes tens of milliseconds on any GPU in the catalog
-LARGEST_DECODE_RATIO = (
-    4.0  # shortest decode over shortest prefill; at most 1.03 in the 153 profiles of the catalog
+SHORTEST_DECODE = (
+    1e-4  # s; launching an iteration takes longer; 2 ms in the fastest of the catalog's 153 profiles
 )
+SLOWEST_SHORT_DECODE = 0.085  # s; the shortest decode of the slowest of them
+LARGEST_DECODE_RATIO = (
+    4.0  # shortest decode over shortest iteration with a prefill; at most 1.03 in the profiles
+)
+LARGEST_RATIO_TO_LIKE = 5.0  # of the times to those of a server like this one, in the median and either way
 LARGEST_LOSS = 1.05  # root mean square with slopes kept from being negative, over that without
 SMALLEST_SINGULAR_VALUE = (
     1e-6  # of the columns scaled to length one; at least 1.2e-3 in the catalog's profiles
@@ -152,9 +165,7 @@ class IterationPoints:
         InputError
             If the file cannot be read, or a column is missing or holds something else than numbers.
         """
-        columns: Any = _read_csv(Path(table)) if isinstance(table, (str, os.PathLike)) else table
-        if not (isinstance(columns, Mapping) or hasattr(columns, "columns")):
-            raise InputError("points", columns, "be a CSV file, a frame, or arrays by column name")
+        columns = _columns(table)
         for name in COLUMNS:
             if name not in columns:
                 raise InputError(
@@ -249,12 +260,18 @@ class Calibration(Tabular):
         if self.form == "two-piece" and self.knee_tokens is None:
             found.append("no knee: the second slope is not steeper than the first")
         for column, name in ((2, "per decoded or prefilled token"), (3, "per KV token")):
-            if self.form != "paper" and not rows[:, column].any():
+            if (column == 3 or self.form != "paper") and not rows[:, column].any():
                 found.append(f"the time {name} came out as 0")
         if self.form == "two-piece" and not rows[:, 4].any():
             found.append("the time per unit of prefill attention came out as 0")
         if not (self.points.decode_tokens < self.points.batch_tokens)[self.is_fitted].any():
             found.append("prefills are extrapolated: the points fitted are pure decodes")
+        decodes = self.points.time[self.points.decode_tokens == self.points.batch_tokens]
+        if decodes.size and decodes.min() > SLOWEST_SHORT_DECODE:
+            found.append(
+                f"the shortest decode, {decodes.min():.3g} s, is longer than on any server of the catalog "
+                f"({SLOWEST_SHORT_DECODE:g} s): of several iterations?"
+            )
         for limit, given, measured, unit in self._reached():
             if given is not None and given > measured:
                 found.append(
@@ -380,6 +397,8 @@ def calibrate(
     max_batch_tokens: int | None = None,
     largest_mean_error: float = 0.25,
     largest_extrapolation: float = 100.0,
+    longest_decode: float = 0.25,
+    like: Server | None = None,
     name: str = "server",
     source: str | None = None,
 ) -> Calibration:
@@ -402,6 +421,12 @@ def calibrate(
     largest_extrapolation : float
         A server whose limits lie beyond this many times the largest measured batch or KV is refused; between once and
         this many times it is a remark.
+    longest_decode : float
+        s; a table whose shortest pure decode takes longer is refused as times of whole generations. In the catalog's
+        profiles it takes 2 to 85 ms; a machine without a GPU may need more.
+    like : Server, optional
+        A server of the same GPU and model, such as one of the catalog: times that are, in the median, more than 5 times
+        as long or as short as its at the same batches are refused.
     source : str, optional
         Where the points come from; by default the file's name.
 
@@ -435,8 +460,12 @@ def calibrate(
         max_batch_tokens = check_count("max_batch_tokens", max_batch_tokens, minimum=1)
     check_real("largest_mean_error", largest_mean_error, above=0.0)
     check_real("largest_extrapolation", largest_extrapolation, minimum=1.0)
-    table = points if isinstance(points, IterationPoints) else IterationPoints.read(points)
-    _check_iterations(table)
+    check_real("longest_decode", longest_decode, above=0.0)
+    columns = {} if isinstance(points, IterationPoints) else _columns(points)
+    table = points if isinstance(points, IterationPoints) else IterationPoints.read(columns)
+    _check_iterations(table, longest_decode)
+    if like is not None:
+        _check_like(table, like)
     iteration_time = _fit(table, form, _used(table, form, max_batch_tokens), knee_tokens)
     if source is None:
         source = Path(points).name if isinstance(points, (str, os.PathLike)) else ""
@@ -451,7 +480,8 @@ def calibrate(
             f"a mean error of {result.mean_error:.1%} (row {worst + 1} is fitted as "
             f"{result.predicted[worst]:.4g} s and measured as {table.time[worst]:.4g} s)",
             f"be described by the form {form!r} within {largest_mean_error:.1%} on average",
-            "Try another form, restrict max_batch_tokens, or accept the error by largest_mean_error.",
+            f"{_generations(columns, result, longest_decode, knee_tokens)}Try another form, restrict max_batch_tokens, "
+            "or accept the error by largest_mean_error.",
         )
     for limit, given, measured, unit in result._reached():
         if given is not None and math.isfinite(given) and given > largest_extrapolation * measured:
@@ -478,28 +508,92 @@ def _predict(iteration_time: IterationTime, points: IterationPoints) -> Array:
     return iteration_time(prefill, points.decode_tokens, points.kv_tokens, points.prefill_attention)
 
 
-def _check_iterations(points: IterationPoints) -> None:
-    """Refuse tables whose decodes take far too long to be single iterations."""
+def _columns(table: Any) -> Any:
+    """All columns of a table by name, further ones too."""
+    columns: Any = _read_csv(Path(table)) if isinstance(table, (str, os.PathLike)) else table
+    if not (isinstance(columns, Mapping) or hasattr(columns, "columns")):
+        raise InputError("points", columns, "be a CSV file, a frame, or arrays by column name")
+    return columns
+
+
+def _check_like(points: IterationPoints, like: Server) -> None:
+    """Refuse times of another order than those of a server of the same kind."""
+    ratio = float(np.median(points.time / _predict(like.iteration_time, points)))
+    if 1.0 / LARGEST_RATIO_TO_LIKE <= ratio <= LARGEST_RATIO_TO_LIKE:
+        return
+    raise InputError(
+        "t_s",
+        f"times {ratio:.3g} times those of {like.name!r} at the same batches, in the median",
+        f"be the time of one iteration in seconds, within a factor of {LARGEST_RATIO_TO_LIKE:g} of those of `like`",
+        f"Times of whole generations, of about {ratio:.0f} iterations, have to be divided by that number."
+        if ratio > 1.0
+        else "Check the unit, and that it is not the time per token of a batch.",
+    )
+
+
+def _generations(columns: Any, result: Calibration, longest_decode: float, knee_tokens: float | None) -> str:
+    """What says that points that fit badly are times of generations of several lengths; empty if nothing does."""
+    points = result.points
+    nearest, error = "", result.mean_error / 2
+    for name in columns:
+        if name in COLUMNS:
+            continue
+        try:
+            steps = _numbers(str(name), columns[name])
+            if steps.min() < 1.0:
+                continue
+            divided = dataclasses.replace(points, time=points.time / steps)
+            time = _fit(divided, result.form, result.is_fitted, knee_tokens)
+        except InputError:
+            continue
+        left = dataclasses.replace(
+            result, server=dataclasses.replace(result.server, iteration_time=time), points=divided
+        )
+        if left.mean_error < error:
+            nearest, error = str(name), left.mean_error
+    if nearest:
+        return (
+            f"Divided by the column {nearest!r} they are within {error:.1%}: they look like times of so many "
+            "iterations each, as whole generations are, so divide them. "
+        )
     decodes = points.time[points.decode_tokens == points.batch_tokens]
-    prefills = points.time[points.decode_tokens == 0]
+    if decodes.size and np.median(decodes) > longest_decode:
+        return (
+            f"Half of the decodes take more than {longest_decode:g} s: if these are whole generations of several "
+            "lengths, divide each time by its number of iterations. "
+        )
+    return ""
+
+
+def _check_iterations(points: IterationPoints, longest_decode: float) -> None:
+    """Refuse tables whose decodes take far too long, or too short, to be single iterations."""
+    decodes = points.time[points.decode_tokens == points.batch_tokens]
+    prefills = points.time[points.decode_tokens < points.batch_tokens]
     if not decodes.size:
         return
     remedy = "Divide the time of a generation by its number of iterations; times are in seconds."
     if prefills.size and decodes.min() > LARGEST_DECODE_RATIO * prefills.min():
         raise InputError(
             "t_s",
-            f"{decodes.min():.4g} s for the shortest decode and {prefills.min():.4g} s for the shortest prefill, "
-            "which reads the same weights",
+            f"{decodes.min():.4g} s for the shortest decode and {prefills.min():.4g} s for the shortest iteration "
+            "with a prefill, which reads the same weights",
             f"be the time of one iteration, not of a whole generation (ratio at most {LARGEST_DECODE_RATIO:g})",
             remedy,
         )
-    if decodes.min() > LONGEST_SHORT_DECODE:
+    if decodes.min() < SHORTEST_DECODE:
+        raise InputError(
+            "t_s",
+            f"{decodes.min():.4g} s for the shortest decode",
+            "be the time of one iteration in seconds, not of a token or in another unit "
+            f"(the shortest decode at least {SHORTEST_DECODE:g} s)",
+        )
+    if decodes.min() > longest_decode:
         raise InputError(
             "t_s",
             f"{decodes.min():.4g} s for the shortest decode",
             f"be the time of one iteration in seconds, not of a whole generation or in milliseconds "
-            f"(the shortest decode at most {LONGEST_SHORT_DECODE:g} s)",
-            remedy,
+            f"(the shortest decode at most {longest_decode:g} s)",
+            f"{remedy} A machine as slow as that is accepted by longest_decode.",
         )
 
 
@@ -520,7 +614,10 @@ def _fit(
     if time.size < needed:
         what = "pure decodes" if form == "paper" else "points"
         raise InputError(
-            "points", f"{time.size} {what}", f"be at least {needed} {what} for the form {form!r}"
+            "points",
+            f"{time.size} of them",
+            f"hold at least {needed} {what} for the form {form!r}",
+            "Measure more batches, or use a form with fewer coefficients.",
         )
     _check_spread(columns, time)
     if form != "two-piece":

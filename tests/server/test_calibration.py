@@ -177,6 +177,37 @@ class TestRefusals:
         alone = table(batches=DECODES)
         alone["t_s"] = 200 * alone["t_s"]
         self.refused(alone, "whole generation or in milliseconds", "paper")
+        fitted = fs.calibrate(alone, "paper", kv_capacity=1e5, longest_decode=3.0)  # a machine without a GPU
+        assert fitted.mean_error < 0.25
+        mixed = table(batches=DECODES + MIXED)
+        decodes = mixed["batch_decode"] == mixed["n_tok"]
+        mixed["t_s"] = np.where(decodes, 20 * mixed["t_s"], mixed["t_s"])
+        self.refused(mixed, "shortest iteration with a prefill", "affine")
+
+    def test_times_of_short_generations_are_seen_beside_a_server_like_the_measured_one(self) -> None:
+        """Twenty iterations each are slow for a decode of the catalog, which is a remark, and 20 times like's, which is
+        refused; so is a thousandth. Three times like's is another engine."""
+        like = fs.Server(100_000, TRUE)
+        columns = table(batches=DECODES)
+        times = columns["t_s"]
+        columns["t_s"] = 20 * times
+        assert "of several iterations" in "\n".join(fs.calibrate(columns, "paper", kv_capacity=1e5).remarks)
+        self.refused(columns, "times 20 times those of 'server'.*about 20 iterations", "paper", like=like)
+        columns["t_s"] = times / 15
+        self.refused(columns, "not the time per token", "paper", like=like)
+        columns["t_s"] = times / 1000
+        self.refused(columns, "or in another unit", "paper")
+        columns["t_s"] = 3 * times
+        assert fs.calibrate(columns, "paper", kv_capacity=1e5, like=like).mean_error < 0.25
+
+    def test_times_of_generations_of_several_lengths_name_the_column_of_lengths(self) -> None:
+        """They fit badly; divided by the lengths they fit, and where the table has none they are suspiciously long."""
+        columns = table(batches=DECODES)
+        lengths = np.random.default_rng(5).integers(30, 900, len(DECODES)).astype(float)
+        columns["t_s"] = columns["t_s"] * lengths
+        self.refused(columns, "Half of the decodes take more", "paper", longest_decode=0.6)
+        told = {**columns, "row": np.arange(1.0, len(DECODES) + 1), "output_len": lengths}
+        self.refused(told, "Divided by the column 'output_len' they are within", "paper", longest_decode=0.6)
 
     def test_negative_slopes(self) -> None:
         """Times that fall in the KV read, or in the tokens, name the column."""
@@ -189,7 +220,7 @@ class TestRefusals:
     def test_too_few_points(self) -> None:
         """Fewer than two points a coefficient are no evidence."""
         self.refused({n: v[:11] for n, v in table().items()}, "at least 12 points")
-        self.refused(table(batches=PREFILLS), "0 pure decodes", "paper")
+        self.refused(table(batches=PREFILLS), "at least 4 pure decodes .* got 0 of them", "paper")
 
     def test_undetermined_coefficients(self) -> None:
         """A column without spread, or that follows from another, names the coefficient."""
@@ -332,6 +363,9 @@ class TestCommand:
         points = write_csv(tmp_path / "p.csv", table())
         done = CliRunner().invoke(app, ["calibrate", str(points), "--kv-capacity", "100000", "--json"])
         assert json.loads(done.stdout)["schema"] == "fluidsched.calibration/1"
+        like = ["calibrate", str(points), "--kv-capacity", "100000", "--like"]
+        assert CliRunner().invoke(app, [*like, "a100:llama-2-7b"]).exit_code == 0
+        assert CliRunner().invoke(app, [*like, "a100"]).exit_code == 2
         decodes = write_csv(tmp_path / "d.csv", table(batches=DECODES))
         out = tmp_path / "server.json"
         done = CliRunner().invoke(app, ["calibrate", str(decodes), "--kv-capacity", "1e5", "--out", str(out)])
