@@ -10,12 +10,12 @@ Finishers are known when they are admitted, so a ring of finishing times makes a
 with length laws, O(output lengths); with chunks times those in prefill, O(prompts × outputs)), however long they stay.
 Lengths enter by E[p | o], and E[p − c | o] and E[p² − c² | o], c what is cached of a prompt, alone.
 
-Rules with a fluid version, numbered as in `reference`: 10 (a request is infinitesimal, so a token budget only bounds
-how much is admitted, and whole prompts or first chunks fit alike; `chunk_tokens` cuts prompts into ⌈p/c⌉ iterations),
-11 and 12, 13 (first come, first served is a common arrival time θ up to which every row of one priority is served), 14,
-15, 16 (`prefill_interval`), 17, 18. Preemption takes the newest cohort first, all requests of a cohort alike (the
-engines take its latest arrivals first). A server with nobody to serve, and no gate that keeps it, runs an iteration of
-T(nothing) and serves what arrived in it.
+Rules with a fluid version, numbered as in `reference`: 9a (swapping), 10 (a request is infinitesimal, so a token budget
+only bounds how much is admitted, and whole prompts or first chunks fit alike; `chunk_tokens` cuts prompts into ⌈p/c⌉
+iterations), 11 and 12, 13 (first come, first served is a common arrival time θ up to which every row of one priority is
+served), 14, 15, 16 (`prefill_interval`), 17, 18. Preemption takes the newest cohort first, all requests of a cohort
+alike (the engines take its latest arrivals first). A server with nobody to serve, and no gate that keeps it, runs an
+iteration of T(nothing) and serves what arrived in it.
 
 WAIT, rules 20 to 23: a row j is open when at least `gate` wait in it, a real number now, or its hold has expired; a
 block admits min(threshold, waiting) of every open row and runs their residents for `block_iterations` iterations, while
@@ -28,8 +28,8 @@ before each but the first a fluid pauses with its KV, and the first min(n_k, pau
 at least n_1, …, n_k stand before the segments 1, …, k. So an iteration costs O(types + segments).
 
 Waiting at the start counts, for holds, from time 0. Kinds "vllm", "capped", "gated", "wait" and "nested-wait" are
-covered; other kinds, chunks of prompts of which part is cached or beside prefill intervals, residents' chunks beyond
-the token budget, blocks of KV, swapping, orders by length, look-ahead, and holds under Nested WAIT are refused.
+covered; other kinds, chunks of prompts of which part is cached, beside prefill intervals or swapping, residents' chunks
+beyond the token budget, blocks of KV, orders by length, look-ahead, and holds under Nested WAIT are refused.
 
 **Verdicts.** The second half of the run is looked at where decisions are taken: at iterations that are not held (rule
 16), with WAIT at the starts of blocks. The queue grows if its drift, by thirds of that half, is above 1e-3 of the
@@ -272,6 +272,8 @@ class _Engine(_Demand):
         self.windows: list[deque[tuple[int, float]]] = [deque() for _ in table.types]
         self.kv = self.count = 0.0
         self.step = 0
+        self.swaps = table.preemption == "swap"
+        self.moved = 0.0  # tokens out to the host by this decision
         self.prefilled = -math.inf  # the last step that did
         self.queue_left = False
         self.cohorts: deque[_Cohort] = deque()
@@ -330,6 +332,8 @@ class _Engine(_Demand):
                 self.cohorts.pop()
             self.kv -= float(lost @ held)
             self.count -= float(lost.sum())
+            if self.swaps:
+                self.moved += float(lost @ held)
             shortage -= share * frees
             preempted += float(lost.sum())
             if lost.any():
@@ -347,6 +351,8 @@ class _Engine(_Demand):
         while self.stack and (left > 0.0).all():
             piece = self.stack[-1]
             need = self.needs(piece.mass, piece.produced)
+            if self.swaps:
+                need[1] = need[2]  # one token each: it goes on decoding
             share = min(1.0, float((left / need).min()))
             entering.append(_Cohort(piece.mass * share, piece.produced, self.step))
             left -= share * need
@@ -447,7 +453,15 @@ class _Engine(_Demand):
             if not entering and opens > self.now:
                 self.now = _in_time(opens, self.table)
                 entering = self.admit(growth)
-        entered, prefill, admitted, attention = self.prefill(entering).tolist()
+        entered, prefill, admitted, attention = self.prefill(
+            cohort for cohort in entering if not (self.swaps and cohort.produced)
+        ).tolist()
+        for cohort in entering:
+            if self.swaps and cohort.produced:  # rule 9a: back from the host, and decodes
+                memory, _, number = self.needs(cohort.mass, cohort.produced).tolist()
+                self.moved += memory - number
+                entered, admitted = entered + memory, admitted + number
+                decodes, read = decodes + number, read + memory
         for cohort in entering:
             self.cohorts.append(cohort)
             first = self.step + self.prefill_steps(cohort.produced) - 1  # the iteration of its next token
@@ -462,10 +476,14 @@ class _Engine(_Demand):
                 self.filling.append((cohort, first))
         attention = (attention + of_chunks) / 2
         duration = float(self.server.iteration_time(prefill + chunks, decodes, read, attention))
+        if self.moved:
+            assert self.server.swap_bandwidth is not None
+            duration += self.moved / self.server.swap_bandwidth
+            self.moved = 0.0
         start, waiting = self.now, self.waiting()
         if not held_back:
             self.queue_left = waiting > 0.0
-        if admitted > 0.0:
+        if prefill > 0.0:
             self.prefilled = self.step
         self.kv += growth + entered
         self.count += admitted
@@ -1029,7 +1047,8 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
         ("chunk_tokens", table.freeze and table.chunk_tokens is not None),
         ("prefill_interval", table.freeze and table.prefill_interval is not None),
         ("chunk_tokens beside prefill_interval", bool(table.chunk_tokens and table.prefill_interval)),
-        ("preemption", table.preemption == "swap"),
+        ("preemption", table.freeze and table.preemption == "swap"),
+        ("chunk_tokens beside swapping", bool(table.chunk_tokens) and table.preemption == "swap"),
         ("order", table.order != "fcfs"),
         ("lookahead", table.lookahead.mode != "none"),
         ("types[0].max_hold_s", table.kind == "nested-wait" and table.types[0].max_hold_s is not None),
@@ -1039,6 +1058,12 @@ def _check_rules(server: Server, table: PolicyTable) -> None:
             raise InputError(
                 f"{place}{name}", "a rule without a fluid version", "not be used", "Simulate it."
             )
+    if table.preemption == "swap" and server.swap_bandwidth is None:
+        raise InputError(
+            "server.swap_bandwidth",
+            "nothing",
+            f"be given, tokens/s: table {table.name!r} preempts by swapping",
+        )
     if server.block_size is not None:
         raise InputError("server.block_size", server.block_size, "be None: a fluid has no blocks")
     if server.iteration_time.coefficients is None:
