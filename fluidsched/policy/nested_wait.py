@@ -566,7 +566,7 @@ class _Planner:
         if isinstance(options.segments, str):
             count = options.segment_count or 1
             levels = 1.0 - np.arange(1, count) / count
-            cuts = [int(np.argmax(stream.share <= level)) for level in levels]
+            cuts = [int(np.argmax(stream.share <= level * (1 + 1e-12))) for level in levels]
             return np.unique([0, *(cut for cut in cuts if cut > 0)]).astype(np.int64)
         first = [0]
         for i, given in enumerate(options.segments):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fluidsched as fs
-from fluidsched.errors import InputError
+from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy import wait_curve
 from fluidsched.policy.gated import _evaluate, _Found, _spacing
 from fluidsched.policy.nested_wait import Stream
@@ -76,6 +76,7 @@ def test_every_boundary_queue_is_certified_by_its_own_law() -> None:
     line = table.certificate["boundary_queue"]
     assert len(line["value"]) == len(n) == 3
     assert line["value"][0] == 0.0
+    assert line["share"][0] == 1.0  # everybody enters the first segment
     for k in (1, 2):
         share = line["share"][k]
         assert 0.0 < share < 1.0
@@ -90,6 +91,7 @@ def test_unlimited_memory_needs_no_headroom() -> None:
     table = fs.compile_policy(fs.solve_fluid(workload(1.0, 0.5), free), "lookahead")
     assert table.lookahead.mode == "law"
     assert table.lookahead.headroom_tokens == 0.0
+    assert table.certificate["memory"]["guarantee"] == "certain"
 
 
 def test_a_bound_is_from_above_or_from_below() -> None:
@@ -201,3 +203,29 @@ def test_a_cap_says_by_what_it_was_found() -> None:
     assert "P(KV of N residents > C) ≤ δ" in by_law["formula"]
     assert certain["formula"].startswith("⌊N⌋")
     assert certain["value"] == 8000 // 203
+
+
+def test_quantile_segments_have_equal_shares_of_those_who_leave() -> None:
+    """Four segments of outputs 1 to 100, equally likely: a quarter leaves in each, so they begin at 25, 50 and 75."""
+    lengths = fs.lengths.uniform(1, 100)
+    fluid = fs.solve_fluid(
+        fs.Workload([fs.RequestType("chat", 5.0, 24, lengths)]), fs.Server(200_000, SERVER.iteration_time)
+    )
+    table = fs.compile_policy(
+        fluid, "nested-wait", slack=0.1, block_iterations=1, segments="quantiles", segment_count=4
+    )
+    assert [segment.boundary for segment in table.segments] == [24, 49, 74, 99]
+
+
+def test_the_slack_asked_for_is_in_the_refusal() -> None:
+    """And it is left out where none was asked for."""
+    for slack, said in ((0.25, "iterations with slack 0.25 exists"), (0.0, "iterations exists")):
+        fluid = fs.solve_fluid(workload(1.0, 0.5).at_load(0.999, SERVER), SERVER)
+        with pytest.raises(InfeasibleError, match=said):
+            fs.compile_policy(fluid, "wait", slack=slack)
+
+
+def test_a_row_of_a_table_is_matched_by_a_match() -> None:
+    """A name in its place is refused."""
+    with pytest.raises(InputError, match="match must be a Match; got chat"):
+        fs.policy.TableType("chat", "chat")  # type: ignore[arg-type]

@@ -158,6 +158,13 @@ def test_tail_is_relatively_exact_far_out() -> None:
     assert embedded_queue_tail(1, mean, levels, wait=False) == pytest.approx(tail[levels], rel=1e-9)
 
 
+@pytest.mark.parametrize("trials", [1, 3, 5])
+def test_no_more_trials_than_places_leave_a_uniform_remainder(trials: int) -> None:
+    """Nobody is ever left behind by a full gate: those who wait for it are 0, …, n − 1, equally often."""
+    tail = embedded_queue_tail(5, 0.6 * trials, np.arange(7), trials=trials)
+    assert tail == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0, 0.0, 0.0], abs=1e-15)
+
+
 def test_pmf_until_tail_mass_and_up_to_a_size() -> None:
     law = embedded_queue_pmf(20, 19.0, tail_mass=1e-9)
     assert 1.0 - 1.01e-9 < law.sum() <= 1.0 - 0.9e-9
