@@ -781,7 +781,7 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
             text = content.decode("utf-8-sig")
         except FileNotFoundError:
             raise InputError("points", str(path), "name an existing file", "Check the path.") from None
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError) as error:  # not UTF-8, or a null in the path
             raise InputError("points", f"{path} ({error})", "be gzip-compressed UTF-8 text") from None
         if len(content) > _MOST_BYTES:
             raise InputError("points", str(path), f"unpack to at most {_MOST_BYTES:,} bytes")

@@ -206,3 +206,8 @@ def test_transient_mean_stays_below_the_critical_bound() -> None:
     n, cycles = 9, 300
     mean = embedded_queue_transient(n, float(n), cycles).mean
     assert all(mean[b] <= critical_queue_bound(n, b) for b in range(cycles + 1))
+
+
+def test_no_levels_have_no_tail() -> None:
+    """Of an empty array of levels, in its shape."""
+    assert embedded_queue_tail(4, 3.6, np.zeros((0, 3), dtype=int)).shape == (0, 3)

@@ -371,3 +371,57 @@ class TestCommand:
         done = CliRunner().invoke(app, ["calibrate", str(decodes), "--kv-capacity", "1e5", "--out", str(out)])
         assert done.exit_code == 2
         assert not out.exists()
+
+
+HEAD = "n_tok,batch_decode,kv_tok,pre_attn,t_s\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "", "have a header and at least one row"),
+        ("p.csv", HEAD, "have a header and at least one row"),
+        ("p.csv", HEAD + "1,1,5,0\n", "row 1 must have 5 fields; got 4 fields"),
+        ("p.csv", HEAD + '1,1,5,0,"0.1\n', "be valid CSV"),
+        ("p.csv", HEAD + "1,1,5,0,fast\n", "t_s, row 1 must be a number; got fast"),
+        ("p.csv.gz", "not compressed", "be gzip-compressed"),
+        ("missing.csv.gz", None, "name an existing file"),
+        ("missing.csv", None, "name an existing file"),
+    ],
+)
+def test_damaged_tables_of_points_are_named(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    """What is no table of points: the row, the line or the file."""
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        fs.calibrate(tmp_path / name, kv_capacity=1e5)
+
+
+def test_points_are_columns_of_one_length() -> None:
+    """Neither a number, nor a matrix, nor columns that differ."""
+    good = table()
+    for points, message in (
+        (3, "points must be a CSV file, a frame, or arrays"),
+        (good | {"t_s": good["t_s"][:-1]}, "t_s must have 29 rows"),
+        (good | {"n_tok": good["n_tok"][None]}, "n_tok must be one column"),
+        (good | {"n_tok": [[1], [1, 2]]}, "n_tok"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fs.calibrate(points, kv_capacity=1e5)  # type: ignore[arg-type]
+
+
+def test_a_calibration_of_no_point_of_its_form_is_refused() -> None:
+    """A file may not say it was fitted to decodes where its points are prefills."""
+    data = json.loads(fs.calibrate(table(), kv_capacity=1e5).to_json())
+    for change, message in (
+        ({"max_batch_tokens": 0}, "max_batch_tokens must be a whole number of at least 1"),
+        ({"max_batch_tokens": None, "form": "cubic"}, "form must be"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Calibration.from_dict(data | change)
+    prefills = {name: [x for x, d in zip(column, data["points"]["batch_decode"], strict=True) if d == 0]
+                for name, column in data["points"].items()}  # fmt: skip
+    with pytest.raises(InputError, match="hold a point of the form 'paper'"):
+        Calibration.from_dict(data | {"form": "paper", "points": prefills, "max_batch_tokens": None})
