@@ -26,11 +26,11 @@ decode stores once
 
 and holds base + g from then on; the sums over a group, n and Σ (base + g), change by addition. With blocks
 of b tokens a group's decodes are also counted by base mod b: those with base + g ≡ 0 take a block next. Day
-`key mod D` of the group's calendar keeps its requests in a doubly linked list, and one bit per day says
-whether the list is empty, so adding and removing take constant time and finding the next completion one
-operation per 64 ticks passed over. Requests more than D ticks away share a day with nearer ones; a visitor
-of the day leaves them. `continuous` needs one group; `wait` has one per row, because a row's residents all
-move or all stand still.
+`key mod D` of the group's calendar keeps its requests in a doubly linked list, one bit per day says
+whether the list is empty, and one per 64 days whether all of theirs are, so adding and removing take constant
+time and finding the next completion one operation per 4 096 ticks passed over. Requests more than D ticks away
+share a day with nearer ones; a visitor of the day leaves them. `continuous` needs one group; `wait` has one per
+row, because a row's residents all move or all stand still.
 
 **Gaps between tokens.** A decode that also ran in the iteration before has its next token one iteration later:
 n gaps of T(r) in iteration r. They are counted in the buckets of `histogram`; a run crosses few of them, mostly
@@ -80,7 +80,14 @@ iteration is run; else as many as nothing can change in: until the next completi
 ends at, the opening of an admission window, the end of a block, or the first end at or after an arrival
 that could enter, a hold time, the first iteration in which look-ahead may let in whom it refused, the horizon,
 the end of the warm-up or a sampling instant. Waking for nothing
-is harmless: the decision is made again and comes out the same.
+is harmless: the decision is made again and comes out the same. That is how `_glide` is possible, a short loop for
+the decisions of one row in which all fit and nothing is held up: at whatever it does not know it stops, with the
+decision half made if need be, and `continuous` makes it again.
+
+**A prefix cache that fills.** Blocks are numbered anew from 0, each with the number of its users, or its place in
+a list of idle ones, the oldest first. Memory is counted for every resident as if nothing were shared, and `shared`
+is what that counts too often; so a group's sums stay what they are. While nobody enters or leaves only the room
+for idle blocks shrinks, with memory in use, so dropping waits for the end of a run of decodes.
 """
 
 from __future__ import annotations
@@ -398,11 +405,11 @@ RULES = _record_type(
 
 #: A row of the table (hold inf: none). rank: of its priority; turn: at place i the i-th row by (priority,
 #: row). Its newcomers are order[head:tail] but for `gone` that have left, never the first of them. `gated`:
-#: recent[first:first + size] is a ring of the iterations
+#: recent[first:first + ring] is a ring of the iterations
 #: of its last admissions, of which there were `admissions` and `passed` are outside the window; quota: how
 #: many more may enter in this decision.
 ROW = _record_type(
-    "threshold gate period rank turn head tail gone first size admissions passed quota",
+    "threshold gate period rank turn head tail gone first ring admissions passed quota",
     "hold",
 )
 
@@ -438,11 +445,12 @@ RETURNED = _record_type("below produced stored", "since served turned")
 #: horizon); left: iterations left of a block. held_before, residents_before: KV tokens and residents during
 #: the iteration that ended at `now`; queued: KV tokens that those waiting need at admission, counted from
 #: where the run began and so right for requests that join through `route` only. leaving: the first deadline not
-#: yet kept or known to be void; dropped: KV tokens of those who left unfinished.
+#: yet kept or known to be void; dropped: KV tokens of those who left unfinished. shared: units that residents hold more
+#: than once in their sum, because they use the same block of the prefix cache.
 STATE = _record_type(
     "residents vacant oldest newest partials waiting returned arrived reserved since_prefill queue_left"
     " iterations batch_sizes batch_tokens preempted wasted cached swapped stored moved peak_kv samples verdict kv_end"
-    " emitted stalls left held_before residents_before entered queued leaving dropped",
+    " emitted stalls left held_before residents_before entered queued leaving dropped shared",
     "now until gap_s busy kv_area resident_area waiting_area end sample_at sample_step",
 )
 
@@ -461,6 +469,13 @@ NODE = _record_type("count origin peak")
 
 #: The waiting of a row, a heap of places: where it begins, how many there are.
 HEAP = _record_type("start waiting")
+
+#: The prefix cache that fills with the run: tokens and units of a block; of those idle the oldest, the newest and their
+#: number; how many requests were admitted.
+STORE = _record_type("tokens units oldest newest idle admitted")
+
+#: A block: how many residents use it, whether it is idle, and those idle before and after it.
+BLOCK = _record_type("users idle earlier later")
 
 Records = NDArray[np.void]
 Pointer = Any  # one record of such an array
@@ -545,6 +560,24 @@ class Ahead(NamedTuple):
     requests: Ints
     heaps: Records
     heap: Ints
+
+
+class Store(NamedTuple):
+    """The prefix cache that fills with the run, rules 39 to 42.
+
+    The whole blocks of request i are `names[first[i]:first[i + 1]]`, places in `blocks`; `used` says which of them it
+    uses in the cache, `entered` (N,) how many of them it has found or computed, `turn` (N,) when it was admitted among
+    all; `leavers` holds who leaves in an iteration.
+    """
+
+    state: Records
+    blocks: Records
+    first: Ints
+    names: Ints
+    used: Ints
+    entered: Ints
+    turn: Ints
+    leavers: Ints
 
 
 # --------------------------------------------------------------------------- gaps between tokens
@@ -814,6 +847,142 @@ def _emit(run: Run, group: int, slot: int, now: float) -> None:
         _start_decode(slots, groups, calendars, group, slot, slots[slot].target, to_go)
 
 
+# --------------------------------------------------------------------------- the prefix cache that fills with the run
+
+
+@_part
+def _find(run: Run, store: Store, request: int, produced: int) -> tuple[int, int]:
+    """Rule 40: tokens that the request finds, and the units of them that others use."""
+    c, blocks = store.state[0], store.blocks
+    first = store.first[request]
+    most = min((run.prompt[request] + produced - 1) // c.tokens, store.first[request + 1] - first)
+    count = in_use = 0
+    while count < most:
+        block = store.names[first + count]
+        if blocks[block].users == 0 and blocks[block].idle == 0:
+            break
+        in_use += blocks[block].users > 0
+        count += 1
+    return c.tokens * count, c.units * in_use
+
+
+@_part
+def _take(run: Run, store: Store, request: int, found: int) -> None:
+    """The request, just admitted, uses the blocks of the tokens that it found."""
+    s, c, blocks = run.state[0], store.state[0], store.blocks
+    first = store.first[request]
+    count = found // c.tokens
+    for place in range(first, first + count):
+        block = store.names[place]
+        if blocks[block].users > 0:
+            s.shared += c.units
+        else:
+            _wake(c, blocks, block)
+        blocks[block].users += 1
+        store.used[place] = 1
+    store.entered[request] = count
+    c.admitted += 1
+    store.turn[request] = c.admitted
+
+
+@_part
+def _wake(c: Pointer, blocks: Records, block: int) -> None:
+    """Take a block from the list of those that are idle."""
+    before, after = blocks[block].earlier, blocks[block].later
+    if before == NOBODY:
+        c.oldest = after
+    else:
+        blocks[before].later = after
+    if after == NOBODY:
+        c.newest = before
+    else:
+        blocks[after].earlier = before
+    blocks[block].idle = 0
+    c.idle -= 1
+
+
+@_part
+def _release(run: Run, store: Store, request: int) -> None:
+    """Rule 42: the request uses its blocks no more, the last first."""
+    s, c, blocks = run.state[0], store.state[0], store.blocks
+    first = store.first[request]
+    for i in range(store.entered[request]):
+        place = first + store.entered[request] - 1 - i
+        if store.used[place] == 0:
+            continue
+        store.used[place] = 0
+        block = store.names[place]
+        blocks[block].users -= 1
+        if blocks[block].users > 0:
+            s.shared -= c.units
+            continue
+        blocks[block].idle = 1
+        blocks[block].earlier = c.newest
+        blocks[block].later = NOBODY
+        if c.newest == NOBODY:
+            c.oldest = block
+        else:
+            blocks[c.newest].later = block
+        c.newest = block
+        c.idle += 1
+
+
+@_part
+def _make_room(run: Run, store: Store, used: int) -> None:
+    """Drop the blocks idle longest until those left fit beside `used` units, shared ones counted for every resident."""
+    c = store.state[0]
+    while c.idle > 0 and used + c.units * c.idle > run.rules[0].capacity + run.state[0].shared:
+        _wake(c, store.blocks, c.oldest)
+
+
+@_part
+def _enter_blocks(run: Run, store: Store, request: int, computed: int) -> None:
+    """Rule 41 for a request of whose prompt so many tokens are computed."""
+    blocks = store.blocks
+    first = store.first[request]
+    whole = min(computed // store.state[0].tokens, store.first[request + 1] - first)
+    for place in range(first + store.entered[request], first + whole):
+        block = store.names[place]
+        if blocks[block].users == 0 and blocks[block].idle == 0:
+            blocks[block].users = 1
+            store.used[place] = 1
+    store.entered[request] = max(store.entered[request], whole)
+
+
+@_part
+def _end_iteration(run: Run, store: Store) -> None:
+    """Rules 41 and 42 at the end of an iteration, whose clock has ticked; requests leave in the order of the batch."""
+    s, slots, calendars = run.state[0], run.slots, run.calendars
+    count = 0
+    for i in range(s.partials):
+        slot = slots[i].partial
+        request, computed = slots[slot].request, slots[slot].done + slots[slot].chunk
+        _enter_blocks(run, store, request, computed)
+        if computed == slots[slot].target and run.output[request] == slots[slot].resumed + 1:
+            count = _will_leave(run, store, request, count, run.rules[0].decodes_first == 1)
+    clock = run.groups[0].clock
+    slot = calendars.heads[clock & (calendars.days - 1)]
+    while slot != NOBODY:
+        if slots[slot].key == clock:
+            count = _will_leave(run, store, slots[slot].request, count, False)
+        slot = slots[slot].later
+    for i in range(count):
+        _release(run, store, store.leavers[i])
+
+
+@_part
+def _will_leave(run: Run, store: Store, request: int, count: int, last: bool) -> int:
+    """Put a request in its place among `count` that leave: by admission, those that are last after all others."""
+    if last:
+        store.turn[request] += FAR
+    place = count
+    while place > 0 and store.turn[store.leavers[place - 1]] > store.turn[request]:
+        store.leavers[place] = store.leavers[place - 1]
+        place -= 1
+    store.leavers[place] = request
+    return count + 1
+
+
 # --------------------------------------------------------------------------- the queue
 
 
@@ -845,7 +1014,7 @@ def _pass_over_gone(rows: Records, order: Ints, fate: Ints, row: int) -> None:
 
 
 @_part
-def _preempt(run: Run, group: int, now: float) -> None:
+def _preempt(run: Run, store: Store | None, group: int, now: float) -> None:
     """Rule 8: the newest resident, of this group, loses its place and waits on the group's stack."""
     s, slots = run.state[0], run.slots
     groups, returned, calendars = run.groups, run.returned, run.calendars
@@ -864,6 +1033,8 @@ def _preempt(run: Run, group: int, now: float) -> None:
         s.partials -= 1  # prefilling slots are listed in the order of admission: it is the last
         served = returned[request].served if run.preemptions[request] > 0 else run.arrival[request]
     _return(run, group, slot, produced, held, served, now)
+    if store is not None:
+        _release(run, store, request)
 
 
 @_inline
@@ -1598,7 +1769,7 @@ def _depart(run: Run, ahead: Ahead | None, now: float) -> None:
 
 
 @_part
-def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
+def _walk(run: Run, store: Store | None, held_back: bool, used: int, now: float) -> tuple[int, int]:
     """Rules 10 and 11 resident by resident, for when budget or memory do not cover all.
 
     Returns units used and budget left; leaves in `chunk` what each resident gets, decodes included.
@@ -1628,7 +1799,7 @@ def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
                 tokens = min(slots[slot].target - computed, budget, rules.chunk)
             grown = _units(rules, computed + tokens) - _units(rules, computed)
             gone = False
-            while used + grown > rules.capacity and not gone:
+            while used + grown > rules.capacity + s.shared and not gone:
                 victim = s.newest
                 gone = victim == slot
                 held = slots[victim].done
@@ -1637,11 +1808,13 @@ def _walk(run: Run, held_back: bool, used: int, now: float) -> tuple[int, int]:
                 used -= _units(rules, held + slots[victim].chunk)
                 budget += slots[victim].chunk
                 groups[0].last = now
-                _preempt(run, 0, now)
+                _preempt(run, store, 0, now)
             if gone:
                 break  # it was the newest: nobody is left after it
             slots[slot].chunk = tokens
             used += grown
+            if store is not None:
+                _make_room(run, store, used)
             budget -= tokens
             slot = slots[slot].newer
     return used, budget
@@ -1666,7 +1839,7 @@ def _open_rows(run: Run, now: float) -> None:
 def _in_window(run: Run, row: int) -> int:
     """Newcomers that the row admitted within its period, which ends with the iteration now planned."""
     s, rows = run.state[0], run.rows
-    size = rows[row].size
+    size = rows[row].ring
     oldest = s.iterations - rows[row].period
     passed = rows[row].passed
     while passed < rows[row].admissions and run.recent[rows[row].first + passed % size] <= oldest:
@@ -1705,11 +1878,13 @@ def _bring_back(run: Run, slot: int, stored: int, from_host: bool, group: int, n
     s.stalls += 1
 
 
-def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int]:
+def _admission(rare: bool) -> Callable[[Run, Ahead | None, Store | None, int, int, float], int]:
     """The scan of the queue, with or without swapping."""
 
     @_inline
-    def _admit_waiting(run: Run, ahead: Ahead | None, used: int, budget: int, now: float) -> int:
+    def _admit_waiting(
+        run: Run, ahead: Ahead | None, store: Store | None, used: int, budget: int, now: float
+    ) -> int:
         """Rules 13 to 15, 19 and 32: admit while somebody may enter and fits; return why it ended."""
         s, rules, slots = run.state[0], run.rules[0], run.slots
         groups, rows, returned = run.groups, run.rows, run.returned
@@ -1733,7 +1908,9 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
             request = _at(request)
             target = run.prompt[request] + produced
             holds = _cached(run, request)  # as soon as it enters
-            stored = 0
+            shared = stored = 0
+            if store is not None:
+                holds, shared = _find(run, store, request, produced)
             if rare:
                 if row == NOBODY:
                     stored = returned[request].stored
@@ -1747,7 +1924,8 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
             chunk = min(target - holds, budget, rules.chunk)
             if rules.whole_prompts and target - holds > budget:
                 return _NO_ROOM_IN_BATCH
-            if used + _units(rules, target if rules.whole_prompt else holds + chunk) > limit:
+            needed = _units(rules, target if rules.whole_prompt else holds + chunk) - shared
+            if used + needed > limit + s.shared:
                 return _NO_MEMORY
             if rules.reserve > 0:
                 reserved = _units(rules, run.prompt[request] + rules.reserve - 1)
@@ -1756,9 +1934,14 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
                 s.reserved += reserved
             if ahead is not None and not _foresee(run, ahead, request, produced, target, holds + chunk):
                 return _NO_MEMORY
+            if store is not None:
+                run.cached[request] = holds
+                _take(run, store, request, holds)
             slot = _admit(run, 0, _at(max(row, 0)), now)
             slots[slot].chunk = chunk
             used += _units(rules, holds + chunk)
+            if store is not None:
+                _make_room(run, store, used)
             budget -= chunk
             if ahead is not None:
                 _enter_ahead(run, ahead, slot, row, produced, target, holds + chunk)
@@ -1767,7 +1950,7 @@ def _admission(rare: bool) -> Callable[[Run, Ahead | None, int, int, float], int
             if row != NOBODY:
                 rows[_at(row)].quota -= 1
                 if rules.gated:
-                    size = rows[row].size
+                    size = rows[row].ring
                     run.recent[rows[row].first + rows[row].admissions % size] = s.iterations
                     rows[row].admissions += 1
         return _NO_ROOM_IN_BATCH
@@ -1780,7 +1963,7 @@ _admit_waiting_rare = _admission(rare=True)
 
 
 @_inline
-def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
+def _serve(run: Run, store: Store | None, held_back: bool, now: float) -> tuple[int, int, bool]:
     """Rules 10 and 11: units used, budget left, and whether it took a walk."""
     s, rules, slots, groups = run.state[0], run.rules[0], run.slots, run.groups
     calendars = run.calendars
@@ -1802,19 +1985,23 @@ def _serve(run: Run, held_back: bool, now: float) -> tuple[int, int, bool]:
             slots[slot].chunk = chunk
             budget -= chunk
             used += _units(rules, slots[slot].done + chunk)
-        simple = simple and used <= rules.capacity
+        simple = simple and used <= rules.capacity + s.shared
     elif simple:
-        while used > rules.capacity:
+        while used > rules.capacity + s.shared:
             groups[0].last = now
-            _preempt(run, 0, now)
+            if store is not None:
+                _make_room(run, store, FAR)  # who is served before the memory ends takes all that is idle
+            _preempt(run, store, 0, now)
             budget += 1
             used = _units_held(groups, calendars, 0) + _growth(groups, calendars, 0, _int(1))
     if simple:
+        if store is not None:
+            _make_room(run, store, used)
         return used, budget, False
     used = _units_held(groups, calendars, 0)
     for i in range(partials):
         used += _units(rules, slots[slots[i].partial].done)
-    used, budget = _walk(run, held_back, used, now)
+    used, budget = _walk(run, store, held_back, used, now)
     return used, budget, True
 
 
@@ -2009,11 +2196,11 @@ def _glide(run: Run, now: float) -> float:
     return now
 
 
-def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
+def _continuous(rare: bool) -> Callable[[Run, Ahead | None, Store | None], None]:
     """The loop, with or without what few runs need; numba drops branches on a constant before it compiles."""
 
     @_loop
-    def continuous(run: Run, ahead: Ahead | None) -> None:
+    def continuous(run: Run, ahead: Ahead | None, store: Store | None) -> None:
         """Run any rule but `wait` on to its end, or to the first decision instant that is
         not before `until`; called again with a later `until`, it goes on from there."""
         s, rules, slots = run.state[0], run.rules[0], run.slots
@@ -2026,7 +2213,8 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
         turns = 0  # until it is worth asking `_glide` again
         while True:
             turns -= 1
-            if not rare and ahead is None and plain and turns < 0 and s.partials + s.returned + s.stalls == 0:
+            alone = s.partials + s.returned + s.stalls == 0
+            if not rare and ahead is None and store is None and plain and turns < 0 and alone:
                 iterations = s.iterations
                 now = _glide(run, now)
                 if s.iterations == iterations:
@@ -2058,12 +2246,14 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 returning = s.stored > 0
             if rare and rules.prompts_alone and not returning:  # rule 19b
                 _open_rows(run, now)
-                ended = _admit_waiting_rare(run, ahead, _units_held(groups, calendars, 0), rules.budget, now)
+                ended = _admit_waiting_rare(
+                    run, ahead, store, _units_held(groups, calendars, 0), rules.budget, now
+                )
                 resting = s.partials > 0
             used = budget = 0
             walked = False
             if not resting:
-                used, budget, walked = _serve(run, held_back, now)
+                used, budget, walked = _serve(run, store, held_back, now)
             evicting = s.preempted > preempted
             if ahead is not None:
                 ahead.state[0].blocked = FAR
@@ -2079,9 +2269,9 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 if rare and returning:
                     rows[0].quota = 0
                 if rare:
-                    ended = _admit_waiting_rare(run, ahead, used, budget, now)
+                    ended = _admit_waiting_rare(run, ahead, store, used, budget, now)
                 else:
-                    ended = _admit_waiting(run, ahead, used, budget, now)
+                    ended = _admit_waiting(run, ahead, store, used, budget, now)
                 if s.residents > 0 or cleared:
                     break
                 for j in range(rows.size):  # rule 18
@@ -2121,7 +2311,8 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                 # Decodes only: as many iterations as nothing can change in.
                 k = _to_completion(groups, calendars, 0)
                 if rules.capacity < FAR:
-                    k = _fit(groups, calendars, rules.capacity - _units_held(groups, calendars, 0), k)
+                    room = rules.capacity + s.shared - _units_held(groups, calendars, 0)
+                    k = _fit(groups, calendars, room, k)
                 wake = s.sample_at
                 if rare:
                     wake = min(wake, _next_deadline(run))
@@ -2137,13 +2328,19 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
                             if rows[j].threshold > 0 and rows[j].head < rows[j].tail:
                                 wake = min(wake, _next_hold(rows, run.order, run.arrival, run.fate, j, now))
                                 if _in_window(run, j) == rows[j].threshold:
-                                    size = rows[j].size
+                                    size = rows[j].ring
                                     oldest = run.recent[rows[j].first + rows[j].passed % size]
                                     k = min(k, oldest + rows[j].period - s.iterations)
                 elif rules.interval > 1 and s.waiting + s.returned == 0 and s.arrived < run.arrival.size:
                     wake = min(wake, run.arrival[s.arrived])  # whether anybody waits matters to rule 16
                 if ahead is not None:
                     k = min(k, ahead.state[0].blocked)
+                if (
+                    store is not None
+                    and ended == _NO_MEMORY
+                    and (not rules.whole_prompt or ahead is not None)
+                ):
+                    k = 1  # who finds less, because idle blocks are dropped, may ask for less
                 k, duration, area, first, last, slope = _run_length(run, decodes, reads, reads, now, wake, k)
                 holds = reads + decodes * (k - 1)
                 prompts = 0
@@ -2196,6 +2393,10 @@ def _continuous(rare: bool) -> Callable[[Run, Ahead | None], None]:
             s.since_prefill = 0 if prompts > 0 else min(s.since_prefill + k, FAR)
             if not resting:
                 _tick(groups, calendars, 0, k)
+                if store is not None:
+                    if k > 1:
+                        _make_room(run, store, _units_held(groups, calendars, 0))
+                    _end_iteration(run, store)
                 _complete(run, 0, now)
             if walked:
                 _resume(s, slots, groups, calendars)
@@ -2566,7 +2767,7 @@ def _serving(segmented: bool) -> Callable[[Run, float], tuple[int, int]]:
             if segmented:
                 _preempt_nested(run, now)
             else:
-                _preempt(run, run.row[slots[s.newest].request], now)
+                _preempt(run, None, run.row[slots[s.newest].request], now)
 
     return _serve_block
 
@@ -2938,13 +3139,13 @@ def _routing(loop: int) -> _Route:
                         nested_rare(replica)
                     elif ahead is not None:
                         if loop == CONTINUOUS_RARE:
-                            continuous_rare(replica, _replica_ahead(ahead, layout, p))
+                            continuous_rare(replica, _replica_ahead(ahead, layout, p), None)
                         else:
-                            continuous(replica, _replica_ahead(ahead, layout, p))
+                            continuous(replica, _replica_ahead(ahead, layout, p), None)
                     elif loop == CONTINUOUS_RARE:
-                        continuous_rare(replica, None)
+                        continuous_rare(replica, None, None)
                     else:
-                        continuous(replica, None)
+                        continuous(replica, None, None)
                 seen = _seen(replica, now, rule)
                 if best == NOBODY or seen < least:
                     best, least = p, seen

@@ -40,6 +40,7 @@ from fluidsched.simulation.threads import in_threads
 
 if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
+    from fluidsched.workload.prefix_cache import PromptBlocks
 
 __all__ = ["choose_replicas", "run_kernel", "run_many"]
 
@@ -82,7 +83,7 @@ def run_kernel(
     ------
     InputError
         See `limits.check_run`; also for an iteration time without affine pieces, and for a path that names the blocks
-        of its prompts.
+        of its prompts with deadlines, or under WAIT, Nested WAIT and vLLM v0.
 
     Examples
     --------
@@ -107,7 +108,10 @@ def run_kernel(
         first_token_s = first_token_s[joins]
     run = _prepare(path, classes, joins, server, table, coefficients, end, warmup, points, first_token_s)
     ahead = _ahead(path, joins, server, table, run)
-    _follow(table, run, ahead, handed=first_token_s is not None)
+    store = None
+    if path.prompt_blocks is not None:
+        run, store = _with_store(run, path.prompt_blocks[joins], server, table)
+    _follow(table, run, ahead, store, handed=first_token_s is not None)
     return _engine_run(run, table, rejected, joins, points, _abandons(path, server))
 
 
@@ -196,6 +200,12 @@ def choose_replicas(
     (N,) int64 array
         The replica of each request; -1 where it fits nowhere.
     """
+    if path.prompt_blocks is not None:
+        raise InputError(
+            "engine",
+            "kernel",
+            "be 'reference' for a router that looks at replicas whose prefix caches fill with the run",
+        )
     end = np.inf if horizon is None else horizon
     classes = table.classify(path)
     parts = {}
@@ -275,14 +285,19 @@ def _stacked_ahead(
 
 
 def _follow(
-    table: PolicyTable, run: compiled.Run, ahead: compiled.Ahead | None, *, handed: bool = False
+    table: PolicyTable,
+    run: compiled.Run,
+    ahead: compiled.Ahead | None,
+    store: compiled.Store | None = None,
+    *,
+    handed: bool = False,
 ) -> None:
     """Run the compiled loop that follows the table; handed: requests come with their prompt's KV."""
     loop = loop_of(table, rare=handed or run.deadline.size > 0)
     if table.freeze:
         compiled.LOOPS[loop](run)
     else:
-        compiled.LOOPS[loop](run, ahead)
+        compiled.LOOPS[loop](run, ahead, store)
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -302,13 +317,6 @@ def _prepare(
     first_token_s: NDArray[np.float64] | None = None,
 ) -> compiled.Run:
     """Everything a loop reads and writes, empty system; the loops allocate nothing."""
-    if path.prompt_blocks is not None:
-        raise InputError(
-            "engine",
-            "kernel",
-            "be 'reference' for a path that names the blocks of its prompts: the kernel's prefix cache is stated",
-            "Or read the trace with the size of a prefix cache of its own.",
-        )
     rules = _rules(server, table)
     rules["horizon"], rules["warmup"] = horizon, warmup
 
@@ -351,7 +359,7 @@ def _prepare(
         row=of_request,
         order=order,
         rows=rows,
-        recent=np.zeros(int(rows["size"].sum()), dtype=np.int64),
+        recent=np.zeros(int(rows["ring"].sum()), dtype=np.int64),
         slots=slots,
         groups=groups,
         segments=segments,
@@ -428,6 +436,40 @@ def _ahead(
     )
 
 
+def _with_store(
+    run: compiled.Run, blocks: PromptBlocks, server: Server, table: PolicyTable
+) -> tuple[compiled.Run, compiled.Store]:
+    """The run with a prefix cache that it fills, empty; what a request finds in it goes into `run.cached`."""
+    if run.deadline.size or loop_of(table, rare=False) != compiled.CONTINUOUS:
+        raise InputError(
+            "engine",
+            "kernel",
+            "be 'reference' for a prefix cache that the run fills (`prompt_blocks`) if requests may leave unfinished"
+            " or the table is of kind wait, nested-wait or vllm_v0",
+            "Or read the trace with the size of a prefix cache of its own.",
+        )
+    count = len(run.output)
+    whole = np.minimum(np.diff(blocks.first), run.prompt // blocks.block_tokens)
+    kept = np.arange(len(blocks.names)) - np.repeat(blocks.first[:-1], np.diff(blocks.first))
+    names = blocks.names[kept < np.repeat(whole, np.diff(blocks.first))]
+    distinct, place = np.unique(names, return_inverse=True)
+    state = np.zeros(1, dtype=compiled.STORE)
+    state["tokens"] = blocks.block_tokens
+    state["units"] = blocks.block_tokens // effective_limits(server, table).block
+    state["oldest"] = state["newest"] = compiled.NOBODY
+    store = compiled.Store(
+        state=state,
+        blocks=np.zeros(len(distinct), dtype=compiled.BLOCK),
+        first=np.concatenate([[0], np.cumsum(whole)]),
+        names=place.reshape(-1).astype(np.int64),
+        used=np.zeros(len(names), dtype=np.int64),
+        entered=np.zeros(count, dtype=np.int64),
+        turn=np.zeros(count, dtype=np.int64),
+        leavers=np.zeros(len(run.slots), dtype=np.int64),
+    )
+    return run._replace(cached=np.zeros(count, dtype=np.int64)), store
+
+
 def _deadlines(
     path: ArrivalPath, server: Server, joins: slice | NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -487,8 +529,8 @@ def _rows(table: PolicyTable, of_request: NDArray[np.int64]) -> tuple[NDArray[np
         order = np.argsort(of_request, kind="stable")
     rows["head"] = rows["tail"] = np.cumsum(counts) - counts
     if table.kind == "gated":
-        rows["size"] = np.minimum(rows["threshold"], counts)
-        rows["first"] = np.cumsum(rows["size"]) - rows["size"]
+        rows["ring"] = np.minimum(rows["threshold"], counts)
+        rows["first"] = np.cumsum(rows["ring"]) - rows["ring"]
     return rows, order
 
 

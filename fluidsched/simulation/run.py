@@ -114,7 +114,8 @@ def simulate(
         "kernel" is compiled, and runs replications in parallel threads, one per processor or as many as the
         environment variable ``FLUIDSCHED_THREADS`` allows. "reference" is the definition in
         plain Python, some hundred times slower; it alone follows an iteration time that is any function, and
-        fills a prefix cache with the run (`ArrivalPath.prompt_blocks`).
+        fills a prefix cache with the run (`ArrivalPath.prompt_blocks`) where requests may leave unfinished, behind
+        routers that look, and under WAIT, Nested WAIT and vLLM v0.
     check : bool
         Verify the laws of `fluidsched.simulation.laws` in every run. With the kernel, and with records, the first
         replication of every policy also runs on the reference engine, which must agree and whose every batch is

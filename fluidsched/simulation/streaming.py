@@ -196,9 +196,9 @@ def _first(
     run = _prepare(part.path, part.row, slice(None), server, table, coefficients, horizon, warmup, points)
     if table.kind == "gated":  # rings as long as they can ever be; a row without a threshold needs none
         rows = run.rows
-        rows["size"] = np.where(rows["threshold"] < _WHOLE_RING, rows["threshold"], 1)
-        rows["first"] = np.cumsum(rows["size"]) - rows["size"]
-        run = run._replace(recent=np.zeros(int(rows["size"].sum()), dtype=np.int64))
+        rows["ring"] = np.where(rows["threshold"] < _WHOLE_RING, rows["threshold"], 1)
+        rows["first"] = np.cumsum(rows["ring"]) - rows["ring"]
+        run = run._replace(recent=np.zeros(int(rows["ring"].sum()), dtype=np.int64))
     return run
 
 

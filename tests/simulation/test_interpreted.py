@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from fluidsched.simulation import compiled
+
 PROGRAM = """
 import warnings
 
@@ -30,3 +34,11 @@ def test_interpreted_loops_equal_the_reference() -> None:
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_no_field_hides_behind_an_attribute_of_numpy() -> None:
+    """A record's `size` is NumPy's where the loops are interpreted: gated tables once forgot admissions there."""
+    types = [value for value in vars(compiled).values() if isinstance(value, np.dtype)]
+    fields = {name for kind in types for name in kind.names or ()}
+    assert len(types) > 10
+    assert not fields & set(dir(np.record))

@@ -135,7 +135,8 @@ def test_every_rule_is_compiled_once() -> None:
     for some in (path, _steady_path(5, 0)):
         run_kernel(some, SERVER, ahead, horizon=None)
         run_kernel(some, SERVER, known, horizon=None)
-    assert len(compiled.continuous.signatures) == 2  # with and without look-ahead
+    features = [tuple(map(str, signature[1:])) for signature in compiled.continuous.signatures]
+    assert len(set(features)) == len(features)  # once with and once without look-ahead, or a cache to fill
     assert len(compiled.wait.signatures) == 1
     assert len(compiled.nested.signatures) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import assert_same_run
 from numpy.testing import assert_array_equal
 from simulation_cases import MIXED, UNIT, engine_table, run_checked, server_of, typed_table
 
@@ -130,8 +132,9 @@ def test_a_pool_has_one_cache_per_replica() -> None:
     """Round robin over two replicas: the third request finds what the first left, the fourth what the second did."""
     path = named_path((0.0, 5, 1, "a"), (0.0, 5, 1, "b"), (2.0, 5, 1, "a"), (2.0, 5, 1, "a"))
     pools, router = [fs.Pool(server_of(40), 2)], fs.routers.round_robin()
-    runs = simulate_cluster(path, pools, engine_table(), router, engine="reference", check=True)
-    assert [run.batch_token_sum for run in runs.replica_runs[0][0]] == [5 + 1, 5 + 5]
+    for engine in ("kernel", "reference"):
+        runs = simulate_cluster(path, pools, engine_table(), router, engine=engine, check=True)
+        assert [run.batch_token_sum for run in runs.replica_runs[0][0]] == [5 + 1, 5 + 5]
 
 
 # ---- laws and witnesses
@@ -181,6 +184,62 @@ def _servers(block: int) -> st.SearchStrategy[fs.Server]:
     capacities = st.sampled_from([40, 48, 80, math.inf])
     sizes = st.sampled_from([None, *(size for size in (1, 2, 4) if block % size == 0)])
     return st.builds(lambda capacity, size: server_of(capacity, MIXED, block_size=size), capacities, sizes)
+
+
+@st.composite
+def kernel_cases(draw: st.DrawFn, looking_ahead: bool) -> tuple[fs.ArrivalPath, fs.Server, PolicyTable]:
+    """Those of them that the kernel runs, with knobs that decide how much of a prompt fits, and little memory."""
+    path, server, table = draw(cases())
+    kind = draw(st.sampled_from(["vllm", "capped", "sarathi", "gated"]))
+    fields: dict[str, Any] = {
+        "preemption": table.preemption,
+        "token_budget": draw(st.sampled_from([None, 3, 9])),
+        "chunk_tokens": draw(st.sampled_from([None, None, 2, 5])),
+        "whole_prompt_admission": draw(st.booleans()),
+        "watermark": draw(st.sampled_from([0.0, 0.0, 0.1])),
+        "max_in_service": draw(st.sampled_from([None, 3])),
+    }
+    if kind in ("vllm", "capped"):
+        fields["prefill_interval"] = draw(st.sampled_from([None, None, 3]))
+    if looking_ahead:
+        fields |= {"lookahead": draw(st.sampled_from([Lookahead("known"), Lookahead("law", 0.0, (2, 5, 8))]))}
+        fields["predictor"] = "exact"
+    if kind == "gated":
+        table = PolicyTable(
+            "gated", kind, (TableType("*", threshold=2, gate=2, period=3, max_hold_s=1.5),), **fields
+        )
+    elif table.kind != "orca":
+        table = engine_table(kind, **fields)
+    capacity = draw(st.sampled_from([server.kv_capacity, 44]))
+    return (
+        dataclasses.replace(path, patience_s=None, abort_after_s=None),
+        dataclasses.replace(server, kv_capacity=capacity),
+        table,
+    )
+
+
+def _compare(looking_ahead: bool) -> None:
+    """The same times, preemptions and tokens found: instants are dyadic, so exactly."""
+
+    @settings(max_examples=200)
+    @given(kernel_cases(looking_ahead))
+    def compare(case: tuple[fs.ArrivalPath, fs.Server, PolicyTable]) -> None:
+        path, server, table = case
+        reference = run_reference(path, server, table, horizon=None)
+        assert_same_run(run_kernel(path, server, table, horizon=None), reference, exact=True)
+
+    compare()
+
+
+def test_the_kernel_fills_its_cache_as_the_reference_does() -> None:
+    """200 random trees of prompts under vllm, capped, sarathi, orca and gated tables of any knob."""
+    _compare(looking_ahead=False)
+
+
+@pytest.mark.slow
+def test_the_kernel_fills_its_cache_and_looks_ahead_as_the_reference_does() -> None:
+    """The same with known lengths and laws of lengths."""
+    _compare(looking_ahead=True)
 
 
 @settings(max_examples=150, deadline=None)
@@ -244,6 +303,7 @@ def test_a_trace_shares_memory(data_root: Path) -> None:
     assert most is not None
     assert run.count("finished") == 300
     assert 0.2 * most.sum() < run.cached_tokens < most.sum()
+    assert_same_run(run_kernel(path, server, fs.baselines.vllm(token_budget=8192), horizon=None), run)
 
 
 # ---- the column
@@ -265,7 +325,8 @@ def test_names_travel_with_their_requests() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    """Too few names, another column beside them, blocks that do not divide, swapping, rules in Python, the kernel."""
+    """Too few names, another column beside them, blocks that do not divide, swapping, rules in Python; on the kernel
+    requests that leave, WAIT, and routers that look."""
     with pytest.raises(InputError, match=r"request 0 must name the 2 whole blocks.*got 1 names"):
         named_path((0.0, 8, 1, "a"))
     with pytest.raises(InputError, match="be None with prompt_blocks"):
@@ -280,5 +341,14 @@ def test_what_cannot_be_is_refused() -> None:
     rule = UserRule("mine", lambda view: Decision({}))
     with pytest.raises(InputError, match="a rule in Python"):
         run_reference(path, server_of(30), rule, horizon=None)
-    with pytest.raises(InputError, match="engine"):
-        run_kernel(path, server_of(30), engine_table(), horizon=None)
+    leaving = dataclasses.replace(path, patience_s=np.array([1.0]))
+    wait = typed_table("wait", {"a": {"threshold": 1, "gate": 1}})
+    for other, table in (
+        (leaving, engine_table()),
+        (path, engine_table("vllm_v0")),
+        (named_path((0.0, 8, 2, "ab"), type=[0], type_names=("a",)), wait),
+    ):
+        with pytest.raises(InputError, match="be 'reference' for a prefix cache"):
+            run_kernel(other, server_of(30), table, horizon=None)
+    with pytest.raises(InputError, match="be 'reference' for a router that looks"):
+        simulate_cluster(path, [fs.Pool(server_of(30), 2)], engine_table(), fs.routers.least_kv())
