@@ -179,7 +179,10 @@ def loads(argument: str, text: str, *, strict: bool = True) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
-        raise InputError(f"{argument}, line {error.lineno}", error.msg, "be valid JSON") from None
+        cut = error.msg.startswith("Unterminated") or not text[error.pos :].strip()
+        what = f"a file that ends too early ({error.msg})" if cut else error.msg
+        remedy = "Is the file whole?" if cut else ""
+        raise InputError(f"{argument}, line {error.lineno}", what, "be valid JSON", remedy) from None
     except RecursionError:
         raise InputError(argument, "JSON nested too deeply", "be a JSON file that fluidsched knows") from None
     except InputError:

@@ -12,8 +12,9 @@ that minimises
     e(f) = √( mean_i  ln²( m_i / s_i(f) ) )
 
 is searched in [1/8, 8], and coefficients are ranked by what is left. One that leaves little explains the
-difference alone; if none does, it is not a matter of one coefficient: look at the engine's settings, at other
-load on the machine, or calibrate anew (`fs.calibrate`).
+difference alone. Several may, since at one load slow decodes look much alike whatever made them slow; at another load
+they differ. If none does, it is not a matter of one coefficient: look at the engine's settings, at other load on the
+machine, or calibrate anew (`fs.calibrate`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,11 +35,13 @@ from fluidsched import _files
 from fluidsched._checks import LARGEST
 from fluidsched._display import Tabular
 from fluidsched._files import to_jsonable
+from fluidsched.comparison import WIDTH
 from fluidsched.errors import InputError
 from fluidsched.policy import PolicyTable, baselines
 from fluidsched.server import IterationTime, Server
 from fluidsched.server.iteration import COEFFICIENTS
 from fluidsched.simulation import simulate
+from fluidsched.simulation.limits import never_fits
 from fluidsched.simulation.result import aligned
 from fluidsched.workload import ArrivalPath, read_trace
 from fluidsched.workload.trace_rows import Rows
@@ -119,24 +123,48 @@ class MeasuredComparison(Tabular):
         """What the comparison says, in a sentence."""
         if not self.explanations:
             return f"Measured and simulated latencies agree within {CLOSE:.0%} (root mean square {self.error:.1%})."
-        best = self.explanations[0]
-        text = (
-            f"Latencies differ by {self.error:.0%} (root mean square of the log ratio). "
-            f"{best.coefficient} × {best.factor:.3g} would leave {best.left:.1%}"
-        )
+        best, *others = self.explanations
+        text = f"{self._off()} {best.coefficient} × {best.factor:.3g} would leave {_apart(best.left)}"
         if best.left < CLOSE:
+            also = [f"{one.coefficient} × {one.factor:.3g}" for one in others if one.left < CLOSE]
+            if also:
+                return (
+                    f"{text}. Alone, {' or '.join(also)} would bring it within {CLOSE:.0%} too: for certainty, "
+                    "measure at another load."
+                )
             return f"{text}: that coefficient alone explains it."
         return (
             f"{text}: no single coefficient explains it. Compare the engine's settings with the table, "
             "or calibrate the server anew."
         )
 
+    def _off(self) -> str:
+        """What is off by how much."""
+        ratios = {
+            name: self.measured[field] / self.simulated[field]
+            for name, field in (("TTFT", "mean_ttft_ms"), ("TPOT", "mean_tpot_ms"), ("E2E", "mean_e2el_ms"))
+            if self.measured[field] > 0.0 and self.simulated[field] > 0.0
+        }
+        shown = ", ".join(f"{name} × {ratio:.3g}" for name, ratio in ratios.items())
+        text = f"Measured over simulated means: {shown}."
+        if ratios and 300.0 < min(ratios.values()) <= max(ratios.values()) < 3000.0:
+            text += " About a thousand times each: are the file's times in milliseconds? They have to be in seconds."
+        return text
+
     def __repr__(self) -> str:
         rows = [["field", "measured", "simulated", "ratio"]]
         for name, value in self.measured.items():
             other = self.simulated[name]
-            rows.append([name, f"{value:,.4g}", f"{other:,.4g}", f"{value / other:.3f}" if other else ""])
-        return f"{self.requests:,} requests of {self.source} under {self.policy!r}\n{aligned(rows)}\n{self.verdict()}"
+            ratio = value / other if other else math.nan
+            cells = ((value, ",.4g"), (other, ",.4g"), (ratio, ".3f"))
+            rows.append([name, *("–" if math.isnan(cell) else format(cell, form) for cell, form in cells)])
+        count = "1 request" if self.requests == 1 else f"{self.requests:,} requests"
+        parts = [f"{count} of {self.source} under {self.policy!r}", aligned(rows)]
+        if self.explanations:
+            found = [["one coefficient changed", "times", "difference left"]]
+            found += [[one.coefficient, f"{one.factor:.3g}", _apart(one.left)] for one in self.explanations]
+            parts += ["", aligned(found, last_is_number=True), ""]
+        return "\n".join([*parts, fill(self.verdict(), WIDTH)])
 
     def _summary(self) -> list[tuple[str, str]]:
         return [("verdict", self.verdict())]
@@ -181,6 +209,7 @@ def compare_measured(
     starts, ttft, e2e, output = _measured_times(place, data)
     measured = _summary(starts - starts.min(), ttft, e2e, output)
     path = dataclasses.replace(path, horizon=None)
+    _check_fits(place, path, server, table)
     simulated, means = _simulated(path, server, table)
     target = _means(ttft, e2e, output)
     error = _error(target, means)
@@ -193,11 +222,33 @@ def compare_measured(
     )
 
 
+def _apart(log_ratio: float) -> str:
+    """A root mean square of log ratios for people: per cent where it is small, else a factor."""
+    if log_ratio < 0.1:
+        return f"{log_ratio:.1%}"
+    return f"a factor of {math.exp(log_ratio):.3g}"
+
+
+def _check_fits(place: str, path: ArrivalPath, server: Server, table: PolicyTable) -> None:
+    """Refuse a measured run whose requests the server believed in could not have served."""
+    too_long = never_fits(path, server, table)
+    if not too_long.any():
+        return
+    i, count = int(too_long.argmax()), int(too_long.sum())
+    others = f", and {count - 1:,} more of {len(path):,} requests" if count > 1 else ""
+    raise InputError(
+        place,
+        f"a request of {path.prompt_tokens[i]:,} prompt and {path.output_tokens[i]:,} output tokens{others}",
+        f"hold requests that {server.name!r} ({server.kv_capacity:,.0f} KV tokens) can serve under {table.name!r}",
+        "They were served, so name the server and the table that were measured.",
+    )
+
+
 def _list(place: str, data: Mapping[str, Any], name: str, size: int | None = None) -> list[Any]:
     """A list of the result, of `size` entries if one is given."""
     remedy = "Run vllm bench serve with --save-detailed."
     if not isinstance(data.get(name), list):
-        raise InputError(f"{place}, {name}", data.get(name), "be a list", remedy)
+        raise InputError(f"{place}, {name}", data.get(name, "nothing"), "be a list", remedy)
     values: list[Any] = data[name]
     if size is not None and len(values) != size:
         raise InputError(

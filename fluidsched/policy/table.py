@@ -46,6 +46,7 @@ from numpy.typing import NDArray
 from fluidsched._checks import LARGEST_COUNT, check_choice, check_count, check_real
 from fluidsched._display import Tabular
 from fluidsched._files import dumps, fingerprint, loads, read_text, to_jsonable, write_whole
+from fluidsched._toml import locating
 from fluidsched.errors import InputError
 from fluidsched.policy.csv_form import csv_to_rows, rows_to_csv
 from fluidsched.policy.export import EngineArguments, sglang_arguments, vllm_arguments
@@ -665,8 +666,10 @@ class PolicyTable(Tabular):
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> PolicyTable:
-        """Read a table from a JSON file; the error names the file's field that is wrong."""
-        return cls.from_dict(loads(str(path), read_text("policy table", path)))
+        """Read a table from a JSON file; the error names the file and its field that is wrong."""
+        data = loads(str(path), read_text("policy table", path))
+        with locating(path):
+            return cls.from_dict(data)
 
     # ------------------------------------------------------------------ CSV
 

@@ -31,7 +31,7 @@ def is_trace(text: str) -> bool:
 
 
 def _is_bench(text: str) -> bool:
-    return '"input_lens"' in text or '"request_throughput"' in text
+    return any(f'"{name}"' in text for name in ("input_lens", "output_lens", "ttfts", "request_throughput"))
 
 
 def read_json(place: str, text: str) -> Columns:

@@ -292,6 +292,23 @@ def test_counters_add_up(tmp_path: Path) -> None:
     assert exported == len(path)
 
 
+def test_counters_are_logged_at_the_interval_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line each ten seconds of the scheduler's clock, with every counter."""
+    lines: list[str] = []
+    monkeypatch.setattr(
+        "fluidsched.integrations.vllm._logger.info", lambda text, *values: lines.append(text % values)
+    )
+    scheduler = make_scheduler(tmp_path, GATED, blocks=4000, settings={"log_interval_s": 10.0})
+    assert any("following policy 'gated'" in line for line in lines)
+    scheduler._next_log_s = 10.0  # the engine here has a clock of its own, which starts at 0
+    serve(scheduler, WORKLOAD.sample(60.0, seed=1), fs.Server(4000, TIME))
+    counted = [line for line in lines if "iterations" in line]
+    assert 5 <= len(counted) <= 8
+    assert all(f"{name} " in counted[-1] for name in scheduler.counters)
+
+
 # ------------------------------------------------------------------ what stops vLLM at start
 
 
@@ -327,7 +344,9 @@ def test_a_damaged_policy_file_stops_the_engine(tmp_path: Path) -> None:
     broken["types"][0]["threshold"] = -1
     file = tmp_path / "broken.json"
     file.write_text(json.dumps(broken))
-    assert "threshold" in refused(tmp_path, GATED, settings={"policy": str(file)})
+    message = refused(tmp_path, GATED, settings={"policy": str(file)})
+    assert "threshold" in message
+    assert str(file) in message
 
 
 @pytest.mark.parametrize("version", ["0.32.1", "0.34.0", "1.0.0"])

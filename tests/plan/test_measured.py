@@ -59,7 +59,10 @@ def test_names_the_coefficient_that_was_changed(tmp_path: Path, name: str, colum
     assert best.coefficient == name
     assert best.factor == pytest.approx(1.6, rel=0.02)
     assert best.left < 0.01
-    assert "alone explains it" in found.verdict()
+    others = [e.coefficient for e in found.explanations[1:] if e.left < 0.05]
+    assert f"{name} × 1.6" in found.verdict()
+    assert all(f"{other} × " in found.verdict() for other in others)
+    assert ("that coefficient alone explains it" in found.verdict()) is (not others)
     assert all(a.left <= b.left for a, b in zip(found.explanations, found.explanations[1:], strict=False))
 
 
@@ -126,3 +129,48 @@ def test_command_and_json(tmp_path: Path) -> None:
     assert np.isclose(answer["measured"]["mean_ttft_ms"], answer["simulated"]["mean_ttft_ms"], rtol=0.01)
     both = CliRunner().invoke(app, ["compare", "x.json", "--measured", str(file)])
     assert isinstance(both.exception, InputError) or both.exit_code == 2
+
+
+def test_says_what_is_off_and_lists_what_each_coefficient_would_leave(tmp_path: Path) -> None:
+    """One request cannot tell what made its decodes slow: every coefficient that explains them is named."""
+    machine = dataclasses.replace(SERVER, iteration_time=fs.IterationTime.affine(0.03, *TIME[1:]))
+    found = compare_measured(bench(tmp_path, machine), SERVER)
+    ratio = found.measured["mean_tpot_ms"] / found.simulated["mean_tpot_ms"]
+    assert f"TPOT × {ratio:.3g}" in found.verdict()
+    assert all(f"{one.coefficient} " in repr(found) for one in found.explanations)
+    data = json.loads(bench(tmp_path, machine).read_text())
+    one = {name: value[:1] if isinstance(value, list) else value for name, value in data.items()}
+    (tmp_path / "one.json").write_text(
+        json.dumps(one | {"ttfts": [0.05], "latencies": [9.0], "output_lens": [60]})
+    )
+    found = compare_measured(tmp_path / "one.json", SERVER)
+    assert repr(found).startswith("1 request of")
+    told = [e for e in found.explanations if e.left < 0.05]
+    assert ("at another load" in found.verdict()) is (len(told) > 1)
+
+
+def test_requests_the_server_cannot_hold_and_times_in_milliseconds_are_named(tmp_path: Path) -> None:
+    long = [100_000, *json.loads(bench(tmp_path, SERVER).read_text())["input_lens"][1:]]
+    with pytest.raises(
+        InputError, match=r"100,000 prompt .* name the server and the table that were measured"
+    ):
+        compare_measured(bench(tmp_path, SERVER, input_lens=long), SERVER)
+    data = json.loads(bench(tmp_path, SERVER).read_text())
+    late = {name: [1000.0 * value for value in data[name]] for name in ("ttfts", "latencies")}
+    found = compare_measured(bench(tmp_path, SERVER, **late), SERVER)
+    assert "in milliseconds?" in found.verdict()
+
+
+@pytest.mark.parametrize("missing", ["input_lens", "output_lens", "start_times", "ttfts", "latencies"])
+def test_a_result_without_one_of_its_lists_is_told_how_to_come_by_it(tmp_path: Path, missing: str) -> None:
+    with pytest.raises(InputError, match=rf"{missing}.*--save-detailed"):
+        compare_measured(bench(tmp_path, SERVER, **{missing: None}), SERVER)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_a_result_cut_short_is_seen_as_such(tmp_path: Path, share: float) -> None:
+    file = bench(tmp_path, SERVER)
+    text = file.read_text()
+    file.write_text(text[: int(share * len(text))])
+    with pytest.raises(InputError, match=r"ends too early .* Is the file whole\?"):
+        compare_measured(file, SERVER)
