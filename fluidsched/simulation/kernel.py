@@ -342,7 +342,8 @@ def _prepare(
     slots = np.zeros(max(size, 1), dtype=compiled.SLOT)
     slots["newer"] = np.arange(1, len(slots) + 1)
     returned = np.zeros(count, dtype=compiled.RETURNED)
-    returned["turned"] = compiled.AT_ONCE
+    if rules["swap"][0]:  # else these records take no memory where nobody is preempted
+        returned["turned"] = compiled.AT_ONCE
     first_token = np.full(count, np.nan)
     if first_token_s is not None:
         rules["handed"] = 1
