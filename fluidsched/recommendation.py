@@ -374,7 +374,7 @@ class Recommendation(Tabular):
         if not higher:
             return ""
         if not better:
-            return "Nor is it better at a higher load: nothing is lost by leaving the engine as it is."
+            return f"Nor is {self.policy} better at a higher load: nothing is lost by leaving the engine as it is."
         last = max(better)
         where = f"from {min(better):.2f} of the boundary on" if len(better) > 1 else f"at {last:.2f}"
         gained = _shares([gain for gain in higher if gain.load == last], "better")
