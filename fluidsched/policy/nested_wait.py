@@ -349,7 +349,12 @@ class _Memory:
 
 
 def shortest_cuts(
-    stream: Stream, threshold: FloatArray, cuts: IntArray, log: float, count: int | None = None
+    stream: Stream,
+    threshold: FloatArray,
+    cuts: IntArray,
+    log: float,
+    count: int | None = None,
+    limit: float = math.inf,
 ) -> tuple[float, IntArray]:
     """Least memory and the first blocks of the segments that need it; infinite where no cuts are stable.
 
@@ -364,6 +369,8 @@ def shortest_cuts(
         ln((1 + H/(ℓ c0))/δ), to which ln L is added.
     count : int, optional
         Exactly so many segments; None: as many as is best.
+    limit : float
+        Tokens; where more are needed the memory returned may be infinite.
 
     Returns
     -------
@@ -371,10 +378,9 @@ def shortest_cuts(
         Tokens, with mean prompts and Lundberg buffers.
     first : int64[L]
     """
-    limit = math.inf
     if len(cuts) > 2 * COARSE_CUTS:
         thinned = np.unique(np.linspace(0, len(cuts) - 1, len(cuts) // 4).astype(np.int64))
-        limit, _ = shortest_cuts(stream, threshold, cuts[thinned], log, count)
+        limit = min(limit, shortest_cuts(stream, threshold, cuts[thinned], log, count, limit)[0])
     graph = _Graph(stream, threshold, cuts, log, limit * (1 + 1e-9))
     if count is not None:
         value, path = graph.path_of_length(log + math.log(count), count)
@@ -609,17 +615,17 @@ class _Planner:
         """
         tried: dict[int, tuple[float, IntArray, FloatArray]] = {}
 
-        def memory(i: int) -> float:
+        def memory(i: int, limit: float = math.inf) -> float:
             if i not in tried:
                 threshold = self.stream.thresholds(n, RESERVES[i], whole)
-                tried[i] = (*self._cut(threshold, _spread(self.cuts, COARSE_CUTS)), threshold)
+                tried[i] = (*self._cut(threshold, _spread(self.cuts, COARSE_CUTS), limit), threshold)
             return tried[i][0]
 
         best = len(RESERVES) // 2
         if math.isinf(memory(best)):
             best = min(range(len(RESERVES)), key=memory)
         for step in (-1, 1):
-            while 0 <= best + step < len(RESERVES) and memory(best + step) < memory(best):
+            while 0 <= best + step < len(RESERVES) and memory(best + step, memory(best)) < memory(best):
                 best += step
         value, first, threshold = tried[best]
         if math.isinf(value):
@@ -629,10 +635,10 @@ class _Planner:
             first = cuts if finer <= value else first
         return first, threshold[first]
 
-    def _cut(self, threshold: FloatArray, cuts: IntArray) -> tuple[float, IntArray]:
+    def _cut(self, threshold: FloatArray, cuts: IntArray, limit: float = math.inf) -> tuple[float, IntArray]:
         if self.fixed is not None:
             return self._cost(self.fixed, threshold), self.fixed
-        return shortest_cuts(self.stream, threshold, cuts, self.log, self.options.segment_count)
+        return shortest_cuts(self.stream, threshold, cuts, self.log, self.options.segment_count, limit)
 
     def _cost(self, first: IntArray, threshold: FloatArray) -> float:
         graph = _Graph(self.stream, threshold, first, self.log, math.inf)
