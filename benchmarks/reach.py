@@ -4,7 +4,7 @@
 
 One line per server, workload, number of types and kind of table, with the reason why none exists above that share
 (empty where one exists up to the boundary). Shares are exact to 0.001; overflow probability 0.01, no slack asked
-for. The whole catalog takes a quarter of an hour on one processor; `reach.md` sums it up.
+for. The whole catalog takes seven minutes of one processor; `reach.md` sums it up.
 """
 
 from __future__ import annotations
