@@ -292,7 +292,6 @@ def test_without_records(count: int, benchmark: Any, note: Callable[..., None]) 
         seed=SEED,
         requests=count,
         peak_memory_bytes=peak,
-        requests_per_s=count / benchmark.stats["mean"],
         right=right,
     )
     assert right

@@ -932,6 +932,8 @@ def plus_minus(estimate: float, half_width: float, lower_bound: bool = False) ->
     --------
     >>> plus_minus(5.53214, 0.0213), plus_minus(12.0, math.nan, True), plus_minus(math.nan, math.nan)
     ('5.532 ± 0.021', '≥ 12', '–')
+    >>> plus_minus(5.53214, math.inf)
+    '6 ± inf'
     """
     if math.isnan(estimate):
         return "–"
@@ -939,7 +941,7 @@ def plus_minus(estimate: float, half_width: float, lower_bound: bool = False) ->
     if math.isnan(half_width):
         return f"{mark}{estimate:,.4g}" if abs(estimate) < 1e4 else f"{mark}{estimate:,.0f}"
     reference = half_width or abs(estimate)
-    digits = 1 - math.floor(math.log10(reference)) if reference > 0.0 else 0
+    digits = 1 - math.floor(math.log10(reference)) if 0.0 < reference < math.inf else 0
     digits = min(max(digits, 0), 6)
     return f"{mark}{estimate:,.{digits}f} ± {half_width:,.{digits}f}"
 

@@ -205,10 +205,10 @@ def _use_trace(path: fs.ArrivalPath) -> None:
 
 def _use_spec(spec: SweepSpec) -> None:
     repr(spec)
-    if len(spec) < 100:  # so short a time that no rate below 1e20 asks for many requests
+    if len(spec) < 100:  # so short a time that no rate below 1e30 asks for many requests
         for cell in {0, len(spec) - 1}:
             spec.labels(cell)
-            parameters = spec.parameters(cell) | {"horizon": 1e-16, "replications": 1, "engine": "reference"}
+            parameters = spec.parameters(cell) | {"horizon": 1e-26, "replications": 1, "engine": "reference"}
             simulate_cell(parameters, spec.seed_sequence(cell))
 
 
