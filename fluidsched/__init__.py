@@ -55,11 +55,13 @@ if (
     from fluidsched.simulation import fluid_trajectory as fluid_trajectory
     from fluidsched.simulation import routers as routers
     from fluidsched.simulation import simulate as simulate
+    from fluidsched.simulation.closed import simulate_closed as simulate_closed
     from fluidsched.simulation.cluster import simulate_cluster as simulate_cluster
     from fluidsched.sweeps import sweep as sweep
     from fluidsched.tuning import tune as tune
     from fluidsched.workload import ArrivalPath as ArrivalPath
     from fluidsched.workload import RequestType as RequestType
+    from fluidsched.workload import UserSequences as UserSequences
     from fluidsched.workload import Workload as Workload
     from fluidsched.workload import arrivals as arrivals
     from fluidsched.workload import lengths as lengths
@@ -75,6 +77,7 @@ _PUBLIC = {
     "RequestType": "fluidsched.workload",
     "Workload": "fluidsched.workload",
     "ArrivalPath": "fluidsched.workload",
+    "UserSequences": "fluidsched.workload",
     "lengths": "fluidsched.workload.lengths",
     "arrivals": "fluidsched.workload.arrivals",
     "predictions": "fluidsched.workload.predictions",
@@ -101,6 +104,7 @@ _PUBLIC = {
     "simulate": "fluidsched.simulation",
     "SimulationResult": "fluidsched.simulation",
     "simulate_cluster": "fluidsched.simulation.cluster",
+    "simulate_closed": "fluidsched.simulation.closed",
     "routers": "fluidsched.simulation.routers",
     "fluid_trajectory": "fluidsched.simulation",
     "bounds": "fluidsched.bounds",

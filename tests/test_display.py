@@ -71,7 +71,9 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tmp_path_factory.mktemp("sweep") / "cells",
     )
     planned = fs.plan(workload, server, horizon=60.0, replications=2)
+    asked = fs.UserSequences.draw(workload, 3, think_mean=1.0, turns=2)
     made = [
+        asked, fs.simulate_closed(asked, server, [wait, fs.baselines.vllm()], horizon=60.0),
         server, workload, fluid, wait, runs, program, path, fleet, sweep,
         workload.types[0], server.iteration_time, pools[0],
         fs.stability_region(workload, server),

@@ -13,6 +13,7 @@ is for the reference engine.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from fluidsched.simulation.limits import (
     effective_limits,
     forecasts,
     never_fits,
+    shortest_iteration,
     within_model_length,
 )
 from fluidsched.simulation.records import STATUSES, VERDICTS, EngineRun
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from fluidsched.workload import ArrivalPath
     from fluidsched.workload.prefix_cache import PromptBlocks
 
-__all__ = ["choose_replicas", "run_kernel", "run_many"]
+__all__ = ["choose_replicas", "run_closed", "run_kernel", "run_many"]
 
 
 def run_kernel(
@@ -260,6 +262,176 @@ def choose_replicas(
     route = compiled.ROUTES[loop_of(table, rare=leaving or first_token_s is not None)]
     route(stacked, ahead, phase, layout, rule, fits.astype(np.int64), draws)
     return chosen
+
+
+def run_closed(
+    path: ArrivalPath,
+    user: NDArray[np.int64],
+    think_s: NDArray[np.float64],
+    server: Server,
+    table: PolicyTable,
+    *,
+    horizon: float | None,
+    warmup: float = 0.0,
+    occupancy_points: int = 0,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], EngineRun]:
+    """Run users who wait for their answers; rules of `fluidsched.simulation.closed`.
+
+    The loop is stopped where somebody could come who is not known yet, and goes on from there. Of a request that had
+    been sent when i iterations had been run, o tokens long, token o is emitted in iteration i + o at the earliest; so
+    before any request is sent that is not known at a time t, when n iterations have been run, there pass
+
+        min over requests in the system of  (max(i + o - n, 1) · (shortest iteration) + think time after it).
+
+    Until then the loop needs no stop. Requests are numbered in the order in which they are sent, as the loops expect.
+
+    Parameters
+    ----------
+    path : ArrivalPath
+        N requests, user by user, all of which can be served; their times are not looked at.
+    user, think_s : (N,) arrays
+        Who asks, and how long the user thinks before, s.
+    server, table, horizon, warmup, occupancy_points
+        See `run_kernel`.
+
+    Raises
+    ------
+    InputError
+        See `run_kernel`; also for an order by length, and where memory leaves WAIT nobody to run.
+
+    Returns
+    -------
+    index : (M,) int64 array
+        Requests sent, in the order of being sent.
+    arrival_s : (M,) float array
+        When, s.
+    EngineRun
+        The run, of these M.
+    """
+    coefficients = server.iteration_time.require_coefficients("the kernel")
+    if table.order == "shortest_first":
+        raise InputError(
+            "engine",
+            "kernel",
+            f"be 'reference' for table {table.name!r} with users who wait: its order is by length",
+        )
+    classes = check_run(path, server, table, horizon)
+    end = np.inf if horizon is None else horizon
+    run = _prepare(path, classes, slice(None), server, table, coefficients, end, warmup, occupancy_points)
+    ahead = _ahead(path, slice(None), server, table, run)
+    believed = None if ahead is None else ahead.believed.copy()
+    count = len(path)
+    own = {name: np.zeros(count, dtype=np.int64) for name in ("prompt", "output", "row")}
+    arrival = np.full(count, np.inf)
+    views = {name: column.view() for name, column in (*own.items(), ("arrival", arrival))}
+    for view in views.values():
+        view.flags.writeable = False  # as in `_prepare`; what they show is written below
+    run = run._replace(
+        arrival=views["arrival"], prompt=views["prompt"], output=views["output"], row=views["row"]
+    )
+    place = run.rows["head"].copy()  # where in `order` the next request of each row goes
+    state = run.state
+    least = shortest_iteration(coefficients) * (1.0 - 1e-9)  # rounding of sums must not make it too long
+    hold = max((row.max_hold_s for row in table.types if row.max_hold_s is not None), default=-1.0)
+
+    users = int(user[-1]) + 1 if count else 0
+    after = np.searchsorted(user, np.arange(users), side="right")
+    first = np.searchsorted(user, np.arange(users))
+    think_after = np.append(think_s[1:], np.inf)
+    think_after[after[after > first] - 1] = np.inf  # the last turn
+    pending = [(float(think_s[i]), int(i)) for i in first[after > first]]
+    heapq.heapify(pending)
+    # of each user the request in the system (its number; -1: none), the first iteration that can be its last, and what
+    # the user thinks after it
+    number = np.full(users, -1)
+    last_iteration = np.zeros(users, dtype=np.int64)
+    thinks = np.full(users, np.inf)
+    sent: list[int] = []
+
+    def send(at: float, i: int) -> None:
+        k = len(sent)
+        sent.append(i)
+        arrival[k], own["prompt"][k], own["output"][k] = at, path.prompt_tokens[i], path.output_tokens[i]
+        own["row"][k] = row = classes[i]
+        if believed is not None and ahead is not None:
+            ahead.believed[k] = believed[i]
+        run.order[place[row]] = k
+        place[row] += 1
+        number[user[i]] = k
+        last_iteration[user[i]] = state["iterations"][0] + path.output_tokens[i]
+        thinks[user[i]] = think_after[i]
+
+    # Only such tables leave requests in the system while nobody runs. They take one decision per call while nobody is
+    # about to come, or where the loop was stopped; once no timer is left, they go on from where they began to be idle.
+    starves = table.freeze or table.kind == "gated" or table.kv_limit_tokens is not None
+    idle, before, rows_before = False, state.copy(), run.occupancy
+    while True:
+        over = idle and state["now"][0] > before["now"][0] + hold
+        if over:
+            state[:], run.occupancy[:] = before, rows_before
+        now, iterations, arrived, preempted = (
+            state[name][0].item() for name in ("now", "iterations", "arrived", "preempted")
+        )
+        stopped_at = state["until"][0]
+        until = pending[0][0] if over and pending else np.inf
+        inside = np.flatnonzero(number >= 0)
+        if inside.size and not over:
+            to_come = np.maximum(last_iteration[inside] - iterations, 1) * least + thinks[inside]
+            until = now + float(to_come.min())
+        while pending and pending[0][0] <= min(until, end):
+            at, i = heapq.heappop(pending)
+            send(at, i)
+            until = min(until, max(at, now) + float(path.output_tokens[i]) * least + think_after[i])
+        if starves and (not pending or now == stopped_at) and not over:
+            until = min(until, now + least, *np.maximum(arrival[arrived : len(sent)][:1], now).tolist())
+        if starves and not idle:
+            before, rows_before = state.copy(), run.occupancy.copy()
+        state["until"] = min(until, end)
+        _follow(table, run, ahead)
+        stood = state["iterations"][0] == iterations
+        if table.freeze and stood and state["preempted"][0] > preempted:
+            # rule 22: it would do so again at every instant at which the loop is stopped
+            raise InputError(
+                "engine",
+                "kernel",
+                f"be 'reference' for table {table.name!r}, which at {now:g} s preempted all that it would have run",
+                "Or use a server with more memory: its cohorts do not fit into this one.",
+            )
+        idle = starves and bool(stood and state["arrived"][0] == arrived == len(sent))
+        now = float(state["now"][0])
+        inside = np.flatnonzero(number >= 0)
+        for u in inside[~np.isnan(run.finish[number[inside]])].tolist():
+            k = number[u]
+            if thinks[u] < np.inf:
+                heapq.heappush(pending, (float(run.finish[k] + thinks[u]), sent[k] + 1))
+            number[u], thinks[u] = -1, np.inf
+        if until >= end or now >= end:
+            break
+    while pending and pending[0][0] <= end:
+        send(*heapq.heappop(pending))  # during the iteration that the horizon cut
+    index = np.array(sent, dtype=np.int64)
+    those = slice(len(sent))
+    done = run._replace(
+        **{
+            name: getattr(run, name)[those]
+            for name in (
+                "arrival",
+                "prompt",
+                "output",
+                "row",
+                "admitted",
+                "first_token",
+                "finish",
+                "preemptions",
+            )
+        }
+    )
+    nobody = np.zeros(len(sent), dtype=np.bool_)
+    return (
+        index,
+        arrival[those].copy(),
+        _engine_run(done, table, nobody, slice(None), occupancy_points, nobody),
+    )
 
 
 def _stacked_ahead(

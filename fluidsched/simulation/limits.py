@@ -38,6 +38,7 @@ __all__ = [
     "effective_limits",
     "never_fits",
     "remark_on_memory",
+    "shortest_iteration",
     "within_model_length",
 ]
 
@@ -278,13 +279,18 @@ _LEAST_BATCHES = np.array([[1.0, 1.0, 0.0, 0.0, 0.5], [1.0, 0.0, 1.0, 2.0, 0.0]]
 """One token of a prompt; one decode that reads two: 1, prefill, decode, KV, attention, as coefficients have it."""
 
 
+def shortest_iteration(coefficients: NDArray[np.float64]) -> float:
+    """Return how long an iteration of affine pieces lasts at least, s."""
+    return float((_LEAST_BATCHES @ coefficients.T).max(axis=1).min())
+
+
 def _check_clock(path: ArrivalPath, server: Server, horizon: float | None) -> None:
     """Refuse times at which floating point cannot tell the end of the shortest iteration from its start."""
     coefficients = server.iteration_time.coefficients
     if coefficients is None:
         return  # a function is asked batch by batch
     latest = horizon if horizon is not None else float(path.arrival_s[-1]) if len(path) else 0.0
-    shortest = float((_LEAST_BATCHES @ coefficients.T).max(axis=1).min())
+    shortest = shortest_iteration(coefficients)
     if math.ulp(latest) > RESOLUTION * shortest:
         raise InputError(
             "horizon" if horizon is not None else f"arrival_s[{len(path) - 1}]",

@@ -1029,6 +1029,13 @@ class Engine:
         """The request of this index joins now; the engine must not be before its arrival."""
         self._queue(self.requests[index])
 
+    def send(self, index: int, arrival_s: float) -> None:
+        """The request of this index will come at `arrival_s`, not before `system.now`, whatever the path says."""
+        request = self.requests[index]
+        request.arrival_s = request.served_s = request.waiting_since = arrival_s
+        request.key = (*request.key[:-2], arrival_s, index)
+        bisect.insort(self.arrivals, request, key=lambda coming: (coming.arrival_s, coming.index))
+
     def _queue(self, request: _Request) -> None:
         """The request joins its row's queue: last, or in its place by length (rule 31)."""
         queue = self.system.queues[request.row]
@@ -1062,11 +1069,12 @@ class Engine:
             at, _, index, fate = heapq.heappop(self.to_come)
             self.system.withdraw(self.requests[index], at, fate)
 
-    def advance(self, until: float) -> None:
+    def advance(self, until: float, *, to_finish: bool = False) -> None:
         """Take every decision before `until`, or all to the end of the run.
 
         Afterwards `system.now` is at least `until`: the end of the iteration that runs then, or `until`
-        itself if the server idles.
+        itself if the server idles. With `to_finish` it stops also at the end of the first iteration in which a
+        request of `system.batch` finishes, before anybody joins who comes at this instant.
         """
         system = self.system
         while self.verdict is None:
@@ -1084,6 +1092,8 @@ class Engine:
                 self.decide(system)
                 if system.batch:
                     self.clock.run_iteration(system)
+                    if to_finish and any(not math.isnan(request.finish_s) for request in system.batch):
+                        return
                     continue
                 if self.on_idle is not None and system.victims:
                     admitted, victims = (

@@ -49,8 +49,11 @@ __all__ = [
     "ENGINES",
     "OCCUPANCY_POINTS",
     "check_memory",
+    "check_policies",
+    "check_warmup",
     "common_paths",
     "kept_within",
+    "refuse_oversize",
     "replication_seeds",
     "simulate",
 ]
@@ -178,7 +181,7 @@ def simulate(
     True
     """
     check_choice("engine", engine, ENGINES)
-    given = _check_policies(policies, engine)
+    given = check_policies(policies, engine)
     tables = [policy.table if isinstance(policy, UserRule) else policy for policy in given]
     check_choice("oversize", oversize, ("raise", "reject"))
     if not isinstance(server, Server):
@@ -238,7 +241,7 @@ def simulate(
             for path in found:
                 check_run(path, server, table, horizon)
                 if oversize == "raise":
-                    _refuse_oversize(path, server, table)
+                    refuse_oversize(path, server, table)
         return found
 
     batches = _batches(len(paths), kept)
@@ -434,7 +437,7 @@ def _without_records(
         names, rows = workload.type_names, True
     else:
         raise InputError("workload", workload, "be a Workload or an ArrivalPath, without records")
-    start = _check_warmup(warmup, horizon, ())
+    start = check_warmup(warmup, horizon, ())
     count = len(seeds) or 1
 
     def drawn(r: int) -> Iterator[ArrivalPath]:
@@ -446,7 +449,7 @@ def _without_records(
     def checked(pieces: Iterable[ArrivalPath], table: PolicyTable) -> Iterator[ArrivalPath]:
         for piece in pieces:
             if oversize == "raise":
-                _refuse_oversize(within_model_length(piece, server), server, table)
+                refuse_oversize(within_model_length(piece, server), server, table)
             yield piece
 
     found: list[list[tuple[EngineRun, Tally]]] = []
@@ -529,7 +532,7 @@ def common_paths(
         paths, horizon = _given(workload, horizon, replications)
     else:
         raise InputError("workload", workload, "be a Workload, an ArrivalPath, or a sequence of paths")
-    return paths, horizon, _check_warmup(warmup, horizon, paths)
+    return paths, horizon, check_warmup(warmup, horizon, paths)
 
 
 class _Settings(NamedTuple):
@@ -597,7 +600,7 @@ def _reference_run(path: ArrivalPath, settings: _Settings, *, audited: bool) -> 
     return run
 
 
-def _check_policies(policies: Policy | Sequence[Policy], engine: str) -> list[Policy]:
+def check_policies(policies: Policy | Sequence[Policy], engine: str) -> list[Policy]:
     if isinstance(policies, str) or not isinstance(policies, (PolicyTable, UserRule, Iterable)):
         raise InputError(
             "policies",
@@ -700,7 +703,7 @@ def _until(path: ArrivalPath, horizon: float) -> ArrivalPath:
     return dataclasses.replace(path.selected(slice(count)), horizon=horizon)
 
 
-def _check_warmup(warmup: float | None, horizon: float | None, paths: Sequence[ArrivalPath]) -> float:
+def check_warmup(warmup: float | None, horizon: float | None, paths: Sequence[ArrivalPath]) -> float:
     if warmup is None:
         return 0.0 if horizon is None else WARMUP_SHARE * horizon
     warmup = check_real("warmup", warmup, minimum=0.0)
@@ -713,7 +716,7 @@ def _check_warmup(warmup: float | None, horizon: float | None, paths: Sequence[A
     return warmup
 
 
-def _refuse_oversize(path: ArrivalPath, server: Server, table: PolicyTable) -> None:
+def refuse_oversize(path: ArrivalPath, server: Server, table: PolicyTable) -> None:
     oversize = np.flatnonzero(never_fits(path, server, table))
     if oversize.size:
         i = int(oversize[0])

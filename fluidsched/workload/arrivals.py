@@ -282,6 +282,9 @@ def closed_loop(users: int, think_cv: float = 1.0, response_share: float = 0.0) 
     are at least the assumed response time apart, so no user sends bursts; and the limit of many users, which
     is Poisson. Users are not labelled in the path and prompts do not grow from turn to turn.
 
+    **What it is for.** Whatever takes rates or paths: fluid programs, sweeps, fleets, bounds. Where the answers'
+    times matter, near and above capacity, run the users themselves: `UserSequences` and `simulate_closed`.
+
     Parameters
     ----------
     users : int
