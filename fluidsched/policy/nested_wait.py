@@ -51,9 +51,14 @@ solution; fewer segments than that are looked at one number at a time, as long a
 coarser grid first bounds the cost; edges through which no path is as good are dropped, first by base memory, then
 with an upper bound on θ (`exponents_at_most`), then with θ itself.
 
-**Choosing ℓ and n_1.** For each ℓ the smallest n_1 that keeps up with margin ε, or with ``slack="auto"`` the largest
-that memory holds; of all ℓ the one with the smallest mean time spent waiting at the entry and at boundaries. While
-these are compared, cuts lie on a coarse grid and buffers are Lundberg's; the plan chosen is then refined.
+**Choosing ℓ and n_1.** For each ℓ the smallest n_1 that keeps up with margin ε, or with ``slack="auto"`` the n_1 and s
+of the largest slack; of all ℓ the one with the smallest mean time spent waiting at the entry and at boundaries. While
+these are compared, cuts lie on a coarse grid and buffers are Lundberg's; the plan chosen is then refined. But for
+rounding, slack grows with n_1 and falls with s, so for each s the largest n_1 that memory holds is sought: below
+capacity/Σ_b S(bℓ) held(b), as n(b) ≥ n_1 S, by interpolating what is filled. Rounding and the choice of cuts, which
+looks at memory alone, move slack by some thousandths, so the largest is found to within that; small n_1 are looked at
+one by one. An ℓ is passed over if the cuts and s of the best plan so far, in its blocks and with a larger n_1, fit with
+slack and wait longer: its largest slack has a larger n_1 still.
 """
 
 from __future__ import annotations
@@ -63,7 +68,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,11 +110,17 @@ HORIZON = 3600.0
 """Default horizon of the overflow probability, s."""
 
 RESERVES = (0.25, 0.5, 1.0, 2.0, 4.0)  # s of the thresholds
+STABLE = (
+    1.0 - 1e-9
+)  # of a threshold: the most that may come to it in the mean; beyond, exponents are rounding
 MOST_CUTS = 4096
 COARSE_CUTS = 128
 PAIRS = 1 << 17  # of cuts looked at together: what the processor's cache holds
 RELAXATIONS = 3
 REFINEMENTS = 3
+ROUNDED = 24  # largest n_1 for which rounding of the thresholds after it matters: all nearby are looked at
+FILLINGS = 5  # of n_1 tried with one reserve
+FIRST_FILL, FILL, FULL = 0.9, 0.985, 0.97  # shares of a limit: tried first, aimed at, large enough
 EXACT_STATES = 512  # largest Lundberg buffer below which the exact one is computed
 MOST_UNSTABLE = 64  # first thresholds tried in a row that no whole thresholds after them make stable
 BUFFERS = ("exact", "lundberg")
@@ -189,6 +200,8 @@ class NestedPlan:
         Estimate of the mean time a request spends waiting at the entry and at boundaries, s; picks ℓ.
     method : tuple of str, length L
         How each buffer was found: "exact" or "lundberg"; "none" for the first.
+    reserve : float
+        s of the thresholds, standard deviations.
     """
 
     block_iterations: int
@@ -209,6 +222,7 @@ class NestedPlan:
     slack: float
     wait: float
     method: tuple[str, ...]
+    reserve: float
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -250,19 +264,12 @@ class Stream:
     def __init__(self, problem: Problem, block: int) -> None:
         self.problem = problem
         self.block = block
-        profile = problem.mean_profile
         self.rate = float(problem.rate.sum())
-        weight = problem.rate / self.rate
-        stages = -(-profile.stages // block) * block
-
-        def pooled(values: FloatArray) -> FloatArray:
-            mixed = np.zeros(stages)
-            mixed[: profile.stages] = weight @ values
-            return mixed
-
-        self._present, self._prompt = pooled(profile.present), pooled(profile.prompt)
-        square = pooled(profile.prompt_square)
-        alive = self._present[::block]
+        mixed = problem.mixed_stages
+        stages = -(-mixed.shape[1] // block) * block
+        padded: FloatArray = np.pad(mixed, ((0, 0), (0, stages - mixed.shape[1])))
+        self._present, self._prompt, square = padded
+        alive: FloatArray = self._present[::block]
         by_output = np.argsort(-problem.workload.max_output_tokens, kind="stable")
         longest_prompt = np.maximum.accumulate(problem.workload.max_prompt_tokens[by_output])
         still = np.searchsorted(-problem.workload.max_output_tokens[by_output], -np.arange(0, stages, block))
@@ -447,7 +454,7 @@ class _Graph:
         into = np.arange(first, last)[:, None]
         own, mine = n[into], share[into]
         base = n[: last - 1] * (self._below[into] - self._below[: last - 1]) + self._queue[into] * own
-        stable = (n[: last - 1] > own) & (mine * n[: last - 1] < own * share[: last - 1])
+        stable = (n[: last - 1] > own) & (mine * n[: last - 1] < STABLE * own * share[: last - 1])
         stable &= (mine < share[: last - 1]) & (np.arange(last - 1) < into)
         stable &= base - rest[: last - 1] <= limit - rest[0] - rest[into]
         target, source = np.nonzero(stable)
@@ -551,6 +558,14 @@ def _spread(cuts: IntArray, most: int) -> IntArray:
     return np.asarray(cuts[np.unique(np.linspace(0, len(cuts) - 1, most).astype(np.int64))])
 
 
+class _Choice(NamedTuple):
+    """First blocks of the segments, their thresholds, and the reserve s of these."""
+
+    first: IntArray
+    threshold: FloatArray
+    reserve: float
+
+
 class _Planner:
     """Everything about one block length."""
 
@@ -607,11 +622,13 @@ class _Planner:
                 )
         return np.array(first[:-1], dtype=np.int64)
 
-    def choose(self, n: float, whole: bool = True, fine: bool = False) -> tuple[IntArray, FloatArray] | None:
+    def choose(
+        self, n: float, whole: bool = True, fine: bool = False, reserve: float | None = None
+    ) -> _Choice | None:
         """First blocks and thresholds for n_1 = n, of least memory over the reserves; None if none is stable.
 
         Cuts are those of a coarse grid, unless `fine`. Memory is U-shaped in the reserve: few reserves are tried
-        unless none of these is stable.
+        unless none of these is stable, or only the one given.
         """
         tried: dict[int, tuple[float, IntArray, FloatArray]] = {}
 
@@ -621,10 +638,10 @@ class _Planner:
                 tried[i] = (*self._cut(threshold, _spread(self.cuts, COARSE_CUTS), limit), threshold)
             return tried[i][0]
 
-        best = len(RESERVES) // 2
-        if math.isinf(memory(best)):
+        best = len(RESERVES) // 2 if reserve is None else RESERVES.index(reserve)
+        if math.isinf(memory(best)) and reserve is None:
             best = min(range(len(RESERVES)), key=memory)
-        for step in (-1, 1):
+        for step in (-1, 1) if reserve is None else ():
             while 0 <= best + step < len(RESERVES) and memory(best + step, memory(best)) < memory(best):
                 best += step
         value, first, threshold = tried[best]
@@ -633,7 +650,7 @@ class _Planner:
         if fine and len(self.cuts) > COARSE_CUTS:
             finer, cuts = self._cut(threshold, self.cuts)
             first = cuts if finer <= value else first
-        return first, threshold[first]
+        return _Choice(first, threshold[first], RESERVES[best])
 
     def _cut(self, threshold: FloatArray, cuts: IntArray, limit: float = math.inf) -> tuple[float, IntArray]:
         if self.fixed is not None:
@@ -644,16 +661,18 @@ class _Planner:
         graph = _Graph(self.stream, threshold, first, self.log, math.inf)
         return graph.cost_of(np.arange(len(first)), self.log + math.log(len(first)))
 
-    def plan(self, n: int, fine: bool = False) -> NestedPlan | None:
+    def plan(self, n: int, fine: bool = False, reserve: float | None = None) -> NestedPlan | None:
         """The plan for n_1 = n; None if no cuts are stable.
 
         With coarse cuts and Lundberg buffers, which need more memory, unless `fine`.
         """
-        chosen = self.choose(n, fine=fine)
-        if chosen is None:
-            return None
+        chosen = self.choose(n, fine=fine, reserve=reserve)
+        return None if chosen is None else self._planned(n, chosen, fine)
+
+    def _planned(self, n: int, chosen: _Choice, fine: bool = False) -> NestedPlan:
+        """The plan with these cuts and thresholds, which have to be stable."""
         stream, problem = self.stream, self.stream.problem
-        first, threshold = chosen
+        first, threshold, reserve = chosen
         count = len(first)
         share = np.append(1.0, stream.share[first[1:]] / stream.share[first[:-1]])
         sizes = threshold.astype(np.int64)
@@ -679,6 +698,7 @@ class _Planner:
             float(np.repeat(threshold, np.diff([*first.tolist(), stream.blocks])).sum() + buffer.sum()),
             cycle, float(stream.longest_times(first, threshold).sum()), float(times[0]),
             n / arrivals - 1.0, float(queues.sum()) / stream.rate + cycle / 2.0, ("none", *method[1:]),
+            reserve,
         )  # fmt: skip
 
     def exceeded(self, plan: NestedPlan) -> str | None:
@@ -693,11 +713,18 @@ class _Planner:
             return "tokens"
         return None
 
-    def solve(self, explain: bool = True, beat: float = math.inf) -> NestedPlan | str:
+    def filled(self, plan: NestedPlan) -> float:
+        """Largest share of one of the server's limits that the plan takes."""
+        problem = self.stream.problem
+        shares = [plan.memory / problem.capacity, plan.in_service / problem.slots]
+        if problem.server.token_budget is not None:
+            shares.append(plan.largest_cohort(problem) / problem.server.token_budget)
+        return max(shares)
+
+    def solve(self, explain: bool = True) -> NestedPlan | str:
         """A plan with the slack asked for, fine only where it has to be, or why there is none.
 
-        Without `explain` the reason may be "memory" where it is "rounding". With ``slack="auto"`` no more slack is
-        looked for once all plans that have it wait longer than `beat`, s.
+        Without `explain` the reason may be "memory" where it is "rounding".
         """
         problem, stream = self.stream.problem, self.stream
         margin = 0.0 if self.options.slack == "auto" else self.options.slack
@@ -718,7 +745,7 @@ class _Planner:
         plan = self._within(n, margin)
         if isinstance(plan, str):
             return full() if plan == "memory" else plan
-        return plan if self.options.slack != "auto" else self._largest(plan, beat)
+        return plan if self.options.slack != "auto" else self._largest(plan)
 
     def _climb(self, n: int, margin: float, high: float, capacity: float) -> int | str:
         """The least n_1 from `n` on that keeps up; or "time", "segments", "memory" (the base exceeds `capacity`)."""
@@ -734,11 +761,12 @@ class _Planner:
                     return "segments"
                 n += 1
                 continue
-            cycle = float(stream.times(*chosen).sum())
+            cycle = float(stream.times(chosen.first, chosen.threshold).sum())
             needed = math.ceil((1.0 + margin) * stream.rate * cycle * (1 - 1e-12))
             if needed <= n and stream.rate * cycle < n:
                 return n
-            if stream.memory(*chosen, np.zeros(len(chosen[0])), self.log).base > capacity:
+            none = np.zeros(len(chosen.first))
+            if stream.memory(chosen.first, chosen.threshold, none, self.log).base > capacity:
                 return "memory"
             n = max(needed, n + 1)
             if stream.rate * high < n:
@@ -769,13 +797,36 @@ class _Planner:
                 break
         return broken
 
+    def waits_longer(self, other: NestedPlan) -> bool:
+        """Whether a plan with the cuts of `other`, for other blocks, shows that the largest slack waits longer.
+
+        It does if it has more requests per run and waits longer, and fits the server with slack: the largest slack
+        comes from more still.
+        """
+        stream, stretch = self.stream, other.block_iterations / self.stream.block
+        n = math.ceil(float(other.threshold[0]) / math.sqrt(stretch))
+        if self.fixed is not None or n <= other.threshold[0]:
+            return False
+        first = np.unique(np.rint(other.first * stretch).astype(np.int64))
+        first = first[first < stream.blocks]
+        threshold = stream.thresholds(n, other.reserve)[first]
+        share = stream.share[first]
+        keep = [0]
+        for j in range(1, len(first)):  # leave out cuts that are not stable
+            i = keep[-1]
+            if threshold[i] > threshold[j] and share[j] * threshold[i] < STABLE * share[i] * threshold[j]:
+                keep.append(j)
+        plan = self._planned(n, _Choice(first[keep], threshold[keep], other.reserve))
+        return self.exceeded(plan) is None and plan.slack > 0.0 and plan.wait > other.wait
+
     def finish(self, plan: NestedPlan) -> NestedPlan:
         """The fine plan in place of a coarse one, and with ``slack="auto"`` the slack that it has room for besides."""
         margin = 0.0 if self.options.slack == "auto" else self.options.slack
         n = int(plan.threshold[0])
+        reserve = plan.reserve if self.options.slack == "auto" else None
 
         def at(n: int) -> NestedPlan | None:
-            found = self.plan(n, fine=True)
+            found = self.plan(n, fine=True, reserve=reserve)
             good = (
                 found is not None and not self.exceeded(found) and found.slack >= margin and found.slack > 0.0
             )
@@ -784,6 +835,8 @@ class _Planner:
         plan = at(n) or plan
         if self.options.slack == "auto":
             for _ in range(REFINEMENTS):
+                if self.filled(plan) >= FULL:
+                    break
                 n = int(n * min(self.stream.problem.capacity / plan.memory, 2.0))
                 if n <= plan.threshold[0]:
                     break
@@ -806,7 +859,7 @@ class _Planner:
             chosen = self.choose(n, whole=False)
             if chosen is None:
                 return "rounding"
-            first, threshold = chosen
+            first, threshold = chosen.first, chosen.threshold
             n = (1.0 + margin) * self.stream.rate * float(self.stream.times(first, threshold).sum())
         exponent = lundberg_exponents(
             self.stream.share[first[1:]] / self.stream.share[first[:-1]], threshold[1:] / threshold[:-1]
@@ -816,33 +869,57 @@ class _Planner:
         needed = self.stream.memory(first, threshold, buffer, log).needed
         return "memory" if needed > self.stream.problem.capacity else "rounding"
 
-    def _largest(self, plan: NestedPlan, beat: float) -> NestedPlan:
-        """The plan of the largest slack that the server's limits allow, from one that they do.
+    def _largest(self, plan: NestedPlan) -> NestedPlan:
+        """The plan of the largest slack over the reserves, each with the n_1 that the server's limits allow.
 
-        As n_1 only grows, so does the least wait: a plan that cannot wait less than `beat` is returned as it is.
+        From a plan that they do. For a given n_1 slack falls with the reserve, while the n_1 that memory holds
+        grows with it at first: reserves are tried from the smallest on until one gives no more slack, or two in a
+        row where thresholds are small.
         """
-        problem, options, block = self.stream.problem, self.options, self.stream.block
+        best, worse = plan, 0
+        for reserve in RESERVES:
+            found = self._fullest(reserve, plan)
+            if found is not None and found.slack > best.slack:
+                best, worse = found, 0
+            elif best is not plan:
+                worse += 1
+                if worse == 2 or best.threshold[0] > ROUNDED:
+                    break
+        n = int(best.threshold[0])
+        for fewer in range(n - 1, max(2 * n // 3, int(plan.threshold[0])), -1) if n <= ROUNDED else ():
+            found = self.plan(fewer, reserve=best.reserve)
+            if found is not None and found.slack > best.slack and self.exceeded(found) is None:
+                best = found
+        return best
 
-        def loses(plan: NestedPlan) -> bool:
-            return _least_wait(problem, options, block, int(plan.threshold[0])) > beat
-
-        def at(n: int) -> NestedPlan | None:
-            found = self.plan(n)
-            return found if found is not None and self.exceeded(found) is None else None
-
-        low = int(plan.threshold[0])
-        high = 2 * low
-        while not loses(plan) and (found := at(high)) is not None and found.slack > plan.slack:
-            plan, low, high = found, high, 2 * high
-        while high - low > max(1, low // 32) and not loses(plan):
-            middle = (low + high) // 2
-            found = at(middle)
+    def _fullest(self, reserve: float, plan: NestedPlan) -> NestedPlan | None:
+        """The plan with this reserve and about the largest n_1 that the server's limits allow, above `plan`'s."""
+        stream, problem = self.stream, self.stream.problem
+        # Places of a block are at least the flow past it.
+        most = min(
+            problem.capacity / float(stream.share @ stream.held), problem.slots / float(stream.share.sum())
+        )
+        low, high = int(plan.threshold[0]), math.floor(most * (1 + 1e-9)) + 1
+        below, above = self.filled(plan), math.inf
+        n, best = math.floor(FIRST_FILL * most), None
+        for _ in range(FILLINGS):
+            n = min(max(n, low + 1), high - 1)
+            if n <= low:
+                break
+            found = self.plan(n, reserve=reserve)
             if found is None:
-                high = middle
+                break
+            if self.exceeded(found) is None:
+                best, low, below = found, n, self.filled(found)
+                if below >= FULL and n > ROUNDED:
+                    break
             else:
-                low = middle
-                plan = found if found.slack > plan.slack else plan
-        return plan
+                high, above = n, self.filled(found)
+            if math.isinf(above):
+                n = int(n * FILL / below)
+            else:
+                n = int(low + (high - low) * (FILL - below) / (above - below))
+        return best
 
 
 def lengths_to_try(problem: Problem, options: NestedOptions) -> list[int]:
@@ -908,7 +985,9 @@ def plan_nested(problem: Problem, fluid: FluidSolution, options: NestedOptions) 
         if best is not None and _least_wait(problem, options, block) > best[1].wait:
             break  # and longer blocks wait longer
         planner = _Planner(problem, options, block)
-        found = planner.solve(beat=math.inf if best is None else best[1].wait)
+        if best is not None and options.slack == "auto" and planner.waits_longer(best[1]):
+            continue
+        found = planner.solve()
         if isinstance(found, str):
             reasons.append(found)
         elif best is None or found.wait < best[1].wait:

@@ -229,6 +229,13 @@ class Problem:
         """Stages in expectation over the length laws: what rates and times use."""
         return mean_profile(self.workload, self.padding)
 
+    @cached_property
+    def mixed_stages(self) -> FloatArray:
+        """Mean over the types, by rate, of `present`, `prompt` and `prompt_square` of the mean profile, (3, L)."""
+        weight = self.rate / self.rate.sum()
+        profile = self.mean_profile
+        return np.stack([weight @ x for x in (profile.present, profile.prompt, profile.prompt_square)])
+
     @_kept
     def memory_profile(self) -> StageProfile:
         """Stages that memory bounds use: the longest requests if they are to be certain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import pytest
 import fluidsched as fs
 from fluidsched.errors import InfeasibleError, InputError
 from fluidsched.policy import segment_curve
-from fluidsched.policy.nested_wait import Stream, shortest_cuts
+from fluidsched.policy.nested_wait import NestedOptions, Stream, nested_exists, shortest_cuts
 from fluidsched.policy.problem import Problem
 from fluidsched.queues import exact_buffer, lundberg_buffer, lundberg_exponent, lundberg_exponents
 from fluidsched.queues.lundberg import exponents_at_most
@@ -184,6 +185,38 @@ def test_the_largest_slack_fills_memory_and_a_larger_server_gives_more() -> None
     )
     assert small.certificate["memory"]["value"] <= 5_000
     assert large.certificate["slack"]["value"] > small.certificate["slack"]["value"]
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_the_largest_slack_is_no_less_than_any_asked_for(seed: int) -> None:
+    """No table keeps up with .01 % more than the one of largest slack, whose cuts and reserve are found otherwise."""
+    rng = np.random.default_rng(seed)
+    types = [
+        fs.RequestType(str(j), 1 + rng.random(), int(rng.integers(20, 2000)), int(rng.integers(2, 200)))
+        for j in range(30)
+    ]
+    server = fs.Server(1e7, fs.IterationTime.affine(0.01, 1e-5, 4e-5, 3e-8))
+    fluid = fs.solve_fluid(fs.Workload(types).at_load(0.5, server), server)
+    largest = fs.compile_policy(fluid, "nested-wait", block_iterations=3).certificate
+    assert 0.97e7 <= largest["memory"]["value"] <= 1e7
+    plain = NestedOptions(0.0, 3, 3600.0, "optimal", None, "exact")
+    problem = Problem.of(fluid, largest["overflow_probability"]["value"])
+    asked = [
+        dataclasses.replace(plain, slack=slack)
+        for slack in (0.9, 1.0001 * (1 + largest["slack"]["value"]) - 1)
+    ]
+    assert [nested_exists(problem, options, 3) for options in asked] == [True, False]
+
+
+def test_a_queue_that_only_rounding_makes_stable_is_no_cut() -> None:
+    """With shares 7/9 and 6/9 and thresholds 7 and 6 the queue is critical: its exponent would be 0 or none."""
+    types = [fs.RequestType(str(o), rate, 11, o) for o, rate in ((1, 0.2), (2, 0.1), (3, 0.6))]
+    stream = Stream(Problem.of(solved(fs.Workload(types)), 0.01), 1)
+    for rounding in np.linspace(-1e-15, 1e-15, 21):
+        threshold = np.array([10.0, 7.0 * (1 + rounding), 6.0])
+        value, first = shortest_cuts(stream, threshold, np.arange(3), 10.0)
+        assert first.tolist() == [0]
+        assert value == pytest.approx(10.0 * stream.held.sum(), rel=1e-12)
 
 
 def test_observed_overflow_is_at_most_delta_and_some_happens_without_buffers() -> None:
