@@ -672,6 +672,7 @@ def main() -> int:
         files = [path for path in files if path.stem in options.modules]
     stream = os.fdopen(os.dup(1), "w", buffering=1)
 
+    import coverage  # noqa: F401  (missing, it would end the plugin only)
     import highspy  # noqa: F401
     import pytest
     import scipy.optimize
@@ -698,6 +699,9 @@ def main() -> int:
     pytest.main(arguments, plugins=[runner])
 
     results = [m for m in log.of("mutant") if m["outcome"] != "not exchanged"]
+    if not results:
+        print("no mutant was run", file=stream)
+        return 1
     killed = sum(r["outcome"] in ("killed", "timeout", "crashed") for r in results)
     interval = scipy.stats.binomtest(killed, len(results)).proportion_ci(method="exact")
     print(f"{killed} of {len(results)} killed: {killed / len(results):.1%}", file=stream, end=" ")
