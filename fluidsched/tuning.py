@@ -236,7 +236,8 @@ def _design(
 
     names = list(ranges)
     power = max(1, math.ceil(math.log2(count)))
-    unit = qmc.Sobol(len(names), rng=np.random.default_rng(seed)).random_base2(power)[:count]
+    # `seed`: scipy calls it `rng` from 1.15 on, and takes both
+    unit = qmc.Sobol(len(names), seed=np.random.default_rng(seed)).random_base2(power)[:count]
     origin = {"tuned_from": table.fingerprint}
     found: dict[str, tuple[dict[str, float], PolicyTable]] = {}
     for point in unit:

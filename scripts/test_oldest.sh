@@ -28,6 +28,6 @@ PYTHON
 cd "$here"
 if (($# == 0)); then
     set -- tests/fluid tests/queues tests/plan/test_import.py tests/plan/test_cli.py tests/plan/test_doctor.py \
-        tests/plan/test_plots.py tests/sweeps tests/workload tests/simulation/test_hand_traces.py tests/test_display.py
+        tests/plan/test_plots.py tests/plan/test_tuning.py tests/sweeps tests/workload tests/simulation/test_hand_traces.py tests/test_display.py
 fi
 MPLBACKEND=Agg "$folder/bin/python" -m pytest "$@"
