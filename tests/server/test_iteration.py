@@ -82,6 +82,7 @@ def test_function_is_constructor_and_attribute() -> None:
     assert made == IterationTime.function(square)
     assert hash(made) == hash(IterationTime.function(square))
     assert made != IterationTime.paper(0.01, 0.0)
+    assert made != IterationTime.function(lambda batch: 0.01)  # neither has coefficients that could differ
     with pytest.raises(InputError, match="piecewise affine for evaluating"):
         made(1, 1, 1)
     with pytest.raises(InputError, match="piecewise affine for writing"):

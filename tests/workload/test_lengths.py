@@ -91,6 +91,11 @@ def test_geometric_moments(mean: float, minimum: int) -> None:
     assert (1 - s) ** len(law.values) <= 1e-12 * (1 + 1e-9)
 
 
+def test_a_geometric_law_from_zero_tokens_on_is_refused() -> None:
+    with pytest.raises(InputError, match="minimum"):
+        lengths.geometric(30, minimum=0)
+
+
 @pytest.mark.parametrize("mean", [2.0, 200.0, 1000.0, 1024.0])
 def test_geometric_with_a_maximum_keeps_its_mean_and_its_constant_ratio(mean: float) -> None:
     """The cut law is still geometric (P(n + 1)/P(n) = q) and has the mean asked for."""

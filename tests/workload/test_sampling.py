@@ -14,6 +14,7 @@ from scipy import stats
 
 import fluidsched as fs
 from fluidsched.errors import InputError
+from fluidsched.workload.model import _in_order
 
 ERROR_RATE = 1e-6
 
@@ -166,3 +167,9 @@ def test_wrong_horizons_and_seeds_are_refused(horizon: float, seed, message: str
     """Horizon positive and of feasible size; seed a whole number, a sequence or a generator."""
     with pytest.raises(InputError, match=message):
         mix({"a": 1.0}).sample(horizon, seed)
+
+
+def test_requests_at_one_instant_stay_in_order() -> None:
+    """Many ties: a sort that is not stable mixes them."""
+    times = np.repeat([2.0, 1.0], 5_000)
+    assert np.array_equal(_in_order(times), np.concatenate([np.arange(5_000, 10_000), np.arange(5_000)]))
