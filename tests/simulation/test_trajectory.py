@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -425,21 +426,28 @@ def nested_wait(block: int, *segments: tuple[int, int]) -> PolicyTable:
     threshold=st.integers(1, 6),
     capacity=st.integers(20, 200),
     preemption=st.sampled_from(["restart", "recompute"]),
+    slots=st.sampled_from([None, 4, 9]),
 )
 def test_nested_wait_of_one_segment_is_wait(
-    rates: tuple[float, float], block: int, threshold: int, capacity: int, preemption: str
+    rates: tuple[float, float],
+    block: int,
+    threshold: int,
+    capacity: int,
+    preemption: str,
+    slots: int | None,
 ) -> None:
     """Every series equal, eviction included: one row and one segment are the same rule, followed by other code."""
     workload = fs.Workload(
         [fs.RequestType("a", rates[0], 2, 5), fs.RequestType("b", rates[1], 4, fs.lengths.uniform(1, 6))]
     )
-    server = fs.Server(capacity, fs.IterationTime.affine(1.0, 0.01, 0.01, 0.001))
+    server = fs.Server(capacity, fs.IterationTime.affine(1.0, 0.01, 0.01, 0.001), max_batch_size=slots)
     row = TableType("*", threshold=threshold, gate=threshold)
     wait = PolicyTable("wait", "wait", (row,), freeze=True, block_iterations=block, preemption=preemption)
     nested = dataclasses.replace(nested_wait(block, (6 * block - 1, threshold)), preemption=preemption)
     one, other = (fs.fluid_trajectory(workload, server, table, iterations=120) for table in (wait, nested))
     for name, column in one.to_frame().items():
         np.testing.assert_allclose(other.to_frame()[name], column, rtol=1e-9, atol=1e-8, err_msg=str(name))
+    assert one.residents.max() <= (slots or math.inf) + 1e-9
 
 
 def test_nested_wait_by_hand() -> None:
