@@ -106,7 +106,9 @@ def test_parquet_has_the_same_content_and_the_same_bytes_for_any_executor(
         assert result.path.name == "cells.parquet"
     assert (tmp_path / "one" / "cells.parquet").read_bytes() == result.path.read_bytes()
     csv = sweep(SPEC, tmp_path / "one", format="csv").to_frame()
-    pd.testing.assert_frame_equal(result.to_frame(), csv, check_dtype=False)
+    # what is missing is None in one and nan in the other, which pandas before 3 warns of
+    one, other = (frame.astype(object).where(frame.notna(), None) for frame in (result.to_frame(), csv))
+    pd.testing.assert_frame_equal(one, other, check_dtype=False)
 
 
 def test_an_ended_sweep_computes_nothing_again(tmp_path: Path) -> None:
