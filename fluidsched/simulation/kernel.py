@@ -411,21 +411,7 @@ def run_closed(
         send(*heapq.heappop(pending))  # during the iteration that the horizon cut
     index = np.array(sent, dtype=np.int64)
     those = slice(len(sent))
-    done = run._replace(
-        **{
-            name: getattr(run, name)[those]
-            for name in (
-                "arrival",
-                "prompt",
-                "output",
-                "row",
-                "admitted",
-                "first_token",
-                "finish",
-                "preemptions",
-            )
-        }
-    )
+    done = run._replace(**{name: getattr(run, name)[those] for name in _PER_REQUEST})
     nobody = np.zeros(len(sent), dtype=np.bool_)
     return (
         index,
@@ -472,6 +458,17 @@ def _follow(
         compiled.LOOPS[loop](run, ahead, store)
 
 
+_PER_REQUEST = (
+    "arrival",
+    "prompt",
+    "output",
+    "row",
+    "admitted",
+    "first_token",
+    "finish",
+    "preemptions",
+    "returned",
+)  # arrays of a run with an element per request
 _NOTHING = np.zeros(0, dtype=np.int64)
 _NOTHING.flags.writeable = False  # as a path's own columns are
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fluidsched.policy.table import PolicyTable
 from fluidsched.server import Server
 from fluidsched.simulation import compiled
-from fluidsched.simulation.kernel import _NOTHING, _engine_run, _follow, _prepare
+from fluidsched.simulation.kernel import _NOTHING, _PER_REQUEST, _engine_run, _follow, _prepare
 from fluidsched.simulation.laws import Accounts, check_memory_kept
 from fluidsched.simulation.limits import check_run, never_fits, within_model_length
 from fluidsched.simulation.measures import Requests, alone_s
@@ -33,17 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run_pieces"]
 
-_PER_REQUEST = (
-    "arrival",
-    "prompt",
-    "output",
-    "row",
-    "admitted",
-    "first_token",
-    "finish",
-    "preemptions",
-    "returned",
-)
 _WHOLE_RING = 2**32
 
 
